@@ -1,0 +1,61 @@
+# `make help` lists the targets. `demo` and `test` set everything up by themselves, in .venv.
+PYTHON ?= python3
+# another package index for the torch wheels, e.g. https://download.pytorch.org/whl/cpu (see README, "What is downloaded")
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo control glyph-base results test test-long lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing ddrl into $(VENV) (the first time this downloads about 700 MB)"
+	@$(PIP) $(TORCH) torch
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "installing the development tools"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready  ## install ddrl into .venv
+
+setup-dev: $(VENV)/.ready-dev  ## install ddrl and the development tools into .venv
+
+demo: setup  ## teach a tiny diffusion model to write, end to end (about 12 minutes)
+	@test ! -e runs/glyph-ocr || { echo "runs/glyph-ocr exists already; move it away, or: $(BIN)/ddrl train recipes/glyph-ocr.yaml --resume"; exit 2; }
+	@$(BIN)/ddrl train recipes/glyph-ocr.yaml
+
+control: setup  ## the demo's control: same data budget, no reward
+	@$(BIN)/ddrl train recipes/glyph-control.yaml
+
+glyph-base: setup  ## train the demo's starting policy again (about 30 minutes)
+	@$(BIN)/python -m diffusion.glyph_policy recipes/glyph-base
+	@$(BIN)/ddrl train recipes/glyph-base.yaml
+	@$(BIN)/ddrl export runs/glyph-base recipes/glyph-base --ema
+
+test: setup-dev  ## the tests: unit, then integration (under 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m "not long"
+
+test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in the middle of a run
+	@$(BIN)/python -m pytest -m long
+
+lint: setup-dev  ## ruff, mypy, import arrows
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup-dev  ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches; runs/ stays
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
