@@ -1,0 +1,1 @@
+"""The model side: forward processes, step kernels, packed models, text and latent codecs, the sampling engine."""

@@ -1,0 +1,136 @@
+"""Policies on disk: folders in diffusers' layout.
+
+    model_index.json  transformer/{config.json, diffusion_pytorch_model.safetensors}  scheduler/scheduler_config.json
+    text_encoder/{config.json, model.safetensors}
+
+Read: one safetensors file or a sharded set with its index. Written: one file. Everything is checked: a missing,
+unexpected or misshapen tensor is an error, never a silent re-initialisation.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffusion.attention import resolve_provider
+from diffusion.codecs import Codec, IdentityCodec
+from diffusion.config import ModelConfig
+from diffusion.models.sd3 import SD3Config, SD3Transformer
+from diffusion.processes import ForwardProcess, RectifiedFlow
+from diffusion.seeds import generator
+from diffusion.text import glyph
+from diffusion.text.base import TextEncoder
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MODEL_CLASS = "SD3Transformer2DModel"
+
+
+class CheckpointError(Exception):
+    """A policy folder that cannot be used; the message names the file and the remedy."""
+
+
+@dataclass
+class Policy:
+    """A policy with everything around it: network, frozen text encoder, latent codec, forward process."""
+
+    transformer: SD3Transformer
+    text_encoder: TextEncoder
+    codec: Codec
+    process: ForwardProcess
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; model.path must name a folder in diffusers' layout") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def read_transformer_config(folder: Path) -> SD3Config:
+    """Architecture of a policy folder. Raises CheckpointError."""
+    values = _json(folder / "transformer" / "config.json")
+    if values.get("_class_name", MODEL_CLASS) != MODEL_CLASS:
+        raise CheckpointError(f"{folder}/transformer is a {values['_class_name']}; this build trains {MODEL_CLASS} policies")
+    try:
+        return SD3Config.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/transformer/config.json: {error}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """State dict of `folder`, from one file or from shards with an index."""
+    single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
+    try:
+        if single.exists():
+            return load_file(single)
+        if index.exists():
+            names = sorted(set(_json(index)["weight_map"].values()))
+            return {k: v for name in names for k, v in load_file(folder / name).items()}
+    except Exception as error:  # safetensors raises its own class for every kind of damage
+        raise CheckpointError(f"weights in {folder} cannot be read: {error}") from None
+    raise CheckpointError(f"{folder} holds no {WEIGHTS}; set model.init=true to start from random weights")
+
+
+def load_state(model: SD3Transformer, state: dict[str, Tensor], origin: str) -> None:
+    """Load every tensor or refuse. Raises CheckpointError listing what differs."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or extra or shapes:
+        raise CheckpointError(
+            f"weights of {origin} do not fit the model: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
+            f"{len(shapes)} of another shape {sorted(shapes)[:3]}"
+        )
+    model.load_state_dict(state)
+
+
+def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
+    """The policy of `config.path`, fp32 on `device`. With `config.init`, weights are drawn from `seed`.
+
+    Raises:
+        CheckpointError: a missing or unreadable folder, an unknown architecture, weights that do not fit.
+    """
+    folder, device = Path(config.path), torch.device(device)
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint folder {folder} does not exist; set model.path to a folder in diffusers' layout")
+    if (folder / "vae").exists():
+        raise CheckpointError(f"{folder} has a VAE; this build trains pixel-space policies only (see the status table in README.md)")
+    encoder_class = _json(folder / "text_encoder" / "config.json").get("_class_name")
+    if encoder_class != glyph.CLASS_NAME:
+        raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {glyph.CLASS_NAME}")
+    model = SD3Transformer(read_transformer_config(folder), resolve_provider(config.attention, device))
+    if config.init:
+        model.init_weights(generator(seed, "init"))
+    else:
+        load_state(model, read_weights(folder / "transformer"), str(folder))
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    process = RectifiedFlow(float(scheduler.get("shift", 1.0)))
+    return Policy(model.to(device), glyph.GlyphTextEncoder.load(folder / "text_encoder"), IdentityCodec(), process)
+
+
+def save_policy(folder: Path, source: Path, state: dict[str, Tensor]) -> None:
+    """Write `state` as a policy folder; all other parts are copied from `source`. Visible only when complete (rename)."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "transformer").mkdir(parents=True)
+    for name in ("model_index.json", "scheduler", "text_encoder"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, partial / name)
+        elif (source / name).exists():
+            shutil.copy(source / name, partial / name)
+    shutil.copy(source / "transformer" / "config.json", partial / "transformer" / "config.json")
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partial / "transformer" / WEIGHTS, metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

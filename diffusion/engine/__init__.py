@@ -1,0 +1,1 @@
+"""The sampling engine: requests in, finished trajectories out, batched between denoising steps."""

@@ -1,0 +1,1 @@
+"""Packed model implementations; parameter names follow diffusers."""

@@ -1,0 +1,1 @@
+"""Text encoders: prompt strings to token embeddings and a pooled vector."""
