@@ -1,0 +1,42 @@
+"""Settings of the replay buffer as they appear in a run's YAML. Importing this needs no Redis."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RedisConfig(_Strict):
+    """Where the ledger lives."""
+
+    url: str = Field(
+        default="embedded",
+        pattern=r"^(embedded|rediss?://.+|unix://.+)$",
+        description="'embedded' starts a private redis-server on this machine; else redis://[:password@]host:port/db",
+    )
+    connect_timeout_s: float = Field(default=10.0, gt=0, description="seconds to wait for the server to answer at start")
+
+
+class ReplayConfig(_Strict):
+    """Bounds and patience of the replay buffer."""
+
+    max_staleness: int = Field(
+        default=1,
+        ge=0,
+        description="S: largest (step - 1) - sampling version of a group when a step claims it",
+    )
+    window: int = Field(
+        default=1,
+        ge=1,
+        description="W: a claim takes groups less than W indices past the oldest live one; 1 = strict FIFO",
+    )
+    lease_s: float = Field(default=120.0, gt=0, description="seconds a producer may hold a group without a heartbeat")
+    max_attempts: int = Field(default=4, ge=1, description="tries to make one group before it is dead")
+    max_bytes: int = Field(
+        default=1 << 30,
+        ge=1 << 16,
+        description="budget in bytes for the payloads of all unsettled groups and data batches",
+    )
+    data_depth: int = Field(default=4, ge=1, description="anchor-data batches kept ready or in production")
+    claim_timeout_s: float = Field(default=600.0, gt=0, description="seconds a learner waits for one step's groups before it gives up")

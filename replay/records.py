@@ -1,0 +1,71 @@
+"""What the buffer hands out and keeps about a group: plain frozen records and their JSON form."""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to make one group.
+
+    `min_version` is the least policy version the sampler must hold; `epoch` is the learner epoch of the
+    grant, the lineage those versions belong to.
+    """
+
+    group: int
+    attempt: int
+    token: str
+    min_version: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class GroupHeader:
+    """The small part of a committed group: what the learner needs to plan before it reads payloads.
+
+    `size` = members = len(rewards); `version` = oldest policy version that sampled any transition; `bytes`
+    and `checksum` (xxh3-64, hex) describe the payload.
+    """
+
+    rewards: list[float]
+    size: int
+    version: int
+    bytes: int
+    checksum: str
+    meta: dict[str, float | int | str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Raises ValueError on a NaN or infinite reward: a failed score is a failure, never a number."""
+        return json.dumps(asdict(self), allow_nan=False, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "GroupHeader":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class ClaimedGroup:
+    """A group that belongs to a step; `ref` names its payload in the store."""
+
+    group: int
+    header: GroupHeader
+    ref: str
+
+
+@dataclass(frozen=True)
+class ClaimedData:
+    """A data batch that belongs to a step."""
+
+    batch: int
+    ref: str
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The fixed composition of one step: groups by ascending index, data batches in order."""
+
+    step: int
+    epoch: int
+    groups: list[ClaimedGroup]
+    data: list[ClaimedData]

