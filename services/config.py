@@ -1,0 +1,80 @@
+"""Settings of the reward fleet and of the client that talks to it (pydantic only).
+
+``RewardConfig.url`` decides the shape: unset, the driver starts the fleet inside its own Ray cluster and
+scores through the Serve handle; set, scores come over REST from a fleet that somebody else runs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from services.schemas import StrictModel
+
+LOCAL_MODELS = ("ocr",)
+
+
+class OcrConfig(StrictModel):
+    """How the OCR scorer reads an image."""
+
+    mode: Literal["recognition", "detection"] = Field(
+        default="recognition",
+        description="recognition: the image is one line of text; detection: find the lines first (needs letters of about 20 px or more after the upscale).",
+    )
+    upscale: int = Field(default=3, ge=1, le=16, description="Integer bicubic upscale before reading; 16x48 px becomes 48x144.")
+    min_confidence: float = Field(
+        default=0.5,
+        ge=0.0,
+        le=1.0,
+        description="Lines read with less confidence than this count as not read.",
+    )
+    batch_items: int = Field(default=8, ge=1, le=256, description="Lines per engine call; bounds memory, not speed, on one thread.")
+    detection_side_limit: int = Field(default=960, ge=32, le=4096, description="Longest side the detector sees; larger images are shrunk.")
+
+
+class LimitsConfig(StrictModel):
+    """What one REST request may ask for. All limits are checked before pixels are allocated."""
+
+    max_body_bytes: int = Field(default=33_554_432, ge=1024, description="Largest request body in bytes.")
+    max_items: int = Field(default=256, ge=1, description="Most images in one request.")
+    max_pixels: int = Field(default=4_194_304, ge=1, description="Most pixels (height x width) of one image.")
+    max_total_pixels: int = Field(default=33_554_432, ge=1, description="Most pixels of all images together.")
+    max_prompt_chars: int = Field(default=4096, ge=1, description="Longest prompt in characters.")
+
+
+class RewardConfig(StrictModel):
+    """Which reward to train on, and where it runs."""
+
+    url: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="Base URL of a running reward service; null starts one inside the run's own Ray cluster.",
+    )
+    api_key_env: str | None = Field(
+        default=None,
+        description="Environment variable holding the bearer token to send to url, if it needs one.",
+    )
+    model: str = Field(default="ocr", description="Reward model to use.")
+    timeout_s: float = Field(default=60.0, gt=0, description="Deadline of one scoring call, retries included, in seconds.")
+    replicas: int = Field(default=1, ge=1, description="Scorer replicas; each computes on one thread.")
+    replica_cpus: float = Field(default=1.0, gt=0, description="Ray CPUs reserved per scorer replica.")
+    max_batch_items: int = Field(
+        default=32,
+        ge=1,
+        description="Most images a replica scores in one batch gathered from several requests.",
+    )
+    batch_wait_s: float = Field(default=0.002, ge=0, le=1, description="How long a replica waits for more requests to fill a batch.")
+    max_queued_requests: int = Field(default=256, ge=1, description="Requests that may wait per caller before new ones are refused (503).")
+    port: int | Literal["auto"] = Field(default="auto", description="Port of the REST ingress on 127.0.0.1; 'auto' or 0 takes a free one.")
+    start_timeout_s: float = Field(default=120.0, gt=0, description="How long the fleet may take to become ready, in seconds.")
+    ocr: OcrConfig = Field(default_factory=OcrConfig, description="OCR scorer.")
+    limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits of the REST ingress.")
+
+    @model_validator(mode="after")
+    def _known_model(self) -> Self:
+        if self.url is None and self.model not in LOCAL_MODELS:
+            raise ValueError(f"model {self.model!r} is not one this fleet can start ({', '.join(LOCAL_MODELS)}); set url to a service that has it")
+        if isinstance(self.port, int) and not 0 <= self.port <= 65535:
+            raise ValueError(f"port {self.port} is outside 0..65535")
+        return self

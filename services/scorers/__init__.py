@@ -1,0 +1,1 @@
+"""Scorers: media and prompts in, finite scores or typed failures out."""

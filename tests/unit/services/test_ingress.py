@@ -1,0 +1,160 @@
+"""The REST ingress over a real scorer and a real HTTP server: forms, per-item results, limits, problems."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from anyio import to_thread
+from PIL import Image as PILImage
+
+from services.client.base import Image, ItemScore, ScoreFailure
+from services.client.rest import RestRewardClient
+from services.config import LimitsConfig, OcrConfig
+from services.ingress import make_app
+from services.schemas import ModelInfo, Problem, ScoreResponse
+from services.scorers.ocr import OcrScorer
+
+LIMITS = LimitsConfig(max_body_bytes=65_536, max_items=8, max_pixels=10_000, max_total_pixels=40_000, max_prompt_chars=100)
+
+
+class InProcess:
+    """A backend with one scorer and no Serve."""
+
+    def __init__(self) -> None:
+        self.scorer = OcrScorer(OcrConfig())
+
+    async def models(self) -> list[ModelInfo]:
+        return [self.scorer.info()]
+
+    async def score(self, model: str, prompts: list[str], images: list[Image]) -> list[ItemScore | ScoreFailure]:
+        if prompts[0] == 'crash "now"':
+            raise RuntimeError("secret detail in /srv/internal.py")
+        return await to_thread.run_sync(self.scorer.score, prompts, images)
+
+
+@pytest.fixture(scope="module")
+def url(serve_app: Callable[[Any], str]) -> str:
+    return serve_app(make_app(InProcess(), LIMITS))
+
+
+@pytest.fixture(scope="module")
+def png(draw: Callable[..., Image]) -> bytes:
+    buffer = io.BytesIO()
+    PILImage.fromarray(draw("407")).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def problem(answer: httpx.Response, status: int, code: str) -> Problem:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    document = Problem.model_validate_json(answer.content)
+    assert (document.status, document.code) == (status, code)
+    return document
+
+
+def form(url: str, prompts: list[str], files: list[bytes], **fields: str) -> httpx.Response:
+    return httpx.post(
+        f"{url}/v1/score",
+        data={"prompt": prompts, **fields},
+        files=[("file", (f"{i}", data)) for i, data in enumerate(files)],
+        timeout=30,
+    )
+
+
+def test_multipart_and_json_give_the_same_scores(url: str, png: bytes) -> None:
+    prompts = ['"407"', '"409"']
+    by_form = form(url, prompts, [png, png])
+    items = [{"prompt": p, "image": base64.b64encode(png).decode()} for p in prompts]
+    by_json = httpx.post(f"{url}/v1/score", json={"model": "ocr", "items": items}, timeout=30)
+    assert by_form.status_code == by_json.status_code == 200
+    assert by_form.json() == by_json.json()
+    answer = ScoreResponse.model_validate_json(by_form.content)
+    assert [r.reward for r in answer.results] == [1.0, pytest.approx(2 / 3)]
+    assert answer.model == "ocr"
+    assert "upscale-3" in answer.revision
+    assert answer.results[0].scores == {"flow_grpo": 1.0, "exact_match": 1.0, "strict": 1.0}
+
+
+def test_failures_are_typed_per_item(url: str, png: bytes) -> None:
+    answer = form(url, ['"407"', "none", '""', '"407"'], [png, png, png, b"junk"])
+    items = answer.json()["results"]
+    assert items[0]["reward"] == 1.0
+    codes = [item["error"]["code"] for item in items[1:]]
+    assert codes == ["no_quoted_text", "empty_target", "image_invalid"]
+    assert all("reward" not in item and "scores" not in item for item in items[1:])
+
+
+@pytest.mark.parametrize("encoding", ["npy", "png"])
+def test_the_client_agrees_with_the_service(url: str, draw: Callable[..., Image], encoding: Any) -> None:
+    client = RestRewardClient(url, encoding=encoding, chunk_items=3)
+    try:
+        assert client.check().name == "ocr"
+        results = client.score("ocr", ['"407"'] * 7 + ["none"], np.stack([draw("407")] * 8), 30)
+    finally:
+        client.close()
+    assert [r.reward for r in results[:7] if isinstance(r, ItemScore)] == [1.0] * 7
+    assert isinstance(results[7], ScoreFailure)
+    assert results[7].code == "no_quoted_text"
+
+
+def test_limits(url: str, png: bytes) -> None:
+    problem(form(url, ['"1"'], [b"x" * 70_000]), 413, "body_too_large")
+
+    def stream() -> Any:  # no Content-Length: the cap works on what arrives
+        for _ in range(70):
+            yield b"x" * 1000
+
+    headers = {"content-type": "application/json"}
+    streamed = httpx.post(f"{url}/v1/score", content=stream(), headers=headers)
+    problem(streamed, 413, "body_too_large")
+    batch = io.BytesIO()
+    np.save(batch, np.zeros((9, 1, 1, 3), np.uint8))
+    problem(form(url, ['"1"'] * 9, [batch.getvalue()]), 413, "too_many_items")
+    large = io.BytesIO()
+    PILImage.new("RGB", (200, 100)).save(large, "PNG")
+    problem(form(url, ['"1"'], [large.getvalue()]), 413, "image_too_large")
+    problem(form(url, ['"1"' + "x" * 101], [png]), 413, "prompt_too_long")
+    items = [{"prompt": '"1"', "image": "AA=="}] * 9
+    problem(httpx.post(f"{url}/v1/score", json={"items": items}), 413, "too_many_items")
+
+
+def test_wrong_requests(url: str, png: bytes) -> None:
+    problem(form(url, ['"1"', '"2"'], [png]), 422, "invalid_request")
+    problem(form(url, [], [png]), 422, "invalid_request")
+    problem(form(url, ['"1"'], [png], model="nope"), 404, "model_not_found")
+    problem(httpx.post(f"{url}/v1/score", content=b"x"), 415, "unsupported_media_type")
+    problem(httpx.post(f"{url}/v1/score", json={"items": [{"prompt": "p"}]}), 422, "invalid_request")
+    bad = {"items": [{"prompt": '"1"', "image": "no base64!"}]}
+    problem(httpx.post(f"{url}/v1/score", json=bad), 422, "invalid_request")
+    headers = {"content-type": "application/json"}
+    deep = httpx.post(f"{url}/v1/score", content=b"[" * 50_000, headers=headers)
+    problem(deep, 422, "invalid_request")
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    problem(httpx.post(f"{url}/v1/score", content=b"junk", headers=headers), 400, "invalid_request")
+    problem(httpx.get(f"{url}/v1/score"), 405, "method_not_allowed")
+    problem(httpx.get(f"{url}/v2"), 404, "not_found")
+
+
+def test_a_bug_answers_a_problem_without_internals(url: str, png: bytes) -> None:
+    answer = form(url, ['crash "now"'], [png])
+    problem(answer, 500, "internal_error")
+    assert "secret" not in answer.text
+    assert "Traceback" not in answer.text
+
+
+def test_descriptions(url: str) -> None:
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+    (model,) = httpx.get(f"{url}/v1/models").json()["models"]
+    assert model["name"] == "ocr"
+    assert model["reward"] in model["sub_scores"]
+    assert httpx.get(f"{url}/docs").status_code == 200
+    document = httpx.get(f"{url}/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    assert {"ScoreRequest", "ScoreItem", "ScoreResponse", "Problem"} <= schemas.keys()
+    assert "multipart/form-data" in document["paths"]["/v1/score"]["post"]["requestBody"]["content"]
