@@ -1,0 +1,68 @@
+"""The anchor feeder: makes anchor-data batches ahead of the learner, within the depth the ledger allows."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from actors.config import DataConfig
+from actors.connect import Target
+from actors.payload import DataPayload, encode
+from actors.sources.anchor import training_batch
+from diffusion.checkpoint import load_policy
+from diffusion.config import ModelConfig, SamplerConfig
+
+IDLE_S = 1.0
+OWNER = "anchor-feeder"
+
+
+@dataclass(frozen=True)
+class AnchorSpec:
+    """Everything a feeder needs; `rows` is the batch size."""
+
+    seed: int
+    model: ModelConfig
+    sampler: SamplerConfig
+    data: DataConfig
+    rows: int
+    target: Target
+
+
+class AnchorFeeder:
+    """Plain class; the driver makes it a Ray actor. Batch k is a function of (run seed, k), so a restart repeats nothing."""
+
+    def __init__(self, spec: AnchorSpec) -> None:
+        torch.set_num_threads(1)
+        self.spec = spec
+        self.policy = load_policy(spec.model, seed=spec.seed)
+        self.buffer = spec.target.buffer()
+        self._stop = threading.Event()
+
+    def pid(self) -> int:
+        import os
+
+        return os.getpid()
+
+    def stop(self) -> None:
+        """Return from `run` after the batch in hand."""
+        self._stop.set()
+
+    def make(self, batch: int) -> DataPayload:
+        """Anchor batch `batch`: clean latents and their own captions, encoded."""
+        sampler = self.spec.sampler
+        captions, pixels = training_batch(self.spec.data, self.spec.seed, batch, self.spec.rows, sampler.height, sampler.width)
+        text = self.policy.text_encoder.encode(captions)
+        return DataPayload(self.policy.codec.encode(pixels), text.prompt_embeds, text.pooled)
+
+    def run(self) -> int:
+        """Feed until stopped; returns how many batches were committed."""
+        self.buffer.release(OWNER)  # what a former self of this actor held
+        committed = 0
+        while not self._stop.is_set():
+            batch = self.buffer.lease_data(OWNER, IDLE_S)
+            if batch is not None:
+                self.buffer.commit_data(batch, encode(self.make(batch)))
+                committed += 1
+        return committed

@@ -1,0 +1,65 @@
+"""Settings of the actors and of the sources they read. Pydantic only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """Base of every settings class of this room: unknown keys are errors, values do not change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PromptConfig(Strict):
+    """Where prompts come from. Prompts are split into train, dev and test by a hash of their text."""
+
+    kind: Literal["glyph", "file"] = Field("glyph", description="glyph = signs with 2 to 4 digits; file = one prompt a line")
+    path: str | None = Field(None, description="file of prompts (kind: file)")
+
+    @model_validator(mode="after")
+    def _path_given(self) -> PromptConfig:
+        if self.kind == "file" and not self.path:
+            raise ValueError("prompts.kind=file needs prompts.path")
+        return self
+
+
+class DataConfig(Strict):
+    """Anchor data: the distribution that the data term holds the policy to."""
+
+    kind: Literal["glyph", "folder"] = Field("glyph", description="glyph = rendered signs; folder = images with a metadata.jsonl (file_name, text)")
+    path: str | None = Field(None, description="image folder (kind: folder)")
+    batch_size: int | None = Field(None, ge=1, description="anchor samples per update; null = as many as rollouts")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="share of anchor captions replaced by the empty prompt (public DDRL code: 0.2)")
+
+    @model_validator(mode="after")
+    def _path_given(self) -> DataConfig:
+        if self.kind == "folder" and not self.path:
+            raise ValueError("data.kind=folder needs data.path")
+        return self
+
+
+class RolloutConfig(Strict):
+    """How many rollouts, by how many generators."""
+
+    generators: int = Field(2, ge=1, description="rollout generator actors")
+    groups_per_step: int = Field(8, ge=1, description="groups (prompts) per update, G")
+    group_size: int = Field(16, ge=2, description="rollouts per group, N")
+    same_initial_noise: bool = Field(False, description="all members of a group start from the same noise (DanceGRPO)")
+    threads: int = Field(1, ge=1, description="torch threads of one generator")
+    gpus: float = Field(0.0, ge=0, description="GPUs of one generator")
+
+
+class EvaluationConfig(Strict):
+    """Held-out numbers: raw weights (EMA beside), ODE sampler, no guidance, fixed prompts, noise and loss points."""
+
+    every: int = Field(20, ge=0, description="updates between evaluations on dev prompts; 0 = none")
+    dev_prompts: int = Field(96, ge=2, description="dev prompts of a periodic evaluation")
+    test_prompts: int = Field(512, ge=2, description="test prompts of the evaluations before and after")
+    loss_points: int = Field(512, ge=2, description="fixed (sample, time, noise) points of the held-out diffusion loss before and after; a periodic evaluation uses a quarter")
+    diversity_prompts: int = Field(32, ge=1, description="prompts of the diversity figure before and after; a periodic evaluation uses a quarter")
+    diversity_samples: int = Field(16, ge=2, description="samples per prompt of the diversity figure")
+    grid_prompts: int = Field(32, ge=1, description="prompts of the sample grids")
+    threads: int = Field(2, ge=1, description="torch threads of the evaluator")

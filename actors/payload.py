@@ -1,0 +1,89 @@
+"""The wire format of groups and data batches: safetensors bytes with a versioned table of names, shapes and types.
+
+This is the only encoder and decoder. G: members N, trained steps K, latent shape C h w, prompt tokens L D, pooled P.
+
+    group  x, x_next         f32 [N, K, C, h, w]    states before and after each trained step
+           log_prob          f32 [N, K]             exact log-density (mean over entries) under the sampling weights
+           trained           i64 [K]                trained step indices
+           times             f32 [steps + 1]        time grid that was sampled on
+           prompt_embeds     f32 [L, D]             pooled  f32 [P]
+    data   x0                f32 [R, C, h, w]       clean latents
+           prompt_embeds     f32 [R, L, D]          pooled  f32 [R, P]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+FORMAT = 1
+
+
+class PayloadError(ValueError):
+    """Bytes that are not a payload of the expected kind and version."""
+
+
+@dataclass(frozen=True)
+class GroupPayload:
+    """Trained transitions of one group; see the module's table."""
+
+    x: Tensor
+    x_next: Tensor
+    log_prob: Tensor
+    trained: Tensor
+    times: Tensor
+    prompt_embeds: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class DataPayload:
+    """One anchor batch; see the module's table."""
+
+    x0: Tensor
+    prompt_embeds: Tensor
+    pooled: Tensor
+
+
+_DIMS = {
+    GroupPayload: {"x": 5, "x_next": 5, "log_prob": 2, "trained": 1, "times": 1, "prompt_embeds": 2, "pooled": 1},
+    DataPayload: {"x0": 4, "prompt_embeds": 3, "pooled": 2},
+}
+
+
+def encode(payload: GroupPayload | DataPayload) -> bytes:
+    """Payload to bytes."""
+    tensors = {f.name: getattr(payload, f.name).contiguous() for f in fields(payload)}
+    data: bytes = save({**tensors, "format": torch.tensor([FORMAT])})
+    return data
+
+
+def _decode(kind: type, data: bytes) -> dict[str, Tensor]:
+    try:
+        tensors = load(data)
+    except Exception as error:  # safetensors raises its own class for every kind of damage
+        raise PayloadError(f"payload is not safetensors: {error}") from None
+    version = tensors.pop("format", None)
+    if version is None or version.tolist() != [FORMAT]:
+        raise PayloadError(f"payload format {None if version is None else version.tolist()} is not {FORMAT}; it was written by another version of ddrl")
+    dims = _DIMS[kind]
+    found = {name: tensor.dim() for name, tensor in tensors.items()}
+    if found != dims:
+        raise PayloadError(f"{kind.__name__} needs tensors of dimensions {dims}, found {found}")
+    return tensors
+
+
+def decode_group(data: bytes) -> GroupPayload:
+    """Bytes to a group. Raises PayloadError."""
+    group = GroupPayload(**_decode(GroupPayload, data))
+    if group.x.shape != group.x_next.shape or group.log_prob.shape != group.x.shape[:2] or len(group.trained) != group.x.shape[1]:
+        raise PayloadError("group payload has tensors of clashing shapes")
+    return group
+
+
+def decode_data(data: bytes) -> DataPayload:
+    """Bytes to a data batch. Raises PayloadError."""
+    return DataPayload(**_decode(DataPayload, data))

@@ -1,0 +1,202 @@
+"""The rollout generator: lease a group → sample it → score it (while the next is sampled) → commit it.
+
+Complete after `__init__` and driven by the ledger alone, so a generator that dies is simply started again: its leases
+expire and are given to someone else. Every group is a function of (run seed, group, weights): prompt, noise and the
+trained steps are drawn from named generators.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.config import PromptConfig, RolloutConfig
+from actors.connect import Target
+from actors.payload import GroupPayload, encode
+from actors.sources.prompts import training_prompt
+from actors.weights import pull
+from diffusion.checkpoint import load_policy
+from diffusion.config import ModelConfig, SamplerConfig
+from diffusion.engine.engine import Engine
+from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.seeds import key
+from diffusion.text.base import TextConditioning
+from replay.buffer import Lease
+from services.client.base import ItemScore
+from services.client.connect import connect
+from services.config import RewardConfig
+
+IDLE_S = 1.0
+"""Longest a generator waits for a lease before it looks at its stop flag."""
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """Everything a generator needs; plain settings that pickle."""
+
+    seed: int
+    model: ModelConfig
+    sampler: SamplerConfig
+    rollout: RolloutConfig
+    prompts: PromptConfig
+    target: Target
+    reward: RewardConfig
+
+
+class ScoringFailed(Exception):
+    """At least one member of a group has no score; the message says which and why."""
+
+
+def trained_steps(sampler: SamplerConfig, seed: int, group: int) -> tuple[int, ...]:
+    """Trained step indices of a group, ascending: one choice per group, so that its members stay comparable."""
+    if isinstance(sampler.trained_steps, list):
+        return tuple(sorted(sampler.trained_steps))
+    rng = np.random.default_rng(key(seed, "trained", group))
+    drawn = rng.choice(sampler.steps - 1, sampler.trained_steps, replace=False)
+    return tuple(sorted(int(i) for i in drawn))
+
+
+def group_requests(
+    sampler: SamplerConfig, rollout: RolloutConfig, seed: int, group: int, text: TextConditioning, shape: tuple[int, int, int]
+) -> list[SampleRequest]:
+    """The requests of one group's members."""
+    trained = trained_steps(sampler, seed, group)
+    stochastic = range(sampler.steps - 1) if sampler.noise_on == "all" else trained
+    return [
+        SampleRequest(
+            id=member,
+            prompt_embeds=text.prompt_embeds[0],
+            pooled=text.pooled[0],
+            shape=shape,
+            seed=seed,
+            group=group,
+            member=member,
+            steps=sampler.steps,
+            kernel=sampler.kernel,
+            noise_level=sampler.noise_level,
+            stochastic=frozenset(stochastic),
+            trained=trained,
+            same_start=rollout.same_initial_noise,
+        )
+        for member in range(rollout.group_size)
+    ]
+
+
+def group_payload(trajectories: list[Trajectory], text: TextConditioning) -> GroupPayload:
+    """Stack the members' trained transitions."""
+    return GroupPayload(
+        x=torch.stack([t.x for t in trajectories]),
+        x_next=torch.stack([t.x_next for t in trajectories]),
+        log_prob=torch.stack([t.log_prob for t in trajectories]),
+        trained=torch.tensor(trajectories[0].request.trained),
+        times=trajectories[0].times,
+        prompt_embeds=text.prompt_embeds[0],
+        pooled=text.pooled[0],
+    )
+
+
+class RolloutGenerator:
+    """Plain class; the driver makes it a Ray actor.
+
+    Args:
+        spec: settings.
+        weights: handle of the WeightStore actor.
+        index: number of this generator, for lease ownership and logs.
+    """
+
+    def __init__(self, spec: RolloutSpec, weights: Any, index: int) -> None:
+        torch.set_num_threads(spec.rollout.threads)
+        self.spec, self.weights, self.owner = spec, weights, f"generator-{index}"
+        device = "cuda" if spec.rollout.gpus > 0 and torch.cuda.is_available() else "cpu"
+        self.policy = load_policy(spec.model, device, spec.seed)
+        sampler = spec.sampler
+        self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
+        self.engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype)
+        self.version: int | None = None
+        self.buffer = spec.target.buffer()
+        self.client = connect(spec.reward)
+        self._stop = threading.Event()
+        self._scorer = ThreadPoolExecutor(1, "scorer")
+
+    def pid(self) -> int:
+        """Process id, so that an operator can find (or a fault test can kill) it."""
+        import os
+
+        return os.getpid()
+
+    def stop(self) -> None:
+        """Finish the group in hand and return from `run`."""
+        self._stop.set()
+
+    def run(self) -> int:
+        """Generate until stopped; returns how many groups were committed."""
+        self.buffer.release(self.owner)  # what a former self of this actor held
+        committed = 0
+        pending: Future[bool] | None = None
+        while not self._stop.is_set():
+            lease = self.buffer.lease(self.owner, IDLE_S)
+            if lease is None:
+                continue
+            try:
+                sampled = self._sample(lease)
+            except Exception as error:  # the group goes back with its reason; the ledger counts attempts
+                self.buffer.fail(lease, _reason("sampling", error))
+                continue
+            if pending is not None:
+                committed += pending.result()
+            pending = self._scorer.submit(self._score_and_commit, lease, *sampled)
+        if pending is not None:
+            committed += pending.result()
+        return committed
+
+    def _refresh(self, least: int) -> None:
+        """Take the newest weights; wait until they are at least version `least`."""
+        deadline = time.monotonic() + self.spec.target.wait_s
+        while True:
+            fresh = pull(self.weights, self.version, self.spec.target.wait_s)
+            if fresh is not None:
+                self.engine.set_weights(fresh.state(), fresh.version)
+                self.version = fresh.version
+            if self.version is not None and self.version >= least:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"weights of version {least} did not appear within {self.spec.target.wait_s:.0f} s; newest is {self.version}")
+            time.sleep(0.05)
+
+    def _sample(self, lease: Lease) -> tuple[str, TextConditioning, list[Trajectory], float]:
+        self._refresh(lease.min_version)
+        start = time.monotonic()
+        prompt = training_prompt(self.spec.prompts, self.spec.seed, lease.group)
+        text = self.policy.text_encoder.encode([prompt])
+        requests = group_requests(self.spec.sampler, self.spec.rollout, self.spec.seed, lease.group, text, self.shape)
+        return prompt, text, self.engine.run(requests), time.monotonic() - start
+
+    def _score_and_commit(self, lease: Lease, prompt: str, text: TextConditioning, trajectories: list[Trajectory], sampling_s: float) -> bool:
+        start = time.monotonic()
+        try:
+            images = self.policy.codec.decode(torch.stack([t.latent for t in trajectories]))
+            reward = self.spec.reward
+            scores = self.client.score(reward.model, [prompt] * len(images), images, reward.timeout_s)
+            failed = [f"member {i}: {s.code}: {s.message}" for i, s in enumerate(scores) if not isinstance(s, ItemScore)]
+            if failed:
+                raise ScoringFailed("; ".join(failed[:3]))
+            rewards = [s.reward for s in scores if isinstance(s, ItemScore)]
+            meta = {"prompt": prompt, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
+            payload = encode(group_payload(trajectories, text))
+            return self.buffer.commit(lease, payload, rewards, min(t.version for t in trajectories), meta)
+        except Exception as error:
+            self.buffer.fail(lease, _reason("scoring", error))
+            return False
+
+
+def _reason(stage: str, error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    where = f" ({last.name})" if last else ""
+    return f"{stage}: {type(error).__name__}: {error}{where}"[:500]

@@ -1,0 +1,1 @@
+"""Sources: pure functions from (seed, index) to prompts and anchor data."""

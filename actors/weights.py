@@ -1,0 +1,114 @@
+"""The weight store: the newest policy weights, by version, for every generator and evaluator.
+
+A version's bytes are safetensors with a checksum. They are on disk before anyone can see the version, so a store that
+is restarted (Ray runs its constructor again) serves what it served before. Older versions are kept for a few steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+KEEP = 4
+"""Versions kept in memory, for evaluations that ask for one a few updates old."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One published version: safetensors bytes of the whole state dict and their SHA-256."""
+
+    version: int
+    data: bytes
+    sha256: str
+
+    def state(self) -> dict[str, Tensor]:
+        """State dict. Raises ValueError when the bytes are not what was published."""
+        if hashlib.sha256(self.data).hexdigest() != self.sha256:
+            raise ValueError(f"weights of version {self.version} are damaged: checksum differs")
+        tensors: dict[str, Tensor] = load(self.data)
+        return tensors
+
+    @classmethod
+    def of(cls, version: int, data: bytes) -> Weights:
+        return cls(version, data, hashlib.sha256(data).hexdigest())
+
+
+def assemble(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The whole state dict from the ranks' shards, in rank order: sharded tensors are cut along dimension 0; what only
+    rank 0 sends (buffers) is whole."""
+    return {name: torch.cat([s[name] for s in shards]) if all(name in s for s in shards) else tensor for name, tensor in shards[0].items()}
+
+
+class WeightStore:
+    """Plain class; the driver makes it a Ray actor.
+
+    Args:
+        folder: where the newest version is kept, `weights-<version>.safetensors`.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._kept: OrderedDict[int, Weights] = OrderedDict()
+        self._shards: dict[tuple[int, int], dict[int, bytes]] = {}
+        files = {int(f.stem.split("-")[1]): f for f in self.folder.glob("weights-*.safetensors")}
+        if files:
+            newest = max(files)
+            self._kept[newest] = Weights.of(newest, files[newest].read_bytes())
+
+    def publish_shard(self, version: int, epoch: int, rank: int, world: int, data: bytes) -> bool:
+        """Take one rank's shard of a version (safetensors); True when this made the version complete and visible.
+
+        `epoch` is the learner's: shards of different starts of the worker group are never mixed.
+        """
+        shards = self._shards.setdefault((epoch, version), {})
+        shards[rank] = data
+        if len(shards) < world:
+            return False
+        self._shards.clear()
+        self.publish(Weights.of(version, save(assemble([load(shards[r]) for r in range(world)]))))
+        return True
+
+    def publish(self, weights: Weights) -> None:
+        """Make a version the newest. Publishing an older one drops the newer ones (a run that went back to a checkpoint)."""
+        path = self.folder / f"weights-{weights.version}.safetensors"
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(weights.data)
+        partial.rename(path)
+        for version in [v for v in self._kept if v >= weights.version]:
+            del self._kept[version]
+        self._kept[weights.version] = weights
+        while len(self._kept) > KEEP:
+            self._kept.popitem(last=False)
+        for file in self.folder.glob("weights-*.safetensors"):
+            if file != path:
+                file.unlink()
+
+    def version(self) -> int | None:
+        """Newest version, None before the first."""
+        return next(reversed(self._kept), None)
+
+    def get(self, have: int | None = None, exact: int | None = None) -> Weights | None:
+        """The newest weights, or None if the caller already has them (`have`) or there are none yet.
+
+        With `exact`, that version if it is still kept, else the newest.
+        """
+        newest = self.version()
+        if newest is None or (exact is None and newest == have):
+            return None
+        return self._kept.get(newest if exact is None else exact, self._kept[newest])
+
+
+def pull(store: Any, have: int | None, timeout_s: float, exact: int | None = None) -> Weights | None:
+    """`WeightStore.get` on a Ray actor handle, with a deadline."""
+    import ray
+
+    answer: Weights | None = ray.get(store.get.remote(have, exact), timeout=timeout_s)
+    return answer
