@@ -1,0 +1,240 @@
+"""The driver: starts every part of a run, watches it, evaluates before and after, and takes everything down again.
+
+    folder → Redis → Ray → reward fleet, weight store, evaluator, generators, feeder → learner group (Ray Train)
+    → while it trains: show metrics, evaluate, watch for dead groups → evaluate, summary, report → stop all
+
+`fit()` runs in a thread of its own: Ray Train's SIGINT handler would abort without a checkpoint. Ours asks the ledger
+to stop; the ranks agree on it between two updates, checkpoint and return. A second Ctrl-C aborts.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.connect import Target
+from diffusion.checkpoint import CheckpointError, load_policy
+from replay.buffer import ReplayBuffer
+from replay.errors import ReplayError
+from trainer import cluster
+from trainer.config import RunConfig
+from trainer.display import Display
+from trainer.errors import RunFailed, describe
+from trainer.loop import is_evaluated
+from trainer.parts import Parts
+from trainer.report.page import write_report
+from trainer.runfolder import RunFolder, append_metrics
+from trainer.scalars import Scalars
+from trainer.summary import evaluation, summarise
+from trainer.tail import MetricsTail
+
+POLL_S = 0.25
+EVALUATION_DEADLINE_S = 900.0
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its last checkpoint is registered and `--resume` goes on from there."""
+
+
+class Driver:
+    """One run on one cluster.
+
+    Args:
+        config: settings; paths absolute.
+        folder: the run folder, opened.
+        display: where progress is shown.
+        resume: go on with the folder's run.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, display: Display, resume: bool) -> None:
+        self.config, self.folder, self.display, self.resume = config, folder, display, resume
+        self.wall: dict[str, float] = {}
+        self._stack = ExitStack()
+        self._tail = MetricsTail(folder.metrics)
+        self._buffer: ReplayBuffer | None = None
+        self._training = threading.Event()
+        self._stopping = False
+
+    def run(self) -> dict[str, Any]:
+        """Run to the end; returns the summary. Raises RunFailed, Interrupted, KeyboardInterrupt."""
+        started = time.monotonic()
+        with self._signals(), self._stack:
+            self._scalars = self._stack.enter_context(Scalars(self.folder.path / "tensorboard"))
+            with self._timed("start"):
+                parts = self._start()
+            self._train(parts)
+            with self._timed("stop_rollouts"):
+                parts.stop_producers()
+            step = parts.finished_step()
+            if self._stopping and step < self.config.updates:
+                raise Interrupted(f"stopped after update {step} of {self.config.updates}; its checkpoint is kept, the same command with --resume goes on")
+            self.display.stage("Evaluating on held-out test prompts")
+            with self._timed("evaluation_after"):
+                for reference in parts.evaluate_after(step):
+                    self._record(reference)
+                self._show()
+            counts = self._counts()
+            self.wall["total"] = time.monotonic() - started
+            summary = summarise(self.config, self.folder.path, step, counts.get("settled", 0), self.wall | self._update_seconds())
+            self.folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
+            write_report([self.folder.path], self.folder.path / "report.html")
+            self.display.stage("Stopping")
+        return summary
+
+    # -- start ------------------------------------------------------------------------------------------------
+
+    def _start(self) -> Parts:
+        config = self.config
+        self.display.stage("Reading the policy")
+        try:
+            load_policy(config.model, seed=config.seed)
+        except CheckpointError as error:
+            raise RunFailed("model", str(error)) from error
+        cluster.check_reward_url(config.reward)
+        self.display.stage("Starting Redis")
+        url = cluster.start_redis(config.redis, self.folder, config.replay.max_bytes, self._stack)
+        target = Target(url, config.name, cluster.buffer_settings(config))
+        try:
+            buffer = self._buffer = target.buffer()
+            buffer.initialise()
+            buffer.clear_stop()
+        except ReplayError as error:
+            raise RunFailed("replay buffer", str(error)) from error
+        if not self.resume and buffer.counts().get("epoch", 0) > 0:
+            raise RunFailed("replay buffer", f"Redis already holds a ledger of run '{config.name}'; add --resume to go on with it, or choose another name (--set name=…)")
+        self.display.stage("Starting Ray")
+        cluster.start_ray(config.ray, self._stack)
+        cluster.check_nodes(config)
+        self.display.stage("Starting the reward fleet and the actors")
+        parts = Parts(config, target, self.folder)
+        self._stack.callback(parts.close)
+        parts.create_actors()
+        self.display.stage("Deploying the reward fleet")
+        cluster.start_fleet(config.reward, self._stack)
+        parts.start_producers()
+        parts.start_training(self.resume)
+        self._training.set()
+        self.display.stage("Evaluating the starting policy; starting the learner group")
+        return parts
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def _train(self, parts: Parts) -> None:
+        """Watch until the learner group returns."""
+        pending = parts.evaluate_before() if evaluation(self.folder.path, 0) is None else []
+        asked: set[int] = set()
+        first_update: float | None = None
+        began = time.monotonic()
+        while not parts.training_done():
+            time.sleep(POLL_S)
+            for record in self._show():
+                if record.get("kind") != "update":
+                    continue
+                first_update = first_update or time.monotonic()
+                step = int(record["step"])
+                if is_evaluated(self.config, step) and step not in asked:
+                    asked.add(step)
+                    pending.extend(parts.evaluate_during(step))
+            pending = self._gather(parts, pending)
+            parts.check_producers()
+            self._check_dead()
+        self.wall["training"] = time.monotonic() - (first_update or began)
+        self.wall["until_first_update"] = (first_update or began) - began
+        parts.training_result()
+        for reference in pending:
+            self._record(reference)
+        self._show()
+
+    def _show(self) -> list[dict[str, Any]]:
+        """Show what metrics.jsonl has gained; returns it."""
+        fresh = self._tail.read()
+        for record in fresh:
+            self.display.event(record)
+            self._scalars.add(record)
+        return fresh
+
+    def _gather(self, parts: Parts, pending: list[Any]) -> list[Any]:
+        """Record evaluations that are ready; returns the others."""
+        ready, waiting = parts.split_ready(pending)
+        for reference in ready:
+            self._record(reference)
+        return waiting
+
+    def _record(self, reference: Any) -> None:
+        """Wait for one evaluation and write it to metrics.jsonl."""
+        import ray
+
+        try:
+            result = ray.get(reference, timeout=EVALUATION_DEADLINE_S)
+        except Exception as error:
+            raise RunFailed("evaluator", describe(error)) from error
+        if isinstance(result, dict):
+            append_metrics(self.folder.path, result)
+
+    def _check_dead(self) -> None:
+        """Give up when groups keep failing: training would only wait for its deadline."""
+        assert self._buffer is not None
+        letters = self._buffer.dead_letters()
+        if len(letters) > self.config.max_dead_groups:
+            raise RunFailed("rollouts", f"{len(letters)} groups failed every attempt; the last one: {letters[0][1]}")
+
+    def _counts(self) -> dict[str, int]:
+        assert self._buffer is not None
+        return self._buffer.counts()
+
+    def _update_seconds(self) -> dict[str, float]:
+        """Learner seconds by stage, summed over all updates."""
+        totals: dict[str, float] = {}
+        for record in self.folder.records():
+            if record.get("kind") == "update":
+                for stage in ("wait", "train", "publish"):
+                    totals[stage] = totals.get(stage, 0.0) + float(record["seconds"].get(stage, 0.0))
+        return totals
+
+    # -- time and signals ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self.wall[stage] = time.monotonic() - begin
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """First SIGINT or SIGTERM: stop at the next update. Second, or before training: abort at once."""
+
+        def handle(number: int, frame: object) -> None:
+            if self._stopping or not self._training.is_set() or self._buffer is None:
+                raise KeyboardInterrupt
+            self._stopping = True
+            # Redis must not be called from a handler that may interrupt a Redis call of this thread
+            threading.Thread(target=self._buffer.request_stop, daemon=True).start()
+            self.display.stage("Stopping after this update (Ctrl-C again to abort)")
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, previous in before.items():
+                signal.signal(s, previous)
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """Paths of the configuration made absolute: actors and ranks run in other folders."""
+
+    def path(value: str | None) -> str | None:
+        return str(Path(value).resolve()) if value else value
+
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": path(config.model.path)}),
+            "prompts": config.prompts.model_copy(update={"path": path(config.prompts.path)}),
+            "data": config.data.model_copy(update={"path": path(config.data.path)}),
+        }
+    )

@@ -1,0 +1,27 @@
+"""Environment variables of a run's processes. Must be set before `ray` is first imported: it reads some of them then."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+QUIET = {
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep: several processes share few cores
+    "GLOG_minloglevel": "2",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def prepare(ray_address: str | None) -> None:
+    """Quiet logs; and for a local cluster, a token of its own, so that nobody else on the machine can submit to it."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if ray_address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ["RAY_AUTH_MODE"] == "token":
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

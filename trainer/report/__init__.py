@@ -1,0 +1,8 @@
+"""The run report: one offline HTML page written from what a run left in its folder.
+
+``record`` reads a run folder as it is, also after a crash; ``progress`` follows the lines of a run that is
+going on; ``outcome`` turns the numbers into before/after rows and comparisons; ``wording`` spells them;
+``charts`` says what each figure shows; ``figures`` draws a figure as themed SVG; ``page`` puts them together
+(``write_report``). Only ``figures`` (and with it ``charts`` and ``page``) needs matplotlib, only ``page``
+needs jinja2.
+"""

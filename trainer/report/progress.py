@@ -1,0 +1,141 @@
+"""What the metrics lines of a running run say so far, and the one-line forms of an update and an evaluation.
+
+:class:`Progress` changes only by :meth:`Progress.add`, with the time given by the caller: it draws nothing
+and waits for nothing, so the display that shows it stays thin.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from trainer.report.outcome import relative_change
+from trainer.report.record import ROLLOUT_STAGES
+from trainer.report.wording import duration, fixed, general, number, percent
+
+TREND_UPDATES = 10
+_BARS = "▁▂▃▄▅▆▇█"
+_RECENT = 200
+_PACE = 20  # updates whose mean duration makes the ETA
+
+
+@dataclass
+class Progress:
+    """What the events so far say. Times are readings of the display's clock in seconds."""
+
+    total: int
+    update: Mapping[str, object] = field(default_factory=dict)
+    step: int = 0
+    rewards: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    first_eval: dict[str, Mapping[str, object]] = field(default_factory=dict)
+    held_out: Mapping[str, object] = field(default_factory=dict)
+    ticks: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_PACE + 1))
+
+    def add(self, line: Mapping[str, object], now: float) -> None:
+        """Take in one metrics line; kinds other than ``update`` and ``eval`` change nothing."""
+        if line.get("kind") == "update":
+            self._add_update(line, now)
+        elif line.get("kind") == "eval" and line.get("weights", "raw") == "raw":
+            self.first_eval.setdefault(str(line.get("split")), line)
+            self.held_out = line
+
+    def _add_update(self, line: Mapping[str, object], now: float) -> None:
+        step = int(number(line.get("step")) or 0)
+        if self.ticks and step <= self.ticks[-1][0]:  # a restart repeats steps: its pace starts afresh
+            self.ticks.clear()
+        self.ticks.append((step, now))
+        self.update, self.step = line, step
+        reward = number(line.get("reward_mean"))
+        if reward is not None:
+            self.rewards.append(reward)
+
+    def seconds_left(self) -> float | None:
+        """Time to the last update at the pace of the last 20; None before two updates are known."""
+        if len(self.ticks) < 2:
+            return None
+        (first_step, first), (last_step, last) = self.ticks[0], self.ticks[-1]
+        return max(0, self.total - last_step) * (last - first) / (last_step - first_step)
+
+    def trend(self) -> float | None:
+        """Mean reward of the last 10 updates minus that of the 10 before; None until there are 20."""
+        if len(self.rewards) < 2 * TREND_UPDATES:
+            return None
+        values = list(self.rewards)[-2 * TREND_UPDATES :]
+        return sum(values[TREND_UPDATES:]) / TREND_UPDATES - sum(values[:TREND_UPDATES]) / TREND_UPDATES
+
+    def held_out_change(self, key: str) -> float | None:
+        """Relative change of a held-out quantity since the first evaluation of the same split."""
+        first = self.first_eval.get(str(self.held_out.get("split")), {})
+        return relative_change(number(first.get(key)), number(self.held_out.get(key)))
+
+    def held_out_gain(self) -> float | None:
+        """Held-out reward minus that of the first evaluation of the same split."""
+        first = self.first_eval.get(str(self.held_out.get("split")), {})
+        before, after = number(first.get("reward")), number(self.held_out.get("reward"))
+        return None if before is None or after is None else after - before
+
+
+def update_line(progress: Progress, skipped: int = 0) -> str:
+    """One update as a compact line for a log; ``skipped`` updates before it had no line of their own."""
+    update = progress.update
+    parts = [f"update {progress.step}/{progress.total}"]
+    if number(update.get("reward_mean")) is not None:
+        parts.append(f"reward {fixed(number(update.get('reward_mean')))}")
+    for key, label in (
+        ("policy_loss", "policy loss"),
+        ("data_loss", "data loss"),
+        ("grad_norm", "grad norm"),
+    ):
+        if number(update.get(key)) is not None:
+            parts.append(f"{label} {general(number(update.get(key)))}")
+    if number(update.get("staleness_mean")) is not None:
+        parts.append(f"staleness {general(number(update.get('staleness_mean')), 2)}")
+    seconds = stage_words(update)
+    if seconds:
+        parts.append(f"seconds {seconds}")
+    if progress.seconds_left() is not None:
+        parts.append(f"ETA {duration(progress.seconds_left())}")
+    return "  ".join(parts) + (f"  (+{skipped} updates not shown)" if skipped else "")
+
+
+def eval_line(line: Mapping[str, object], progress: Progress) -> str:
+    """One evaluation as a line for a log, with the changes since the first one of its split."""
+    reward, error = number(line.get("reward")), number(line.get("reward_stderr"))
+    parts = [f"held-out {line.get('split')} at {line.get('step')}, {line.get('weights', 'raw')} weights:"]
+    parts.append(f"reward {fixed(reward)}" + (f" ± {fixed(error)}" if error is not None else ""))
+    for key, label in (
+        ("exact_match", "exact match"),
+        ("diffusion_loss", "diffusion loss"),
+        ("diversity", "diversity"),
+    ):
+        value = number(line.get(key))
+        if value is None:
+            continue
+        first = progress.first_eval.get(str(line.get("split")), {})
+        change = relative_change(number(first.get(key)), value) if key != "exact_match" and first is not line else None
+        parts.append(f"{label} {fixed(value, 4)}" + (f" ({percent(change)})" if change is not None else ""))
+    return "  ".join(parts)
+
+
+def sparkline(values: list[float], width: int = 30) -> str:
+    """The last values as bars between their least and greatest; equal values give a flat low line.
+
+    >>> sparkline([0.0, 0.5, 1.0])
+    '▁▅█'
+    """
+    shown = values[-width:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[int((value - low) * scale + 0.5)] for value in shown)
+
+
+def stage_words(update: Mapping[str, object]) -> str:
+    """Learner stages, after a bar the rollout stages beside them: ``wait 0.4 train 2.1 | sample 1.9``."""
+    seconds = update.get("seconds")
+    if not isinstance(seconds, Mapping):
+        return ""
+    known = {str(stage): number(value) for stage, value in seconds.items()}
+    learner = [f"{stage} {general(value, 2)}" for stage, value in known.items() if stage not in ROLLOUT_STAGES]
+    rollout = [f"{stage} {general(value, 2)}" for stage, value in known.items() if stage in ROLLOUT_STAGES]
+    return " | ".join(" ".join(words) for words in (learner, rollout) if words)

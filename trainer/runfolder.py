@@ -1,0 +1,108 @@
+"""The run folder: where everything a run leaves behind lies, and who may write there.
+
+    config.yaml  metrics.jsonl  tensorboard/  summary.json  report.html  eval/  samples/  exports/  checkpoints/
+    redis/ (embedded server)  weights/ (newest published version)  ray.log, redis.log …
+
+A folder belongs to one run at a time: a lock file holds the driver's process id while it runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from trainer.config import ConfigError, RunConfig, render_config
+
+MIN_FREE_MB = 200
+"""Free space a run needs at start: checkpoints, exports and Redis's log of a small model."""
+
+
+class RunFolderError(ConfigError):
+    """The run folder cannot be used; the message says why and what to do."""
+
+
+class RunFolder:
+    """Paths of a run. `open` takes the folder for this process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.exports = self.path / "exports"
+        self.weights = self.path / "weights"
+        self.redis = self.path / "redis"
+        self._lock: IO[str] | None = None
+
+    def open(self, config: RunConfig, resume: bool) -> None:
+        """Create or reopen the folder. Raises RunFolderError."""
+        started = (self.path / "config.yaml").exists()
+        if started and not resume:
+            raise RunFolderError(f"run folder {self.path} already holds a run; add --resume to go on with it, or choose another name (--set name=…) or --run-dir")
+        if resume and not started:
+            raise RunFolderError(f"nothing to resume: {self.path} holds no run; start it without --resume")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.path).free >> 20
+            if free < MIN_FREE_MB:
+                raise RunFolderError(f"the disk of run folder {self.path} has {free} MB free, a run needs {MIN_FREE_MB} MB; free some space or choose another --run-dir")
+            self._lock = (self.path / "lock").open("a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.truncate(0)
+            self._lock.write(f"{os.getpid()}\n")
+            self._lock.flush()
+            (self.path / "config.yaml").write_text(render_config(config))
+        except BlockingIOError:
+            raise RunFolderError(f"run folder {self.path} is in use by another ddrl process") from None
+        except OSError as error:
+            raise RunFolderError(f"run folder {self.path} cannot be written: {error.strerror}") from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl; a line is written whole or not at all."""
+        append_metrics(self.path, record)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl; a torn last line (crash) is left out."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+
+def append_metrics(folder: Path, record: dict[str, Any]) -> None:
+    """Append a record, stamped with the wall clock, to `folder`/metrics.jsonl."""
+    line = json.dumps({"time": round(time.time(), 3), **record}, allow_nan=False) + "\n"
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(line)
+
+
+def drop_metrics_after(folder: Path, step: int) -> None:
+    """Forget update lines of steps > `step`: those updates are made again from the checkpoint of `step`."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record.get("step", 0) <= step:
+            kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.rename(path)

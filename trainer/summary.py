@@ -1,0 +1,81 @@
+"""The summary of a run: before/after on held-out test prompts, with errors of paired differences.
+
+Both evaluations use the same prompts, noise and loss points, so every difference is paired: per prompt for the reward,
+per point for the diffusion loss, per prompt for diversity. 95 % intervals are ± 1.96 standard errors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+
+
+def evaluation(folder: Path, step: int, weights: str = "raw", split: str = "test") -> dict[str, Any] | None:
+    """A stored evaluation, or None."""
+    path = folder / "eval" / f"{split}-{step:06d}-{weights}.json"
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def paired(before: list[float], after: list[float]) -> tuple[float, float]:
+    """Mean and standard error of the paired differences. Raises ValueError on unequal lengths."""
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def summarise(config: RunConfig, folder: Path, step: int, groups: int, wall_seconds: dict[str, float]) -> dict[str, Any]:
+    """The content of summary.json. Values whose evaluation is missing are left out."""
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "seed": config.seed,
+        "objective": config.objective.preset,
+        "updates": step,
+        "groups": groups,
+        "wall_seconds": {k: round(v, 1) for k, v in wall_seconds.items()},
+    }
+    before, after = evaluation(folder, 0), evaluation(folder, step)
+    for label, record in (("before", before), ("after", after), ("ema", evaluation(folder, step, "ema"))):
+        if record is not None:
+            summary |= {
+                f"ocr_{label}": record["reward"],
+                f"exact_match_{label}": record["exact_match"],
+                f"diffusion_loss_{label}": record["diffusion_loss"],
+                f"diversity_{label}": record["diversity"],
+            }
+            summary["prompts"] = record["prompts"]
+    if before is not None and after is not None:
+        b, a = before["per_prompt"], after["per_prompt"]
+        gain, gain_error = paired(b["rewards"], a["rewards"])
+        rise, rise_error = paired(b["diffusion_losses"], a["diffusion_losses"])
+        base = before["diffusion_loss"]
+        summary |= {
+            "ocr_gain": gain,
+            "ocr_gain_stderr": gain_error,
+            "ocr_gain_ci95": [gain - 1.96 * gain_error, gain + 1.96 * gain_error],
+            "diffusion_loss_rise": rise / base,
+            "diffusion_loss_rise_ci95": [(rise - 1.96 * rise_error) / base, (rise + 1.96 * rise_error) / base],
+            "diversity_change": after["diversity"] / before["diversity"] - 1,
+        }
+    return summary
+
+
+def reward_against(reference: Path, other: Path) -> tuple[float, float] | None:
+    """Mean and standard error of (other - reference) final test rewards, paired by prompt; None when one is missing or
+    the prompts differ in number."""
+    records = [_last_test(folder) for folder in (reference, other)]
+    if any(r is None for r in records):
+        return None
+    first, second = (r["per_prompt"]["rewards"] for r in records if r is not None)
+    return paired(first, second) if len(first) == len(second) else None
+
+
+def _last_test(folder: Path) -> dict[str, Any] | None:
+    files = sorted((folder / "eval").glob("test-*-raw.json"))
+    return evaluation(folder, int(files[-1].stem.split("-")[1])) if files else None
