@@ -58,7 +58,9 @@ class EvaluationConfig(Strict):
     every: int = Field(20, ge=0, description="updates between evaluations on dev prompts; 0 = none")
     dev_prompts: int = Field(96, ge=2, description="dev prompts of a periodic evaluation")
     test_prompts: int = Field(512, ge=2, description="test prompts of the evaluations before and after")
-    loss_points: int = Field(512, ge=2, description="fixed (sample, time, noise) points of the held-out diffusion loss before and after; a periodic evaluation uses a quarter")
+    loss_points: int = Field(
+        512, ge=2, description="fixed (sample, time, noise) points of the held-out diffusion loss before and after; a periodic evaluation uses a quarter"
+    )
     diversity_prompts: int = Field(32, ge=1, description="prompts of the diversity figure before and after; a periodic evaluation uses a quarter")
     diversity_samples: int = Field(16, ge=2, description="samples per prompt of the diversity figure")
     grid_prompts: int = Field(32, ge=1, description="prompts of the sample grids")

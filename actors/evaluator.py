@@ -41,6 +41,7 @@ class EvaluatorSpec:
     evaluation: EvaluationConfig
     reward: RewardConfig
     run_dir: str
+    seed: int = 0
 
 
 class EvaluationFailed(Exception):
@@ -53,7 +54,7 @@ class Evaluator:
     def __init__(self, spec: EvaluatorSpec) -> None:
         torch.set_num_threads(spec.evaluation.threads)
         self.spec = spec
-        self.policy = load_policy(spec.model)
+        self.policy = load_policy(spec.model, seed=spec.seed)
         self.engine = Engine(self.policy.transformer, self.policy.process, spec.sampler.max_tokens, spec.model.dtype)
         self.client = connect(spec.reward)
         self.run_dir = Path(spec.run_dir)
@@ -94,13 +95,14 @@ class Evaluator:
         """Evaluate one version and keep its per-prompt numbers in `eval/<split>-<step>-<kind>.json`.
 
         Args:
-            weights: version to evaluate; None = the policy folder itself.
+            weights: version to evaluate, which is also the step recorded; None = the policy folder itself, at `step`.
             full: the sizes of the before/after evaluation; otherwise the smaller periodic ones.
         Returns:
             The metrics line (`kind: eval`). Raises EvaluationFailed, ValueError.
         """
         if weights is not None:
             self.engine.set_weights(weights.state(), weights.version)
+            step = weights.version
         settings = self.spec.evaluation
         shrink = 1 if full else 4
         prompts = held_out_prompts(self.spec.prompts, split, settings.test_prompts if full else settings.dev_prompts)

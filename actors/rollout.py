@@ -7,6 +7,7 @@ trained steps are drawn from named generators.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import traceback
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import redis
 import torch
 
 from actors.config import PromptConfig, RolloutConfig
@@ -119,11 +121,13 @@ class RolloutGenerator:
         sampler = spec.sampler
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
         self.engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype)
-        self.version: int | None = None
+        self.held: tuple[int, int] | None = None  # (lineage, version) of the weights in the engine
         self.buffer = spec.target.buffer()
         self.client = connect(spec.reward)
         self._stop = threading.Event()
         self._scorer = ThreadPoolExecutor(1, "scorer")
+        self._leases: dict[int, Lease] = {}
+        threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
 
     def pid(self) -> int:
         """Process id, so that an operator can find (or a fault test can kill) it."""
@@ -144,9 +148,11 @@ class RolloutGenerator:
             lease = self.buffer.lease(self.owner, IDLE_S)
             if lease is None:
                 continue
+            self._leases[lease.group] = lease
             try:
                 sampled = self._sample(lease)
             except Exception as error:  # the group goes back with its reason; the ledger counts attempts
+                self._leases.pop(lease.group, None)
                 self.buffer.fail(lease, _reason("sampling", error))
                 continue
             if pending is not None:
@@ -156,29 +162,39 @@ class RolloutGenerator:
             committed += pending.result()
         return committed
 
+    def _heartbeat(self) -> None:
+        """Keep the leases in hand alive, however long sampling and scoring take; ends with the process."""
+        while True:
+            time.sleep(self.spec.target.settings.lease_s / 3)
+            for lease in list(self._leases.values()):
+                with contextlib.suppress(redis.RedisError):  # the next beat tries again; the lease outlives two misses
+                    self.buffer.extend(lease)
+
     def _refresh(self, least: int) -> None:
         """Take the newest weights; wait until they are at least version `least`."""
         deadline = time.monotonic() + self.spec.target.wait_s
         while True:
-            fresh = pull(self.weights, self.version, self.spec.target.wait_s)
+            fresh = pull(self.weights, self.held, self.spec.target.wait_s)
             if fresh is not None:
                 self.engine.set_weights(fresh.state(), fresh.version)
-                self.version = fresh.version
-            if self.version is not None and self.version >= least:
+                self.held = fresh.name
+            if self.held is not None and self.held[1] >= least:
                 return
             if time.monotonic() > deadline:
-                raise TimeoutError(f"weights of version {least} did not appear within {self.spec.target.wait_s:.0f} s; newest is {self.version}")
+                raise TimeoutError(f"weights of version {least} did not appear within {self.spec.target.wait_s:.0f} s; newest is {self.held}")
             time.sleep(0.05)
 
-    def _sample(self, lease: Lease) -> tuple[str, TextConditioning, list[Trajectory], float]:
+    def _sample(self, lease: Lease) -> tuple[str, TextConditioning, list[Trajectory], int, float]:
         self._refresh(lease.min_version)
         start = time.monotonic()
         prompt = training_prompt(self.spec.prompts, self.spec.seed, lease.group)
         text = self.policy.text_encoder.encode([prompt])
         requests = group_requests(self.spec.sampler, self.spec.rollout, self.spec.seed, lease.group, text, self.shape)
-        return prompt, text, self.engine.run(requests), time.monotonic() - start
+        trajectories = self.engine.run(requests)
+        assert self.held is not None  # _refresh returned
+        return prompt, text, trajectories, self.held[0], time.monotonic() - start
 
-    def _score_and_commit(self, lease: Lease, prompt: str, text: TextConditioning, trajectories: list[Trajectory], sampling_s: float) -> bool:
+    def _score_and_commit(self, lease: Lease, prompt: str, text: TextConditioning, trajectories: list[Trajectory], lineage: int, sampling_s: float) -> bool:
         start = time.monotonic()
         try:
             images = self.policy.codec.decode(torch.stack([t.latent for t in trajectories]))
@@ -188,12 +204,14 @@ class RolloutGenerator:
             if failed:
                 raise ScoringFailed("; ".join(failed[:3]))
             rewards = [s.reward for s in scores if isinstance(s, ItemScore)]
-            meta = {"prompt": prompt, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
+            meta: dict[str, float | int | str] = {"prompt": prompt, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
             payload = encode(group_payload(trajectories, text))
-            return self.buffer.commit(lease, payload, rewards, min(t.version for t in trajectories), meta)
+            return self.buffer.commit(lease, payload, rewards, min(t.version for t in trajectories), meta, lineage)
         except Exception as error:
             self.buffer.fail(lease, _reason("scoring", error))
             return False
+        finally:
+            self._leases.pop(lease.group, None)
 
 
 def _reason(stage: str, error: Exception) -> str:

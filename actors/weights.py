@@ -22,11 +22,20 @@ KEEP = 4
 
 @dataclass(frozen=True)
 class Weights:
-    """One published version: safetensors bytes of the whole state dict and their SHA-256."""
+    """One published version: safetensors bytes of the whole state dict and their SHA-256.
+
+    `lineage` is the learner epoch that published it: after a return to a checkpoint the same version number means other
+    weights.
+    """
 
     version: int
     data: bytes
     sha256: str
+    lineage: int = 0
+
+    @property
+    def name(self) -> tuple[int, int]:
+        return self.lineage, self.version
 
     def state(self) -> dict[str, Tensor]:
         """State dict. Raises ValueError when the bytes are not what was published."""
@@ -36,8 +45,8 @@ class Weights:
         return tensors
 
     @classmethod
-    def of(cls, version: int, data: bytes) -> Weights:
-        return cls(version, data, hashlib.sha256(data).hexdigest())
+    def of(cls, version: int, data: bytes, lineage: int = 0) -> Weights:
+        return cls(version, data, hashlib.sha256(data).hexdigest(), lineage)
 
 
 def assemble(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -50,7 +59,7 @@ class WeightStore:
     """Plain class; the driver makes it a Ray actor.
 
     Args:
-        folder: where the newest version is kept, `weights-<version>.safetensors`.
+        folder: where the newest version is kept, `weights-<lineage>-<version>.safetensors`.
     """
 
     def __init__(self, folder: str) -> None:
@@ -58,10 +67,10 @@ class WeightStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._kept: OrderedDict[int, Weights] = OrderedDict()
         self._shards: dict[tuple[int, int], dict[int, bytes]] = {}
-        files = {int(f.stem.split("-")[1]): f for f in self.folder.glob("weights-*.safetensors")}
+        files = {tuple(map(int, f.stem.split("-")[1:])): f for f in self.folder.glob("weights-*-*.safetensors")}
         if files:
-            newest = max(files)
-            self._kept[newest] = Weights.of(newest, files[newest].read_bytes())
+            lineage, version = newest = max(files)
+            self._kept[version] = Weights.of(version, files[newest].read_bytes(), lineage)
 
     def publish_shard(self, version: int, epoch: int, rank: int, world: int, data: bytes) -> bool:
         """Take one rank's shard of a version (safetensors); True when this made the version complete and visible.
@@ -73,12 +82,12 @@ class WeightStore:
         if len(shards) < world:
             return False
         self._shards.clear()
-        self.publish(Weights.of(version, save(assemble([load(shards[r]) for r in range(world)]))))
+        self.publish(Weights.of(version, save(assemble([load(shards[r]) for r in range(world)])), epoch))
         return True
 
     def publish(self, weights: Weights) -> None:
         """Make a version the newest. Publishing an older one drops the newer ones (a run that went back to a checkpoint)."""
-        path = self.folder / f"weights-{weights.version}.safetensors"
+        path = self.folder / f"weights-{weights.lineage}-{weights.version}.safetensors"
         partial = path.with_suffix(".partial")
         partial.write_bytes(weights.data)
         partial.rename(path)
@@ -95,18 +104,18 @@ class WeightStore:
         """Newest version, None before the first."""
         return next(reversed(self._kept), None)
 
-    def get(self, have: int | None = None, exact: int | None = None) -> Weights | None:
-        """The newest weights, or None if the caller already has them (`have`) or there are none yet.
+    def get(self, have: tuple[int, int] | None = None, exact: int | None = None) -> Weights | None:
+        """The newest weights, or None if the caller already has them (`have` is their `name`) or there are none yet.
 
         With `exact`, that version if it is still kept, else the newest.
         """
         newest = self.version()
-        if newest is None or (exact is None and newest == have):
+        if newest is None or (exact is None and self._kept[newest].name == have):
             return None
         return self._kept.get(newest if exact is None else exact, self._kept[newest])
 
 
-def pull(store: Any, have: int | None, timeout_s: float, exact: int | None = None) -> Weights | None:
+def pull(store: Any, have: tuple[int, int] | None, timeout_s: float, exact: int | None = None) -> Weights | None:
     """`WeightStore.get` on a Ray actor handle, with a deadline."""
     import ray
 

@@ -99,6 +99,8 @@ def load_state(model: SD3Transformer, state: dict[str, Tensor], origin: str) -> 
 def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
     """The policy of `config.path`, fp32 on `device`. With `config.init`, weights are drawn from `seed`.
 
+    A provider without CPU kernels gives way to `sdpa` on the CPU, where evaluators and feeders of a GPU run live.
+
     Raises:
         CheckpointError: a missing or unreadable folder, an unknown architecture, weights that do not fit.
     """
@@ -110,7 +112,8 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     encoder_class = _json(folder / "text_encoder" / "config.json").get("_class_name")
     if encoder_class != glyph.CLASS_NAME:
         raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {glyph.CLASS_NAME}")
-    model = SD3Transformer(read_transformer_config(folder), resolve_provider(config.attention, device))
+    provider = "auto" if device.type == "cpu" else config.attention
+    model = SD3Transformer(read_transformer_config(folder), resolve_provider(provider, device))
     if config.init:
         model.init_weights(generator(seed, "init"))
     else:

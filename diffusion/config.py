@@ -52,5 +52,7 @@ class SamplerConfig(Strict):
         else:
             bad = [i for i in self.trained_steps if not 0 <= i < last]
             if bad or not self.trained_steps or len(set(self.trained_steps)) != len(self.trained_steps):
-                raise ValueError(f"trained_steps={self.trained_steps} must be distinct indices in 0..{last - 1} (steps={self.steps}, the last step is never trained)")
+                raise ValueError(
+                    f"trained_steps={self.trained_steps} must be distinct indices in 0..{last - 1} (steps={self.steps}, the last step is never trained)"
+                )
         return self

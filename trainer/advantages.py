@@ -44,5 +44,6 @@ def _one(rewards: list[float], pooled: float | None, clip: float, exponential: b
 
 
 def zero_variance(groups: list[list[float]]) -> int:
-    """Groups whose members all have the same reward: they carry no policy gradient."""
+    """Groups whose members all have the same reward: nothing in them is better than the rest (their advantages are all
+    0, or all -1 after the exponential map)."""
     return sum(1 for rewards in groups if max(rewards) - min(rewards) < 1e-9)

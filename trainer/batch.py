@@ -37,12 +37,12 @@ class StepBatch:
     zero_variance_groups: int
 
 
-def take(rows: Rows, part: slice) -> Rows:
-    """A micro-batch of `rows`; an empty slice gives one row of weight zero."""
+def take(rows: Rows, part: slice, device: torch.device | str = "cpu") -> Rows:
+    """A micro-batch of `rows` on `device`; an empty slice gives one row of weight zero."""
     if part.stop > part.start:
-        return type(rows)(**{f.name: getattr(rows, f.name)[part] for f in fields(rows)})
-    first = type(rows)(**{f.name: getattr(rows, f.name)[:1] for f in fields(rows)})
-    return replace(first, weight=torch.zeros(1))
+        return type(rows)(**{f.name: getattr(rows, f.name)[part].to(device) for f in fields(rows)})
+    first = type(rows)(**{f.name: getattr(rows, f.name)[:1].to(device) for f in fields(rows)})
+    return replace(first, weight=torch.zeros(1, device=device))
 
 
 def _transitions(payload: GroupPayload, advantages: list[float]) -> Transitions:
@@ -107,7 +107,7 @@ def step_batch(config: RunConfig, process: ForwardProcess, buffer: ReplayBuffer,
         transitions = _cat([_transitions(p, advantages[i]) for i, p in payloads.items()])
         k = next(iter(payloads.values())).log_prob.shape[1]
         rows = [sum(len(rewards[i]) * k for i in share(len(rewards), r, world)) for r in range(world)]
-        if claim.data and objective.data_noise == "shared" or objective.data_per == "transition":
+        if claim.data and (objective.data_noise == "shared" or objective.data_per == "transition"):
             times = _all_times(config, process, [g.group for g in claim.groups])
     anchors, anchor_rows, total = None, [], 0
     if claim.data:

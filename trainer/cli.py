@@ -10,7 +10,9 @@ import typer
 from trainer.config import ConfigError, load_config, render_config
 from trainer.environment import prepare
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models."
+)
 
 Recipe = Annotated[Path, typer.Argument(help="recipe, a YAML file", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)]

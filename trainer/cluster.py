@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 from replay.buffer import BufferSettings
 from replay.config import RedisConfig
@@ -23,12 +24,13 @@ from trainer.config import RayConfig, RunConfig
 from trainer.errors import RunFailed, describe
 from trainer.runfolder import RunFolder
 
+
 def start_ray(config: RayConfig, stack: ExitStack) -> None:
     """Join `config.address`, or start a local cluster. Raises RunFailed. See `trainer.environment`."""
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if config.address is None:
             # "local" starts a new cluster even where RAY_ADDRESS names another
@@ -61,7 +63,7 @@ def check_nodes(config: RunConfig) -> None:
     import ray
 
     try:
-        refuse_several_nodes(sum(1 for node in ray.nodes() if node["Alive"]))
+        refuse_several_nodes(len([node for node in ray.nodes() if node["Alive"]]))
     except ReplayError as error:
         raise RunFailed("Redis", str(error)) from error
 
@@ -110,4 +112,6 @@ def buffer_settings(config: RunConfig) -> BufferSettings:
         max_bytes=config.replay.max_bytes,
         data_depth=config.replay.data_depth,
         checkpoint_interval=config.checkpoint_every,
+        # a strictly ordered run must not leave holes in the sequence of prompts when it goes back to a checkpoint
+        remake_cut_off=config.replay.max_staleness == 0 and config.replay.window == 1,
     )

@@ -7,6 +7,7 @@ anything starts.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -95,7 +96,9 @@ class LearnerConfig(Strict):
     """The FSDP learner group."""
 
     ranks: int = Field(2, ge=1, description="learner processes (FSDP2 shards)")
-    shard_blocks: bool = Field(True, description="shard every transformer block on its own; false = the whole model as one unit (small models: fewer collectives)")
+    shard_blocks: bool = Field(
+        True, description="shard every transformer block on its own; false = the whole model as one unit (small models: fewer collectives)"
+    )
     micro_batch: int = Field(160, ge=1, description="samples in one forward pass of a rank")
     threads: int = Field(1, ge=1, description="torch threads of one rank")
     gpus: float = Field(0.0, ge=0, description="GPUs of one rank; 0 = CPU and gloo")
@@ -155,6 +158,9 @@ class RunConfig(Strict):
                 f"data.batch_size={self.data_rows} must equal the rollouts per update ({rollouts} = groups_per_step x group_size) "
                 "when rollouts are trained; leave it null"
             )
+        rows = min([self.rollout.groups_per_step] * self.uses_policy + [self.data_rows] * self.uses_data)
+        if self.learner.ranks > rows:
+            raise ValueError(f"learner.ranks={self.learner.ranks} exceeds the {rows} groups or anchor samples of an update: some rank would have nothing to do")
         if self.objective.data_noise == "shared" and not self.uses_policy:
             raise ValueError("objective.data_noise=shared needs rollouts; use fresh")
         if self.redis.url == "embedded" and self.ray.address is not None:
@@ -260,5 +266,7 @@ def _dump(model: BaseModel, indent: int) -> list[str]:
 
 
 def render_config(config: RunConfig) -> str:
-    """The resolved tree as YAML with a comment for each key; reads back to the same configuration."""
-    return "\n".join(_dump(config, 0)).lstrip("\n") + "\n"
+    """The resolved tree as YAML with a comment for each key; reads back to the same configuration, but for a password in
+    `redis.url`, which is never shown or stored."""
+    text = "\n".join(_dump(config, 0)).lstrip("\n") + "\n"
+    return re.sub(r"(://[^:/@\s]*:)[^@\s]+@", r"\1***@", text)

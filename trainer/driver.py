@@ -65,6 +65,8 @@ class Driver:
         """Run to the end; returns the summary. Raises RunFailed, Interrupted, KeyboardInterrupt."""
         started = time.monotonic()
         with self._signals(), self._stack:
+            # also after a failure or Ctrl-C: what there is so far
+            self._stack.callback(write_report, [self.folder.path], self.folder.path / "report.html")
             self._scalars = self._stack.enter_context(Scalars(self.folder.path / "tensorboard"))
             with self._timed("start"):
                 parts = self._start()
@@ -82,8 +84,8 @@ class Driver:
             counts = self._counts()
             self.wall["total"] = time.monotonic() - started
             summary = summarise(self.config, self.folder.path, step, counts.get("settled", 0), self.wall | self._update_seconds())
+            summary["skipped_updates"] = sum(int(r["skipped"]) for r in self._updates())
             self.folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
-            write_report([self.folder.path], self.folder.path / "report.html")
             self.display.stage("Stopping")
         return summary
 
@@ -107,7 +109,9 @@ class Driver:
         except ReplayError as error:
             raise RunFailed("replay buffer", str(error)) from error
         if not self.resume and buffer.counts().get("epoch", 0) > 0:
-            raise RunFailed("replay buffer", f"Redis already holds a ledger of run '{config.name}'; add --resume to go on with it, or choose another name (--set name=…)")
+            raise RunFailed(
+                "replay buffer", f"Redis already holds a ledger of run '{config.name}'; add --resume to go on with it, or choose another name (--set name=…)"
+            )
         self.display.stage("Starting Ray")
         cluster.start_ray(config.ray, self._stack)
         cluster.check_nodes(config)
@@ -188,14 +192,12 @@ class Driver:
         assert self._buffer is not None
         return self._buffer.counts()
 
+    def _updates(self) -> list[dict[str, Any]]:
+        return [r for r in self.folder.records() if r.get("kind") == "update"]
+
     def _update_seconds(self) -> dict[str, float]:
         """Learner seconds by stage, summed over all updates."""
-        totals: dict[str, float] = {}
-        for record in self.folder.records():
-            if record.get("kind") == "update":
-                for stage in ("wait", "train", "publish"):
-                    totals[stage] = totals.get(stage, 0.0) + float(record["seconds"].get(stage, 0.0))
-        return totals
+        return {stage: sum(float(r["seconds"].get(stage, 0.0)) for r in self._updates()) for stage in ("wait", "train", "publish")}
 
     # -- time and signals ---------------------------------------------------------------------------------------
 

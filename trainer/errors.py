@@ -41,4 +41,5 @@ def describe(error: BaseException) -> str:
     """One line about an exception: its root cause, with the class where the message alone says little."""
     cause = root_cause(error)
     text = one_line(cause)
-    return text if len(text) > 20 and type(cause).__module__.split(".")[0] in {"replay", "services", "diffusion", "trainer", "actors"} else f"{type(cause).__name__}: {text}"
+    ours = type(cause).__module__.split(".")[0] in {"replay", "services", "diffusion", "trainer", "actors"}
+    return text if ours and len(text) > 20 else f"{type(cause).__name__}: {text}"

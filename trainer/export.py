@@ -30,7 +30,8 @@ def export_run(run: Path, out: Path, ema: bool) -> Path:
     updates = [r for r in records if r["kind"] == "update"]
     stride = max(1, len(updates) // CURVE_POINTS)
     provenance = {
-        "recipe": (folder.path / "config.yaml").read_text(),
+        # paths below the current folder as one would write them in a recipe, not this machine's
+        "recipe": (folder.path / "config.yaml").read_text().replace(f"{Path.cwd()}/", ""),
         "step": int(found[-1].name.split("-")[1]),
         "weights": "ema" if ema else "raw",
         "evaluations": [{k: v for k, v in r.items() if k != "time"} for r in records if r["kind"] == "eval"],

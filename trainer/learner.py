@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ class Learner:
             Global numbers: losses, grad_norm, lr, skipped, ratio_deviation, clip_fraction.
         """
         world = dist.get_world_size()
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         losses = list(self._losses(batch, sums))
         assert isinstance(self.model, FSDPModule)
         for i, compute in enumerate(losses):
@@ -97,14 +98,14 @@ class Learner:
             stats["data_loss"] = float(sums[4]) / batch.anchor_count
         return stats
 
-    def _losses(self, batch: StepBatch, sums: Tensor) -> Iterator:  # type: ignore[type-arg]
+    def _losses(self, batch: StepBatch, sums: Tensor) -> Iterator[Callable[[], Tensor]]:
         """One closure per forward pass, the same number on every rank; each adds its statistics to `sums`."""
         config, micro = self.config, self.config.learner.micro_batch
 
         def policy(part: slice) -> Tensor:
             assert batch.transitions is not None
-            rows = take(batch.transitions, part)
-            inputs = (rows.x.to(self.device), rows.t.to(self.device), rows.prompt_embeds.to(self.device), rows.pooled.to(self.device))
+            rows = take(batch.transitions, part, self.device)
+            inputs = (rows.x, rows.t, rows.prompt_embeds, rows.pooled)
             with autocast(config.model.dtype, self.device):
                 velocity = self.model(*inputs)
                 with torch.no_grad():
@@ -112,25 +113,24 @@ class Learner:
             loss, stats = policy_terms(velocity, reference, rows, self.kernel, config.objective)
             for i, name in enumerate(("policy_loss", "ratio_deviation", "clipped", "reverse_kl")):
                 if name in stats:
-                    sums[i] += stats[name].double().cpu()
+                    sums[i] += stats[name]
             return loss / batch.transition_count
 
         def data(part: slice) -> Tensor:
             assert batch.anchors is not None
-            rows = take(batch.anchors, part)
-            noised = self.process.noise(rows.x0, rows.eps, rows.t)
+            rows = take(batch.anchors, part, self.device)
             with autocast(config.model.dtype, self.device):
-                velocity = self.model(noised.to(self.device), rows.t.to(self.device), rows.prompt_embeds.to(self.device), rows.pooled.to(self.device))
+                velocity = self.model(self.process.noise(rows.x0, rows.eps, rows.t), rows.t, rows.prompt_embeds, rows.pooled)
             loss = data_terms(velocity, rows, self.process)
-            sums[4] += loss.detach().double().cpu()
+            sums[4] += loss.detach()
             return config.objective.data_weight * loss / batch.anchor_count
 
         if batch.transitions is not None:
             for part in slices(len(batch.transitions.x), passes(batch.transition_rows, micro)):
-                yield lambda part=part: policy(part)
+                yield partial(policy, part)
         if batch.anchors is not None:
             for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, micro)):
-                yield lambda part=part: data(part)
+                yield partial(data, part)
 
     @torch.no_grad()
     def _clip(self) -> float:

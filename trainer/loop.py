@@ -46,9 +46,11 @@ class LoopSpec:
 
 @dataclass
 class Progress:
-    """Where this rank is: the step it finished, the epoch that fences it, what was claimed since the last checkpoint."""
+    """Where this rank is: the step it finished, the step of its last checkpoint (-1: none), the epoch that fences it, what
+    was claimed since the last checkpoint."""
 
     step: int = 0
+    saved: int = -1
     epoch: int = 0
     groups: list[int] = field(default_factory=list)
     data: list[int] = field(default_factory=list)
@@ -103,9 +105,10 @@ def train_loop(settings: dict[str, Any]) -> None:
         skipped = skipped + 1 if stats["skipped"] else 0
         if skipped > config.learner.max_skipped:
             raise RuntimeError(f"gradients were not finite {skipped} updates in a row; lower optimizer.lr or sampler.noise_level")
-        if step % config.checkpoint_every == 0 and step < config.updates:
+        if step % config.checkpoint_every == 0:
             checkpoint(spec, learner, progress, rank)
-    checkpoint(spec, learner, progress, rank)
+    if progress.saved < progress.step:
+        checkpoint(spec, learner, progress, rank)
 
 
 def is_evaluated(config: RunConfig, step: int) -> bool:
@@ -122,7 +125,7 @@ def restore(learner: Learner) -> Progress:
     with saved.as_directory() as folder:
         meta = json.loads((Path(folder) / "progress.json").read_text())
         learner.load(Path(folder))
-    return Progress(step=meta["step"], groups=meta["groups"], data=meta["data"])
+    return Progress(step=meta["step"], saved=meta["step"], groups=meta["groups"], data=meta["data"])
 
 
 def publish(spec: LoopSpec, buffer: ReplayBuffer, learner: Learner, progress: Progress, rank: int, world: int) -> None:
@@ -150,7 +153,7 @@ def checkpoint(spec: LoopSpec, learner: Learner, progress: Progress, rank: int) 
         ray.train.report({"step": progress.step, "epoch": progress.epoch}, checkpoint=saved, checkpoint_dir_name=f"step-{progress.step:06d}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    progress.groups, progress.data = [], []
+    progress.saved, progress.groups, progress.data = progress.step, [], []
 
 
 def export(spec: LoopSpec, step: int, raw: dict[str, torch.Tensor], average: dict[str, torch.Tensor] | None) -> None:

@@ -39,6 +39,9 @@ class Parts:
 
     def __init__(self, config: RunConfig, target: Target, folder: RunFolder) -> None:
         self.config, self.target, self.folder = config, target, folder
+        # handles of Ray actors: their methods grow a `.remote` that type checkers do not see
+        self.weights: Any = None
+        self.evaluator: Any = None
         self.generators: list[Any] = []
         self.feeder: Any = None
         self._running: dict[Any, str] = {}
@@ -52,7 +55,7 @@ class Parts:
         # Methods are safe to run again (named by version, lease or step), so Ray may retry them after a restart.
         forever = {"max_restarts": -1, "max_task_retries": -1}
         self.weights = ray.remote(WeightStore).options(num_cpus=0.1, **forever).remote(str(self.folder.weights))
-        spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, config.reward, str(self.folder.path))
+        spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, config.reward, str(self.folder.path), config.seed)
         self.evaluator = ray.remote(Evaluator).options(num_cpus=1, max_restarts=3, max_task_retries=3).remote(spec)
         if config.uses_policy:
             rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, self.target, config.reward)
@@ -113,7 +116,7 @@ class Parts:
                 storage_path=str(self.folder.path),
                 failure_config=FailureConfig(max_failures=learner.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
-                callbacks=[SettleCheckpointed(self.target)],
+                callbacks=[SettleCheckpointed(self.target)],  # type: ignore[list-item]  # UserCallback is what Ray documents
             ),
         )
 
@@ -137,9 +140,9 @@ class Parts:
         return self._outcome
 
     def finished_step(self) -> int:
-        """Step of the last registered checkpoint."""
-        metrics = getattr(self._outcome, "metrics", None) or {}
-        return int(metrics.get("step", 0))
+        """Step of the last registered checkpoint, 0 when there is none; checkpoints are named `step-000020`."""
+        saved = getattr(self._outcome, "checkpoint", None)
+        return int(Path(saved.path).name.removeprefix("step-")) if saved is not None else 0
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -173,6 +176,6 @@ class Parts:
 
     def close(self) -> None:
         """Kill the actors; safe at any time."""
-        for actor in [*self.producers.values(), getattr(self, "evaluator", None), getattr(self, "weights", None)]:
+        for actor in [*self.producers.values(), self.evaluator, self.weights]:
             if actor is not None:
                 ray.kill(actor)

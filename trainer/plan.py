@@ -7,6 +7,8 @@ padding pass: one row of weight zero.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 
 def share(count: int, rank: int, world: int) -> list[int]:
     """Indices of `count` items that belong to `rank`: every `world`-th. Raises ValueError when some rank would get none."""
@@ -23,4 +25,4 @@ def passes(row_counts: list[int], micro_batch: int) -> int:
 def slices(rows: int, count: int) -> list[slice]:
     """`rows` rows in `count` consecutive slices of sizes that differ by at most one; may be empty when rows < count."""
     bounds = [rows * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(bounds)]

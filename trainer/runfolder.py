@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.config import ConfigError, RunConfig, render_config
+from trainer.config import ConfigError, RunConfig, load_config, render_config
 
 MIN_FREE_MB = 200
 """Free space a run needs at start: checkpoints, exports and Redis's log of a small model."""
@@ -24,6 +24,22 @@ MIN_FREE_MB = 200
 
 class RunFolderError(ConfigError):
     """The run folder cannot be used; the message says why and what to do."""
+
+
+RESUMABLE = ("updates", "checkpoint_every", "max_dead_groups", "learner", "evaluation", "reward", "redis", "ray")
+"""Settings that may change when a run goes on; the others would make it another run."""
+
+
+def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
+    """Dotted keys that differ and may not differ on resume."""
+    one, two = before.model_dump(), now.model_dump()
+    found = []
+    for section in one.keys() - set(RESUMABLE):
+        if isinstance(one[section], dict):
+            found += [f"{section}.{key}" for key, value in one[section].items() if two[section][key] != value]
+        elif one[section] != two[section]:
+            found.append(section)
+    return sorted(found)
 
 
 class RunFolder:
@@ -43,14 +59,22 @@ class RunFolder:
         """Create or reopen the folder. Raises RunFolderError."""
         started = (self.path / "config.yaml").exists()
         if started and not resume:
-            raise RunFolderError(f"run folder {self.path} already holds a run; add --resume to go on with it, or choose another name (--set name=…) or --run-dir")
+            raise RunFolderError(
+                f"run folder {self.path} already holds a run; add --resume to go on with it, or choose another name (--set name=…) or --run-dir"
+            )
         if resume and not started:
             raise RunFolderError(f"nothing to resume: {self.path} holds no run; start it without --resume")
+        if started:
+            changed = changed_settings(load_config(self.path / "config.yaml"), config)
+            if changed:
+                raise RunFolderError(f"run folder {self.path} was started with other settings ({', '.join(changed)}); give the same ones, or start a new run")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.path).free >> 20
             if free < MIN_FREE_MB:
-                raise RunFolderError(f"the disk of run folder {self.path} has {free} MB free, a run needs {MIN_FREE_MB} MB; free some space or choose another --run-dir")
+                raise RunFolderError(
+                    f"the disk of run folder {self.path} has {free} MB free, a run needs {MIN_FREE_MB} MB; free some space or choose another --run-dir"
+                )
             self._lock = (self.path / "lock").open("a+")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._lock.truncate(0)

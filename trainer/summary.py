@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from trainer.config import RunConfig
+from trainer.config import ObjectiveConfig, RunConfig
 
 
 def evaluation(folder: Path, step: int, weights: str = "raw", split: str = "test") -> dict[str, Any] | None:
@@ -30,12 +30,19 @@ def paired(before: list[float], after: list[float]) -> tuple[float, float]:
     return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
+def objective_name(objective: ObjectiveConfig) -> str:
+    """The preset, and what was set otherwise: `ddrl (data_weight=0)`."""
+    plain = ObjectiveConfig(preset=objective.preset)
+    weights = [f"{k}={getattr(objective, k):g}" for k in ("policy_weight", "kl_weight", "data_weight") if getattr(objective, k) != getattr(plain, k)]
+    return objective.preset + (f" ({', '.join(weights)})" if weights else "")
+
+
 def summarise(config: RunConfig, folder: Path, step: int, groups: int, wall_seconds: dict[str, float]) -> dict[str, Any]:
     """The content of summary.json. Values whose evaluation is missing are left out."""
     summary: dict[str, Any] = {
         "name": config.name,
         "seed": config.seed,
-        "objective": config.objective.preset,
+        "objective": objective_name(config.objective),
         "updates": step,
         "groups": groups,
         "wall_seconds": {k: round(v, 1) for k, v in wall_seconds.items()},

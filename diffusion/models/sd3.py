@@ -48,14 +48,12 @@ class SD3Config:
         extra = {k for k in values if k not in known and not k.startswith("_")}
         if extra:
             raise ValueError(f"SD3 config has keys this model does not know: {', '.join(sorted(extra))}")
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         config = cls(**kept)
         if config.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm={config.qk_norm!r} is not known; SD3 uses none, SD3.5 'rms_norm'")
         if config.caption_projection_dim != config.inner_dim:
-            raise ValueError(
-                f"caption_projection_dim={config.caption_projection_dim} must equal heads x head_dim = {config.inner_dim}"
-            )
+            raise ValueError(f"caption_projection_dim={config.caption_projection_dim} must equal heads x head_dim = {config.inner_dim}")
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,8 +195,8 @@ class Attention(nn.Module):
         q = self._heads(self.to_q(image), self.norm_q)
         k = self._heads(self.to_k(image), self.norm_k)
         v = self._heads(self.to_v(image), None)
-        flat = (a.reshape(1, stream.total, *a.shape[2:]) for a in (q, k, v))
-        out = varlen_attention(*flat, list(stream.lens), provider).flatten(-2)
+        flat_q, flat_k, flat_v = (a.reshape(1, stream.total, *a.shape[2:]) for a in (q, k, v))
+        out = varlen_attention(flat_q, flat_k, flat_v, list(stream.lens), provider).flatten(-2)
         result: Tensor = self.to_out[0](out.reshape(image.shape))
         return result
 
@@ -231,10 +229,9 @@ class JointBlock(nn.Module):
         normed = norm(image)
         image_in = normed * (1 + scale) + shift
         text_mod = self.norm1_context(temb, layout.text)
-        if self.last:
-            text_in = norm(text) * (1 + text_mod[0]) + text_mod[1]  # AdaLayerNormContinuous puts scale first
-        else:
-            text_in = norm(text) * (1 + text_mod[1]) + text_mod[0]
+        # the last block's text norm (diffusers' AdaLayerNormContinuous) puts the scale first
+        text_scale_in, text_shift_in = text_mod[:2] if self.last else (text_mod[1], text_mod[0])
+        text_in = norm(text) * (1 + text_scale_in) + text_shift_in
 
         image_attn, text_attn = self.attn.forward_joint(image_in, text_in, layout, provider)
         image = image + gate * image_attn
@@ -266,9 +263,7 @@ class SD3Transformer(nn.Module):
         self.time_text_embed = TimeTextEmbed(config)
         self.context_embedder = nn.Linear(config.joint_attention_dim, config.inner_dim)
         last = config.num_layers - 1
-        self.transformer_blocks = nn.ModuleList(
-            JointBlock(config, last=i == last, dual=i in config.dual_attention_layers) for i in range(config.num_layers)
-        )
+        self.transformer_blocks = nn.ModuleList(JointBlock(config, last=i == last, dual=i in config.dual_attention_layers) for i in range(config.num_layers))
         self.norm_out = Modulation(config.inner_dim, 2)
         self.proj_out = nn.Linear(config.inner_dim, config.patch_size**2 * self.out_channels)
 
@@ -296,9 +291,7 @@ class SD3Transformer(nn.Module):
         grid = tokens.unflatten(1, (height // patch, width // patch)).unflatten(-1, (patch, patch, self.out_channels))
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
 
-    def forward(
-        self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor
-    ) -> Tensor | list[Tensor]:
+    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor) -> Tensor | list[Tensor]:
         """Velocities of a batch of requests.
 
         Args:

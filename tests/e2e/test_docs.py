@@ -1,0 +1,83 @@
+"""Commands and examples of the README and the docs: what stands there runs.
+
+Python examples are executed. Shell commands are sorted by what they are: `make` targets are dry-run, `ddrl config` and
+`ddrl train` are checked against the command line and the recipe here, and run whole, at reduced size, in the long tests.
+A command of a kind that is not listed here fails the test: add a way to run it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import REDUCED, ROOT, command, settings
+
+PAGES = sorted(p for p in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")] if ".venv" not in p.parts)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = sorted({line.strip() for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line.strip() and not line.startswith("#")})
+EXAMPLES = [(page, i, code) for page in PAGES for i, code in enumerate(blocks(page, "python"))]
+NEEDS_A_CLUSTER = ("ray ", "curl ", "export ", "redis-server ")
+"""Starts of commands for somebody else's cluster or a running service: their form is checked by other tests."""
+
+
+def test_there_are_commands() -> None:
+    assert "make demo" in COMMANDS
+    assert "make test" in COMMANDS
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command(line: str, tmp_path: Path) -> None:
+    words = shlex.split(line)
+    if words[0] == "make":
+        done = subprocess.run([*words, "-n"], cwd=ROOT, text=True, capture_output=True, timeout=30, check=False)
+        assert done.returncode == 0, done.stderr
+    elif words[0] == ".venv/bin/ddrl":
+        check_ddrl(words[1:])
+    else:
+        assert line.startswith(NEEDS_A_CLUSTER), f"no test runs commands like {line!r}"
+
+
+def check_ddrl(words: list[str]) -> None:
+    """Every option is one of the command's; settings of `train` resolve with its recipe."""
+    usage = subprocess.run(command(words[0], "--help"), cwd=ROOT, text=True, capture_output=True, timeout=60, check=True).stdout
+    for option in (w for w in words if w.startswith("--")):
+        assert option in usage, option
+    if words[0] in ("train", "config"):
+        chosen = [f"{a}={b}" if a != "--set" else b for a, b in itertools.pairwise(words) if a == "--set"]
+        subprocess.run(command("config", words[1], *settings(*chosen)), cwd=ROOT, timeout=60, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("page", "index", "code"), EXAMPLES, ids=lambda value: value.parent.name if isinstance(value, Path) else "")
+def test_example(page: Path, index: int, code: str, tmp_path: Path) -> None:
+    if "start_fleet" in code:
+        pytest.skip("a reward fleet: tests/integration/services runs the same calls on a real cluster")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, f"{page} example {index}\n{done.stderr}"
+
+
+@pytest.mark.long
+def test_readme_use_it_section_at_reduced_size(tmp_path: Path) -> None:
+    """The `ddrl` commands of the README in their order, as one would type them."""
+    lines = [shlex.split(line) for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines() if line.startswith(".venv/bin/ddrl")]
+    assert [words[1] for words in lines] == ["config", "train", "train", "report"]
+    done = []
+    for words in lines:
+        arguments = [w.replace("runs/", f"{tmp_path}/") for w in words[1:]]
+        if arguments[0] == "train":
+            arguments += [*settings(*REDUCED), "--run-dir", str(tmp_path / "mine")]
+        if arguments[0] == "report":
+            arguments = ["report", str(tmp_path / "mine"), str(tmp_path / "mine")]
+        done.append(subprocess.run(command(*arguments), cwd=ROOT, text=True, capture_output=True, timeout=420, check=False))
+        assert done[-1].returncode == 0, done[-1].stderr
+    assert (tmp_path / "mine" / "comparison.html").exists()
