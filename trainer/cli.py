@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -48,6 +49,8 @@ def train(
         _fail(str(error), 2)
 
     prepare(settings.ray.address)
+    from rich.console import Console
+
     from trainer.display import Display
     from trainer.driver import Driver, Interrupted, absolute
     from trainer.errors import RunFailed, describe
@@ -59,7 +62,8 @@ def train(
     try:
         folder.open(settings, resume)
         title = f"{settings.objective.preset}, seed {settings.seed}, {folder.path}"
-        with Display(settings.updates, settings.name, title=title) as display:
+        terminal = Console(file=sys.stdout)  # held from before the output of libraries is sent elsewhere
+        with Display(settings.updates, settings.name, title=title, console=terminal) as display:
             with output_to(folder.path / "ray.log"):
                 summary = Driver(settings, folder, display, resume).run()
             display.finish(summary)
