@@ -148,7 +148,10 @@ class Parts:
 
     def evaluate_before(self) -> list[Any]:
         """Start the evaluation of the starting policy; references to its results."""
-        return [self.evaluator.grid.remote(None, "before"), self.evaluator.evaluate.remote(None, "test", 0)]
+        jobs = [self.evaluator.grid.remote(None, "before"), self.evaluator.evaluate.remote(None, "test", 0)]
+        if self.config.evaluation.every:
+            jobs.append(self.evaluator.evaluate.remote(None, "dev", 0, "raw", False))
+        return jobs
 
     def evaluate_during(self, step: int) -> list[Any]:
         """Start a small evaluation of version `step` on dev prompts."""
@@ -159,6 +162,8 @@ class Parts:
         """Start the evaluations of the exported final policy, raw and averaged."""
         raw = ray.put(self._exported(step, ""))
         jobs = [self.evaluator.grid.remote(raw, "after"), self.evaluator.evaluate.remote(raw, "test", step)]
+        if self.config.evaluation.every:
+            jobs.append(self.evaluator.evaluate.remote(raw, "dev", step, "raw", False))
         if self.config.optimizer.ema > 0:
             jobs.append(self.evaluator.evaluate.remote(ray.put(self._exported(step, "-ema")), "test", step, "ema"))
         return jobs

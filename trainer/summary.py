@@ -37,6 +37,25 @@ def objective_name(objective: ObjectiveConfig) -> str:
     return objective.preset + (f" ({', '.join(weights)})" if weights else "")
 
 
+def changes(before: dict[str, list[float]], after: dict[str, list[float]]) -> dict[str, Any]:
+    """Paired changes with standard errors and 95 % intervals. Reward and exact match: differences; diffusion loss and
+    diversity: relative to their mean before. Measures with fewer than two values are left out."""
+    found: dict[str, Any] = {}
+    for name, key, relative in (
+        ("ocr_gain", "rewards", False),
+        ("exact_match_gain", "exact", False),
+        ("diffusion_loss_rise", "diffusion_losses", True),
+        ("diversity_change", "diversity", True),
+    ):
+        if len(before[key]) < 2 or len(before[key]) != len(after[key]):
+            continue
+        change, error = paired(before[key], after[key])
+        unit = statistics.fmean(before[key]) if relative else 1.0
+        change, error = change / unit, error / unit
+        found |= {name: change, f"{name}_stderr": error, f"{name}_ci95": [change - 1.96 * error, change + 1.96 * error]}
+    return found
+
+
 def summarise(config: RunConfig, folder: Path, step: int, groups: int, wall_seconds: dict[str, float]) -> dict[str, Any]:
     """The content of summary.json. Values whose evaluation is missing are left out."""
     summary: dict[str, Any] = {
@@ -48,7 +67,7 @@ def summarise(config: RunConfig, folder: Path, step: int, groups: int, wall_seco
         "wall_seconds": {k: round(v, 1) for k, v in wall_seconds.items()},
     }
     before, after = evaluation(folder, 0), evaluation(folder, step)
-    for label, record in (("before", before), ("after", after), ("ema", evaluation(folder, step, "ema"))):
+    for label, record in (("before", before), ("after", after), ("after_ema", evaluation(folder, step, "ema"))):
         if record is not None:
             summary |= {
                 f"ocr_{label}": record["reward"],
@@ -58,18 +77,7 @@ def summarise(config: RunConfig, folder: Path, step: int, groups: int, wall_seco
             }
             summary["prompts"] = record["prompts"]
     if before is not None and after is not None:
-        b, a = before["per_prompt"], after["per_prompt"]
-        gain, gain_error = paired(b["rewards"], a["rewards"])
-        rise, rise_error = paired(b["diffusion_losses"], a["diffusion_losses"])
-        base = before["diffusion_loss"]
-        summary |= {
-            "ocr_gain": gain,
-            "ocr_gain_stderr": gain_error,
-            "ocr_gain_ci95": [gain - 1.96 * gain_error, gain + 1.96 * gain_error],
-            "diffusion_loss_rise": rise / base,
-            "diffusion_loss_rise_ci95": [(rise - 1.96 * rise_error) / base, (rise + 1.96 * rise_error) / base],
-            "diversity_change": after["diversity"] / before["diversity"] - 1,
-        }
+        summary |= changes(before["per_prompt"], after["per_prompt"])
     return summary
 
 
