@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.sources.anchor import held_out_batch
@@ -134,20 +134,32 @@ class Evaluator:
         (folder / f"{split}-{step:06d}-{kind}.json").write_text(json.dumps({**record, "per_prompt": details}) + "\n")
         return record
 
-    def grid(self, weights: Weights | None, name: str, columns: int = 4, scale: int = 3) -> str:
-        """Sample grid of fixed test prompts and fixed noise, `samples/<name>.png`; returns its path."""
+    def grid(self, weights: Weights | None, name: str) -> str:
+        """Captioned sample grid of fixed test prompts and fixed noise, `samples/<name>.png`; returns its path."""
         if weights is not None:
             self.engine.set_weights(weights.state(), weights.version)
         prompts = held_out_prompts(self.spec.prompts, "test", self.spec.evaluation.grid_prompts)
-        images = self._sample(prompts, 1, "grid")
-        n, height, width, _ = images.shape
-        rows = -(-n // columns)
-        gap = 2
-        sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-        for i, image in enumerate(images):
-            y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
-            sheet[y : y + height, x : x + width] = image
         path = self.run_dir / "samples" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST).save(path)
+        contact_sheet(self._sample(prompts, 1, "grid"), [caption(p) for p in prompts]).save(path)
         return str(path)
+
+
+def caption(prompt: str) -> str:
+    """What a person compares a sample with: the quoted text, or the start of the prompt."""
+    parts = prompt.split('"')
+    return parts[1] if len(parts) > 2 else prompt[:24]
+
+
+def contact_sheet(images: np.ndarray, captions: list[str], columns: int = 4, width: int = 144) -> Image.Image:
+    """Pictures uint8 `[n, H, W, 3]` in rows, each `width` pixels wide (whole-number scale), its caption below."""
+    n, h, w, _ = images.shape
+    scale = max(1, width // w)
+    cell_w, cell_h = w * scale + 8, h * scale + 18
+    sheet = Image.new("RGB", (columns * cell_w, -(-n // columns) * cell_h), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, text) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns * cell_w + 4, i // columns * cell_h + 2
+        sheet.paste(Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST), (x, y))
+        draw.text((x + w * scale / 2, y + h * scale + 1), text, fill="black", anchor="ma")
+    return sheet

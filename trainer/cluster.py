@@ -84,14 +84,18 @@ def start_fleet(config: RewardConfig, stack: ExitStack) -> str:
     """URL of the reward fleet; deploys the Serve application unless a URL is given. Raises RunFailed."""
     if config.url is not None:
         return config.url
+    import ray
+    from ray import serve
+
     from services import fleet
 
+    ours = not any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
+    # what stands in a cluster that was joined outlives this driver: take down all of Serve only if this run started it
+    stack.callback(_quietly, serve.shutdown if ours else fleet.stop_fleet)
     try:
-        url = fleet.start_fleet(config)
+        return fleet.start_fleet(config)
     except Exception as error:
         raise RunFailed("reward fleet", describe(error)) from error
-    stack.callback(_quietly, fleet.stop_fleet)
-    return url
 
 
 def _quietly(action: Callable[[], object]) -> None:

@@ -34,7 +34,7 @@ def root_cause(error: BaseException) -> BaseException:
 def _most_telling(failures: list[BaseException]) -> BaseException | None:
     collateral = ("gloo", "Connection closed by peer", "NCCL", "broadcast")
     own = [f for f in failures if not any(word in str(f) for word in collateral)]
-    return (own or failures or [None])[0]
+    return next(iter(own or failures), None)
 
 
 def describe(error: BaseException) -> str:

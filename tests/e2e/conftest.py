@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -46,13 +47,15 @@ class Run:
     Args:
         folder: its run folder.
         arguments: further arguments.
+        environment: variables beside this process's own.
     """
 
-    def __init__(self, folder: Path, *arguments: str, recipe: str = "recipes/glyph-ocr.yaml") -> None:
+    def __init__(self, folder: Path, *arguments: str, recipe: str = "recipes/glyph-ocr.yaml", environment: dict[str, str] | None = None) -> None:
         self.folder = folder
         self.process = subprocess.Popen(
             command("train", recipe, "--run-dir", str(folder), *arguments),
             cwd=ROOT,
+            env=os.environ | (environment or {}),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -122,7 +125,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Start runs that are ended whatever happens."""
     runs: list[Run] = []
 
-    def make(name: str, *arguments: str, **options: str) -> Run:
+    def make(name: str, *arguments: str, **options: Any) -> Run:
         run = Run(tmp_path / name, *settings(*REDUCED), *arguments, **options)
         runs.append(run)
         return run

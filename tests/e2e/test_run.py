@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import socket
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -127,3 +132,52 @@ def test_supervised_training_from_random_weights(start: Callable[..., Run]) -> N
     losses = [r["data_loss"] for r in records(run.folder, "update")]
     assert len(losses) == 4
     assert "policy_loss" not in records(run.folder, "update")[0]
+
+
+@pytest.mark.long
+def test_joins_a_given_cluster_and_redis_and_leaves_them_running(start: Callable[..., Run], tmp_path: Path) -> None:
+    environment = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    ray = str(Path(sys.executable).parent / "ray")
+    start_head = [
+        ray,
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=16",
+        "--include-dashboard=false",
+        f"--port={address.split(':')[1]}",
+        "--object-store-memory=200000000",
+    ]
+    head = subprocess.Popen(start_head, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with EmbeddedRedis.start(tmp_path / "redis") as server:
+            wait_until(lambda: answers(ray, address, environment), "the cluster")
+            run = start("run", "--ray-address", address, "--set", f"redis.url={server.url}", environment=environment)
+            code, out, err = run.finish()
+            assert code == 0, (out, err)
+            assert run.leftovers() == []
+            config = load_config(run.folder / "config.yaml")
+            buffer = ReplayBuffer(connect(server.url), config.name, buffer_settings(config))
+            assert buffer.audit() == []
+            assert buffer.counts()["settled"] == 16
+            assert answers(ray, address, environment)
+            remaining = [p.name() for p in psutil.Process(head.pid).children(recursive=True) if "ray::" in " ".join(p.cmdline())]
+            assert [name for name in remaining if "Serve" in name or "Rollout" in name or "RayTrain" in name] == []
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+def answers(ray: str, address: str, environment: dict[str, str]) -> bool:
+    status = subprocess.run([ray, "status", "--address", address], env=os.environ | environment, capture_output=True, timeout=60, check=False)
+    return status.returncode == 0
+
+
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 90) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come up"
+        time.sleep(1)
