@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.sources.anchor import held_out_batch
@@ -57,7 +58,12 @@ class Evaluator:
         self.policy = load_policy(spec.model, seed=spec.seed)
         self.engine = Engine(self.policy.transformer, self.policy.process, spec.sampler.max_tokens, spec.model.dtype)
         self.client = connect(spec.reward)
+        self._start = Weights.of(0, save(self.policy.transformer.state_dict()))
         self.run_dir = Path(spec.run_dir)
+
+    def _use(self, weights: Weights | None) -> None:
+        chosen = weights or self._start
+        self.engine.set_weights(chosen.state(), chosen.version)
 
     def _sample(self, prompts: list[str], repeats: int, name: str) -> np.ndarray:
         """Pixels `[len(prompts) · repeats, H, W, 3]`, prompt-major."""
@@ -100,9 +106,8 @@ class Evaluator:
         Returns:
             The metrics line (`kind: eval`). Raises EvaluationFailed, ValueError.
         """
-        if weights is not None:
-            self.engine.set_weights(weights.state(), weights.version)
-            step = weights.version
+        step = step if weights is None else weights.version
+        self._use(weights)
         settings = self.spec.evaluation
         shrink = 1 if full else 4
         prompts = held_out_prompts(self.spec.prompts, split, settings.test_prompts if full else settings.dev_prompts)
@@ -136,8 +141,7 @@ class Evaluator:
 
     def grid(self, weights: Weights | None, name: str) -> str:
         """Captioned sample grid of fixed test prompts and fixed noise, `samples/<name>.png`; returns its path."""
-        if weights is not None:
-            self.engine.set_weights(weights.state(), weights.version)
+        self._use(weights)
         prompts = held_out_prompts(self.spec.prompts, "test", self.spec.evaluation.grid_prompts)
         path = self.run_dir / "samples" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

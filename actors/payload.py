@@ -73,6 +73,9 @@ def _decode(kind: type, data: bytes) -> dict[str, Tensor]:
     found = {name: tensor.dim() for name, tensor in tensors.items()}
     if found != dims:
         raise PayloadError(f"{kind.__name__} needs tensors of dimensions {dims}, found {found}")
+    types = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != (torch.int64 if name == "trained" else torch.float32)}
+    if types:
+        raise PayloadError(f"{kind.__name__} has tensors that are not float32 (trained: int64): {types}")
     return tensors
 
 
@@ -86,4 +89,7 @@ def decode_group(data: bytes) -> GroupPayload:
 
 def decode_data(data: bytes) -> DataPayload:
     """Bytes to a data batch. Raises PayloadError."""
-    return DataPayload(**_decode(DataPayload, data))
+    batch = DataPayload(**_decode(DataPayload, data))
+    if not len(batch.x0) == len(batch.prompt_embeds) == len(batch.pooled):
+        raise PayloadError("data payload has tensors of clashing shapes")
+    return batch

@@ -55,6 +55,13 @@ def assemble(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([s[name] for s in shards]) if all(name in s for s in shards) else tensor for name, tensor in shards[0].items()}
 
 
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(data)
+    partial.rename(path)
+
+
 class WeightStore:
     """Plain class; the driver makes it a Ray actor.
 
@@ -66,7 +73,6 @@ class WeightStore:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._kept: OrderedDict[int, Weights] = OrderedDict()
-        self._shards: dict[tuple[int, int], dict[int, bytes]] = {}
         files = {tuple(map(int, f.stem.split("-")[1:])): f for f in self.folder.glob("weights-*-*.safetensors")}
         if files:
             lineage, version = newest = max(files)
@@ -77,20 +83,22 @@ class WeightStore:
 
         `epoch` is the learner's: shards of different starts of the worker group are never mixed.
         """
-        shards = self._shards.setdefault((epoch, version), {})
-        shards[rank] = data
-        if len(shards) < world:
+        newest = self.version()
+        if newest is not None and self._kept[newest].name == (epoch, version):
+            return True  # asked again: the store died before it could answer
+        _write(self.folder / f"shard-{epoch}-{version}-{rank}.safetensors", data)
+        shards = [self.folder / f"shard-{epoch}-{version}-{r}.safetensors" for r in range(world)]
+        if not all(s.exists() for s in shards):
             return False
-        self._shards.clear()
-        self.publish(Weights.of(version, save(assemble([load(shards[r]) for r in range(world)])), epoch))
+        self.publish(Weights.of(version, save(assemble([load(s.read_bytes()) for s in shards])), epoch))
+        for file in self.folder.glob("shard-*"):
+            file.unlink()
         return True
 
     def publish(self, weights: Weights) -> None:
         """Make a version the newest. Publishing an older one drops the newer ones (a run that went back to a checkpoint)."""
         path = self.folder / f"weights-{weights.lineage}-{weights.version}.safetensors"
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(weights.data)
-        partial.rename(path)
+        _write(path, weights.data)
         for version in [v for v in self._kept if v >= weights.version]:
             del self._kept[version]
         self._kept[weights.version] = weights

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusion.attention import resolve_provider
@@ -51,7 +51,7 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; model.path must name a folder in diffusers' layout") from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
@@ -69,17 +69,21 @@ def read_transformer_config(folder: Path) -> SD3Config:
         raise CheckpointError(f"{folder}/transformer/config.json: {error}") from None
 
 
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own class for every kind of damage
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """State dict of `folder`, from one file or from shards with an index."""
     single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
-    try:
-        if single.exists():
-            return load_file(single)
-        if index.exists():
-            names = sorted(set(_json(index)["weight_map"].values()))
-            return {k: v for name in names for k, v in load_file(folder / name).items()}
-    except Exception as error:  # safetensors raises its own class for every kind of damage
-        raise CheckpointError(f"weights in {folder} cannot be read: {error}") from None
+    if single.exists():
+        return _tensors(single)
+    if index.exists():
+        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        return {k: v for name in names for k, v in _tensors(folder / name).items()}
     raise CheckpointError(f"{folder} holds no {WEIGHTS}; set model.init=true to start from random weights")
 
 
@@ -119,8 +123,15 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     else:
         load_state(model, read_weights(folder / "transformer"), str(folder))
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
-    process = RectifiedFlow(float(scheduler.get("shift", 1.0)))
-    return Policy(model.to(device), glyph.GlyphTextEncoder.load(folder / "text_encoder"), IdentityCodec(), process)
+    try:
+        process = RectifiedFlow(float(scheduler.get("shift", 1.0)))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {error}") from None
+    try:
+        encoder = glyph.GlyphTextEncoder.load(folder / "text_encoder")
+    except Exception as error:  # safetensors raises its own class for every kind of damage
+        raise CheckpointError(f"{folder}/text_encoder (config.json, model.safetensors) cannot be read: {error}") from None
+    return Policy(model.to(device), encoder, IdentityCodec(), process)
 
 
 def save_policy(folder: Path, source: Path, state: dict[str, Tensor]) -> None:
@@ -130,10 +141,11 @@ def save_policy(folder: Path, source: Path, state: dict[str, Tensor]) -> None:
     (partial / "transformer").mkdir(parents=True)
     for name in ("model_index.json", "scheduler", "text_encoder"):
         if (source / name).is_dir():
-            shutil.copytree(source / name, partial / name)
+            shutil.copytree(source / name, partial / name, copy_function=shutil.copyfile)
         elif (source / name).exists():
             shutil.copy(source / name, partial / name)
     shutil.copy(source / "transformer" / "config.json", partial / "transformer" / "config.json")
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partial / "transformer" / WEIGHTS, metadata={"format": "pt"})
+    data = save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata={"format": "pt"})
+    (partial / "transformer" / WEIGHTS).write_bytes(data)  # save_file makes files that only their owner may read
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

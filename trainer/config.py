@@ -222,7 +222,10 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
 
 def _one_line(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    parts = [str(part) for part in first["loc"]]
+    while first["type"] != "extra_forbidden" and parts and ".".join(parts) not in all_keys():
+        parts.pop()  # places inside a value, and the validator's names of a union's branches
+    key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         return _unknown(key)
     message = str(first["msg"]).removeprefix("Value error, ")
@@ -245,6 +248,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"recipe {path} is not a text file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -260,7 +265,8 @@ def _dump(model: BaseModel, indent: int) -> list[str]:
         if isinstance(value, BaseModel):
             lines.extend(["", f"{pad}# {info.description}", f"{pad}{name}:", *_dump(value, indent + 1)])
         else:
-            plain = yaml.safe_dump(model.model_dump(mode="json")[name], default_flow_style=True, width=10_000).strip().removesuffix("\n...").strip()
+            shown = _without_password(model.model_dump(mode="json")[name])
+            plain = yaml.safe_dump(shown, default_flow_style=True, width=10_000).strip().removesuffix("\n...").strip()
             lines.append(f"{pad}{name}: {plain}  # {info.description}")
     return lines
 
@@ -268,5 +274,11 @@ def _dump(model: BaseModel, indent: int) -> list[str]:
 def render_config(config: RunConfig) -> str:
     """The resolved tree as YAML with a comment for each key; reads back to the same configuration, but for a password in
     `redis.url`, which is never shown or stored."""
-    text = "\n".join(_dump(config, 0)).lstrip("\n") + "\n"
-    return re.sub(r"(://[^:/@\s]*:)[^@\s]+@", r"\1***@", text)
+    return "\n".join(_dump(config, 0)).lstrip("\n") + "\n"
+
+
+def _without_password(value: Any) -> Any:
+    """A URL without its password, in the authority or in the query; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"([?&]password=)[^&\s]+", r"\1***", re.sub(r"(://[^:/@\s]*:)\S+@", r"\1***@", value))

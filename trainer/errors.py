@@ -24,7 +24,7 @@ def root_cause(error: BaseException) -> BaseException:
         failures = getattr(error, "worker_failures", None)
         # every surviving rank fails too, inside a collective; the first to blame is the one that did not
         inner = _most_telling(list(failures.values())) if failures else None
-        inner = inner or getattr(error, "cause", None) or getattr(error, "_base_exc", None) or error.__cause__
+        inner = inner or getattr(error, "cause", None) or getattr(error, "_base_exc", None) or getattr(error, "controller_failure", None) or error.__cause__
         if not isinstance(inner, BaseException):
             break
         error = inner
@@ -32,7 +32,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def _most_telling(failures: list[BaseException]) -> BaseException | None:
-    collateral = ("gloo", "Connection closed by peer", "NCCL", "broadcast")
+    collateral = ("gloo", "Connection closed by peer", "NCCL")
     own = [f for f in failures if not any(word in str(f) for word in collateral)]
     return next(iter(own or failures), None)
 

@@ -23,7 +23,7 @@ def export_run(run: Path, out: Path, ema: bool) -> Path:
     """
     folder = RunFolder(run)
     suffix = "-ema" if ema else ""
-    found = sorted(f for f in folder.exports.glob(f"step-*{suffix}") if f.name.endswith("-ema") == ema)
+    found = sorted(f for f in folder.exports.glob(f"step-*{suffix}") if f.name.endswith("-ema") == ema and f.suffix != ".partial")
     if not found:
         raise ExportError(f"{run} holds no exported policy{' average' if ema else ''}; the first one is written with the first checkpoint")
     records = folder.records()

@@ -162,7 +162,7 @@ def export(spec: LoopSpec, step: int, raw: dict[str, torch.Tensor], average: dic
     save_policy(root / f"step-{step:06d}", source, raw)
     if average is not None:
         save_policy(root / f"step-{step:06d}-ema", source, average)
-    steps = sorted({f.name.split("-")[1] for f in root.glob("step-*")})
+    steps = sorted({f.name.split("-")[1] for f in root.glob("step-*") if f.suffix != ".partial"})
     for old in steps[:-EXPORTS_KEPT]:
         for folder in root.glob(f"step-{old}*"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -80,7 +80,9 @@ class RunFolder:
             self._lock.truncate(0)
             self._lock.write(f"{os.getpid()}\n")
             self._lock.flush()
-            (self.path / "config.yaml").write_text(render_config(config))
+            partial = self.path / "config.partial"
+            partial.write_text(render_config(config))
+            partial.rename(self.path / "config.yaml")
         except BlockingIOError:
             raise RunFolderError(f"run folder {self.path} is in use by another ddrl process") from None
         except OSError as error:

@@ -93,4 +93,5 @@ def reward_against(reference: Path, other: Path) -> tuple[float, float] | None:
 
 def _last_test(folder: Path) -> dict[str, Any] | None:
     files = sorted((folder / "eval").glob("test-*-raw.json"))
-    return evaluation(folder, int(files[-1].stem.split("-")[1])) if files else None
+    step = int(files[-1].stem.split("-")[1]) if files else 0
+    return evaluation(folder, step) if step else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class MetricsTail:
     def read(self) -> list[dict[str, Any]]:
         try:
             with self._path.open("rb") as file:
-                inode = self._path.stat().st_ino
+                inode = os.fstat(file.fileno()).st_ino
                 if inode != self._inode:
                     self._inode, self._offset = inode, 0
                 file.seek(self._offset)

@@ -25,7 +25,7 @@ def _folder(path: str) -> tuple[tuple[Path, str], ...]:
     try:
         lines = (root / "metadata.jsonl").read_text().splitlines()
         rows = tuple((root / record["file_name"], str(record["text"])) for record in map(json.loads, filter(str.strip, lines)))
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"anchor folder {path} needs a metadata.jsonl with file_name and text on each line: {error}") from None
     if not rows:
         raise ValueError(f"anchor folder {path} lists no pictures")
@@ -42,8 +42,11 @@ def _one(config: DataConfig, split: str, rng: np.random.Generator, height: int, 
             rows = _folder(str(config.path))
             file, caption = rows[int(rng.integers(len(rows)))]
             if split_of(caption) == split:
-                with Image.open(file) as image:
-                    return caption, np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+                try:
+                    with Image.open(file) as image:
+                        return caption, np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+                except OSError as error:
+                    raise ValueError(f"anchor picture {file} cannot be read: {error}") from None
     raise ValueError(f"anchor data has no captions in the {split} split; add pictures")
 
 

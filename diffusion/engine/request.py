@@ -40,6 +40,8 @@ class SampleRequest:
     def __post_init__(self) -> None:
         if not set(self.trained) <= self.stochastic:
             raise ValueError(f"trained steps {self.trained} must be stochastic; stochastic steps are {sorted(self.stochastic)}")
+        if list(self.trained) != sorted(set(self.trained)):
+            raise ValueError(f"trained steps {self.trained} must be ascending")
         if any(not 0 <= i < self.steps - 1 for i in self.stochastic):
             raise ValueError(f"stochastic steps {sorted(self.stochastic)} must lie in 0..{self.steps - 2}: the last step is deterministic")
 

@@ -188,7 +188,7 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor, rms: nn.Module | None) -> Tensor:
         x = x.unflatten(-1, (self.heads, -1))
-        return x if rms is None else rms(x)
+        return x if rms is None else rms(x).to(x.dtype)  # autocast on a GPU computes the norm in fp32
 
     def forward(self, image: Tensor, stream: Stream, provider: str) -> Tensor:
         """Self-attention of the image stream alone (SD3.5's second attention)."""

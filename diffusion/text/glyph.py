@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusion.text.base import TextConditioning
@@ -56,7 +56,7 @@ class GlyphTextEncoder:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"_class_name": CLASS_NAME, "max_tokens": self.max_tokens}, indent=2) + "\n")
-        save_file(self.tables, folder / "model.safetensors")
+        (folder / "model.safetensors").write_bytes(save(self.tables))  # save_file makes files that only their owner may read
 
     def _positions(self, n: int) -> Tensor:
         """Sinusoids of each character's offset from the middle of a line of `n` characters, and of n: `[n, 4·FREQUENCIES]`."""

@@ -1,0 +1,131 @@
+"""The evaluator with a scorer in memory: fixed draws, per-prompt numbers, failures that stay failures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from actors.config import DataConfig, EvaluationConfig, PromptConfig
+from actors.evaluator import EvaluationFailed, Evaluator, EvaluatorSpec, caption, contact_sheet
+from actors.sources.prompts import held_out_prompts
+from actors.weights import Weights
+from diffusion.checkpoint import load_policy
+from diffusion.config import ModelConfig, SamplerConfig
+from services.client.base import ItemScore, ScoreFailure
+from services.config import RewardConfig
+
+SETTINGS = EvaluationConfig(test_prompts=6, dev_prompts=4, loss_points=8, diversity_prompts=4, diversity_samples=3, grid_prompts=5, threads=1)
+
+
+@dataclass
+class Scorer:
+    """Reward = mean of the picture; may fail on one place of a call."""
+
+    fails_at: int | None = None
+    prompts: list[str] = field(default_factory=list)
+
+    def score(self, model: str, prompts: list[str], images: np.ndarray, timeout_s: float) -> list[ItemScore | ScoreFailure]:
+        self.prompts = prompts
+        scores: list[ItemScore | ScoreFailure] = [ItemScore(float(i.mean()) / 255, {"exact_match": float(n % 2)}) for n, i in enumerate(images)]
+        if self.fails_at is not None:
+            scores[self.fails_at] = ScoreFailure("engine_error", "no")
+        return scores
+
+
+def evaluator(folder: Path, run_dir: Path, scorer: Scorer | None = None) -> Evaluator:
+    model = ModelConfig(path=str(folder), init=True)
+    sampler = SamplerConfig(eval_steps=2, steps=3, trained_steps=1)
+    reward = RewardConfig(url="http://127.0.0.1:9", model="mean")
+    made = Evaluator(EvaluatorSpec(model, sampler, PromptConfig(), DataConfig(), SETTINGS, reward, str(run_dir)))
+    made.client = scorer or Scorer()  # type: ignore[assignment]
+    return made
+
+
+def changed_weights(folder: Path, version: int) -> Weights:
+    torch.manual_seed(version)
+    state = load_policy(ModelConfig(path=str(folder), init=True)).transformer.state_dict()
+    return Weights.of(version, save({k: v + 0.1 * torch.randn_like(v) for k, v in state.items()}))
+
+
+def test_an_evaluation_keeps_its_per_prompt_numbers(policy_folder: Path, tmp_path: Path) -> None:
+    scorer = Scorer()
+    record = evaluator(policy_folder, tmp_path, scorer).evaluate(None, "test", 0)
+    assert scorer.prompts == held_out_prompts(PromptConfig(), "test", 6)
+    assert (record["kind"], record["split"], record["step"], record["weights"], record["prompts"]) == ("eval", "test", 0, "raw", 6)
+    stored = json.loads((tmp_path / "eval" / "test-000000-raw.json").read_text())
+    details = stored.pop("per_prompt")
+    assert stored == record
+    assert [len(details[k]) for k in ("rewards", "exact", "diffusion_losses", "diversity")] == [6, 6, 8, 4]
+    assert record["reward"] == pytest.approx(np.mean(details["rewards"]))
+    assert record["reward_stderr"] == pytest.approx(np.std(details["rewards"], ddof=1) / 6**0.5)
+    assert record["exact_match"] == 0.5
+    assert record["diffusion_loss"] == pytest.approx(np.mean(details["diffusion_losses"]))
+    assert record["diversity"] == pytest.approx(np.mean(details["diversity"]))
+    assert 0.1 < record["diversity"] < 1  # untrained: samples are noise
+
+
+def test_two_evaluations_of_one_version_are_equal_and_two_versions_differ(policy_folder: Path, tmp_path: Path) -> None:
+    made = evaluator(policy_folder, tmp_path)
+    other = made.evaluate(changed_weights(policy_folder, 7), "dev", 7, full=False)
+    same = made.evaluate(changed_weights(policy_folder, 7), "dev", 7, full=False)
+    fresh = evaluator(policy_folder, tmp_path / "b").evaluate(changed_weights(policy_folder, 7), "dev", 7, full=False)
+    assert other == same == fresh
+    changed = made.evaluate(changed_weights(policy_folder, 8), "dev", 8, full=False)
+    assert changed["prompts"] == other["prompts"] == 4
+    assert changed["diffusion_loss"] != other["diffusion_loss"]
+    assert changed["reward"] != other["reward"]
+
+
+def test_without_weights_it_is_the_policy_folder_that_is_evaluated(policy_folder: Path, tmp_path: Path) -> None:
+    """Also when this evaluator has evaluated other weights before: `None` names the folder, not what happens to be loaded."""
+    made = evaluator(policy_folder, tmp_path)
+    before = made.evaluate(None, "dev", 0, full=False)
+    made.evaluate(changed_weights(policy_folder, 7), "dev", 7, full=False)
+    assert made.evaluate(None, "dev", 0, full=False) == before
+
+
+def test_a_sample_without_a_score_is_no_average_over_the_rest(policy_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationFailed, match=r"1 of 6 held-out samples have no score; first: .*engine_error"):
+        evaluator(policy_folder, tmp_path, Scorer(fails_at=2)).evaluate(None, "test", 0)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_damaged_weights_are_not_evaluated(policy_folder: Path, tmp_path: Path) -> None:
+    good = changed_weights(policy_folder, 3)
+    with pytest.raises(ValueError, match="weights of version 3 are damaged"):
+        evaluator(policy_folder, tmp_path).evaluate(Weights(3, good.data[:-1] + b"x", good.sha256), "test", 3)
+
+
+def test_the_sample_grid_is_fixed(policy_folder: Path, tmp_path: Path) -> None:
+    made = evaluator(policy_folder, tmp_path)
+    weights = changed_weights(policy_folder, 7)
+    first, second = made.grid(weights, "before"), made.grid(weights, "again")
+    assert first == str(tmp_path / "samples" / "before.png")
+    assert Path(first).read_bytes() == Path(second).read_bytes()
+    with Image.open(first) as image:
+        assert image.size == (4 * (144 + 8), 2 * (48 + 18))  # five pictures of 48x16, three times as large
+
+
+def test_a_contact_sheet_shows_every_picture_unchanged() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+    sheet = np.asarray(contact_sheet(pictures, list("abcde"), columns=2, width=13))
+    assert sheet.shape == (3 * (8 + 18), 2 * (12 + 8), 3)
+    for i, picture in enumerate(pictures):
+        y, x = i // 2 * 26 + 2, i % 2 * 20 + 4
+        np.testing.assert_array_equal(sheet[y : y + 8, x : x + 12], picture.repeat(2, 0).repeat(2, 1))
+        below = sheet[y + 9 : y + 23, x : x + 12]
+        assert below.min() < 128, "no caption"
+    assert (sheet[52:, 20:] == 255).all()  # the empty sixth place
+
+
+def test_captions_are_the_quoted_text() -> None:
+    assert caption('a sign that says "407"') == "407"
+    assert caption("a red panda that holds a very long banner") == "a red panda that holds a"
+    assert caption('an inch is 1" long') == 'an inch is 1" long'

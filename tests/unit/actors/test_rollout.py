@@ -1,0 +1,249 @@
+"""The rollout generator against an in-memory ledger and scorer: what a group is made of, and what happens when it fails."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.config import PromptConfig, RolloutConfig
+from actors.payload import GroupPayload, decode_group
+from actors.rollout import RolloutGenerator, RolloutSpec, group_payload, group_requests, trained_steps
+from actors.sources.prompts import training_prompt
+from diffusion.codecs import IdentityCodec
+from diffusion.config import ModelConfig, SamplerConfig
+from diffusion.kernels import log_prob, make_kernel
+from diffusion.text.base import TextConditioning
+from replay.policy import BufferSettings
+from replay.records import Lease
+from services.client.base import ItemScore, ScoreFailure
+from services.config import RewardConfig
+
+SEED = 3
+SAMPLER = SamplerConfig(steps=4, trained_steps=2, height=16, width=24)
+ROLLOUT = RolloutConfig(group_size=3)
+TEXT = TextConditioning(torch.randn(1, 10, 64), torch.randn(1, 64))
+SHAPE = (3, 16, 24)
+LINEAGE = 3
+NOWHERE = RewardConfig(url="http://127.0.0.1:9", model="mean")
+
+
+# -- which steps are trained ----------------------------------------------------------------------------------------
+
+
+@given(steps=st.integers(2, 40), share=st.floats(0, 1), seed=st.integers(0, 2**31 - 1), group=st.integers(0, 10**6))
+def test_trained_steps_are_a_function_of_seed_and_group_and_never_the_last(steps: int, share: float, seed: int, group: int) -> None:
+    count = max(1, round(share * (steps - 1)))
+    sampler = SamplerConfig(steps=steps, trained_steps=count)
+    found = trained_steps(sampler, seed, group)
+    assert found == trained_steps(sampler, seed, group)
+    assert len(found) == len(set(found)) == count
+    assert found == tuple(sorted(found))
+    assert all(0 <= i < steps - 1 for i in found)
+
+
+def test_every_step_but_the_last_gets_trained_in_some_group() -> None:
+    sampler = SamplerConfig(steps=6, trained_steps=2)
+    choices = [trained_steps(sampler, 0, g) for g in range(300)]
+    counts = np.bincount([i for choice in choices for i in choice], minlength=6)
+    assert counts[5] == 0
+    assert counts[:5] == pytest.approx(120, abs=45)
+    assert choices != [trained_steps(sampler, 1, g) for g in range(300)]
+
+
+def test_listed_steps_are_taken_as_they_are() -> None:
+    assert trained_steps(SamplerConfig(steps=10, trained_steps=[7, 0, 3]), 0, 5) == (0, 3, 7)
+
+
+# -- the requests of a group ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise_on", ["all", "trained"])
+@pytest.mark.parametrize("same_start", [False, True])
+def test_members_differ_in_their_number_alone(noise_on: str, same_start: bool) -> None:
+    sampler = SAMPLER.model_copy(update={"noise_on": noise_on, "kernel": "cps", "noise_level": 0.4})
+    requests = group_requests(sampler, ROLLOUT.model_copy(update={"same_initial_noise": same_start}), SEED, 9, TEXT, SHAPE)
+    trained = trained_steps(sampler, SEED, 9)
+    assert [r.member for r in requests] == [r.id for r in requests] == [0, 1, 2]
+    for r in requests:
+        assert (r.seed, r.group, r.steps, r.kernel, r.noise_level, r.shape, r.same_start) == (SEED, 9, 4, "cps", 0.4, SHAPE, same_start)
+        assert r.trained == trained
+        assert r.stochastic == frozenset({0, 1, 2} if noise_on == "all" else trained)
+        assert torch.equal(r.prompt_embeds, TEXT.prompt_embeds[0])
+        assert torch.equal(r.pooled, TEXT.pooled[0])
+
+
+# -- the generator --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ledger:
+    """Grants `groups`, then stops the generator; keeps what is handed in."""
+
+    groups: list[int]
+    generator: RolloutGenerator | None = None
+    settings: BufferSettings = BufferSettings(groups_per_step=1)  # noqa: RUF009  # frozen
+    committed: list[tuple[int, GroupPayload, list[float], int, dict[str, Any]]] = field(default_factory=list)
+    failed: list[tuple[int, str]] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
+    extended: list[int] = field(default_factory=list)
+    lineages: list[int | None] = field(default_factory=list)
+
+    def buffer(self) -> Ledger:
+        return self
+
+    def release(self, owner: str) -> tuple[int, int]:
+        self.released.append(owner)
+        return 0, 0
+
+    def lease(self, owner: str, timeout_s: float) -> Lease | None:
+        if not self.groups:
+            assert self.generator is not None
+            self.generator.stop()
+            return None
+        return Lease(self.groups.pop(0), 1, owner, 0, 1)
+
+    def extend(self, lease: Lease) -> bool:
+        self.extended.append(lease.group)
+        return True
+
+    def commit(self, lease: Lease, payload: bytes, rewards: list[float], version: int, meta: dict[str, Any], lineage: int | None = None) -> bool:
+        self.lineages.append(lineage)
+        self.committed.append((lease.group, decode_group(payload), rewards, version, meta))
+        return lease.group != 13  # a lease that was lost meanwhile
+
+    def fail(self, lease: Lease, reason: str) -> None:
+        self.failed.append((lease.group, reason))
+
+
+@dataclass
+class Scorer:
+    """Rewards a picture with its mean; fails on the groups' prompts in `broken`."""
+
+    broken: dict[str, Exception | ScoreFailure] = field(default_factory=dict)
+    wait_s: float = 0.0
+
+    def score(self, model: str, prompts: list[str], images: np.ndarray, timeout_s: float) -> list[ItemScore | ScoreFailure]:
+        time.sleep(self.wait_s)
+        problem = self.broken.get(prompts[0])
+        if isinstance(problem, Exception):
+            raise problem
+        scores: list[ItemScore | ScoreFailure] = [ItemScore(float(i.mean()) / 255, {}) for i in images]
+        return [scores[0], problem, *scores[2:]] if problem else scores
+
+
+class Generator(RolloutGenerator):
+    """Samples with the weights it was built with."""
+
+    def _refresh(self, least: int) -> None:
+        self.held = (LINEAGE, least)
+
+
+def run(folder: Path, ledger: Ledger, scorer: Scorer, sampler: SamplerConfig = SAMPLER, prompts: PromptConfig | None = None) -> int:
+    model = ModelConfig(path=str(folder), init=True)
+    spec = RolloutSpec(SEED, model, sampler, ROLLOUT, prompts or PromptConfig(), ledger, NOWHERE)  # type: ignore[arg-type]
+    ledger.generator = Generator(spec, None, 0)
+    ledger.generator.client = scorer  # type: ignore[assignment]
+    for parameter in ledger.generator.policy.transformer.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    return ledger.generator.run()
+
+
+def prompt(group: int) -> str:
+    return training_prompt(PromptConfig(), SEED, group)
+
+
+def test_a_committed_group_is_regenerable_and_scored_in_order(policy_folder: Path) -> None:
+    first, second = Ledger([4, 7]), Ledger([7])
+    assert run(policy_folder, first, Scorer()) == 2
+    assert run(policy_folder, second, Scorer()) == 1
+    assert [c[0] for c in first.committed] == [4, 7]
+    assert first.lineages == [LINEAGE, LINEAGE]
+    assert first.released == ["generator-0"]  # what a former self of this generator held
+    for ours, again in zip(vars(first.committed[1][1]).values(), vars(second.committed[0][1]).values(), strict=True):
+        torch.testing.assert_close(ours, again, atol=0, rtol=0)
+    group, payload, rewards, version, meta = first.committed[0]
+    assert (group, version, len(rewards)) == (4, 0, 3)
+    assert payload.x.shape == (3, 2, *SHAPE)
+    assert tuple(payload.trained.tolist()) == trained_steps(SAMPLER, SEED, 4)
+    assert len(set(rewards)) == 3
+    assert meta["prompt"] == prompt(4)
+    assert meta["sample_s"] > 0 <= meta["score_s"]
+
+
+def test_rewards_belong_to_their_members(policy_folder: Path) -> None:
+    """The scored picture of member i is the decoded end of member i's trajectory."""
+    ledger = Ledger([4])
+    sampler = SAMPLER.model_copy(update={"trained_steps": [2], "kernel": "cps", "noise_level": 0.2})  # the step before the last
+    run(policy_folder, ledger, Scorer(), sampler)
+    _, payload, rewards, _, _ = ledger.committed[0]
+    assert ledger.generator is not None
+    model, process = ledger.generator.policy.transformer, ledger.generator.policy.process
+    x = payload.x_next[:, 0]
+    t = payload.times[3].expand(3)
+    with torch.no_grad():
+        ends = x - t[:, None, None, None] * model(x, t, payload.prompt_embeds.expand(3, -1, -1), payload.pooled.expand(3, -1))
+        mean, std = make_kernel("cps", process, 0.2, 4).moments(
+            model(payload.x[:, 0], payload.times[2].expand(3), payload.prompt_embeds.expand(3, -1, -1), payload.pooled.expand(3, -1)),
+            payload.x[:, 0],
+            payload.times[2].expand(3),
+            t,
+        )
+    pictures = IdentityCodec().decode(ends)
+    assert rewards == pytest.approx([float(p.mean()) / 255 for p in pictures], abs=1e-4)
+    torch.testing.assert_close(payload.log_prob[:, 0], log_prob(x, mean, std), atol=1e-6, rtol=0)
+
+
+def test_a_member_without_a_score_fails_its_group_and_no_other(policy_folder: Path) -> None:
+    ledger = Ledger([4, 5, 6])
+    broken = {prompt(4): ScoreFailure("engine_error", "OCR crashed"), prompt(5): TimeoutError("no answer within 1 s")}
+    assert run(policy_folder, ledger, Scorer(broken)) == 1
+    assert [c[0] for c in ledger.committed] == [6]
+    assert [g for g, _ in ledger.failed] == [4, 5]
+    assert ledger.failed[0][1].startswith("scoring: ScoringFailed: member 1: engine_error: OCR crashed")
+    assert ledger.failed[1][1].startswith("scoring: TimeoutError: no answer within 1 s")
+
+
+def test_a_prompt_that_cannot_be_sampled_goes_back_with_its_reason(policy_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text('a sign that says "123456789"\n')
+    ledger = Ledger([0, 1])
+    assert run(policy_folder, ledger, Scorer(), prompts=PromptConfig(kind="file", path=str(file))) == 0
+    assert ledger.committed == []
+    assert [g for g, _ in ledger.failed] == [0, 1]
+    assert all(r.startswith("sampling: ValueError: prompt ") for _, r in ledger.failed)
+
+
+def test_leases_are_kept_alive_while_a_group_is_in_hand(policy_folder: Path) -> None:
+    ledger, slow = Ledger([4], settings=BufferSettings(groups_per_step=1, lease_s=0.06)), Scorer(wait_s=0.3)
+    assert run(policy_folder, ledger, slow) == 1
+    assert len(ledger.extended) >= 2
+    assert set(ledger.extended) == {4}
+    beats = len(ledger.extended)
+    time.sleep(0.1)
+    assert len(ledger.extended) == beats  # not after it was handed in
+
+
+def test_a_lost_lease_is_not_counted(policy_folder: Path) -> None:
+    assert run(policy_folder, Ledger([13]), Scorer()) == 0
+
+
+def test_a_payload_stacks_members(policy_folder: Path) -> None:
+    ledger = Ledger([])
+    run(policy_folder, ledger, Scorer())
+    assert ledger.generator is not None
+    requests = group_requests(SAMPLER, ROLLOUT, SEED, 2, TEXT, SHAPE)
+    done = ledger.generator.engine.run(requests)
+    payload = group_payload(done, TEXT)
+    for i, trajectory in enumerate(done):
+        for name in ("x", "x_next", "log_prob"):
+            assert torch.equal(getattr(payload, name)[i], getattr(trajectory, name))
+    assert payload.trained.dtype == torch.int64
+    assert torch.equal(group_payload([replace(d) for d in done], TEXT).times, done[0].times)

@@ -1,0 +1,70 @@
+"""Tiny SD3 policies for the tests of the model side: random weights everywhere, so that nothing hides behind a zero."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from diffusion.glyph_policy import write_skeleton
+from diffusion.models.sd3 import SD3Config, SD3Transformer
+
+settings.register_profile("unit", deadline=None)  # a busy machine is not a failure
+settings.load_profile("unit")
+
+TINY: dict[str, Any] = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 3,
+    "out_channels": 3,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 6,
+    "pos_embed_max_size": 8,
+}
+STYLES: dict[str, dict[str, Any]] = {"sd3": {}, "sd35": {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=STYLES)
+def style(request: pytest.FixtureRequest) -> str:
+    """`sd3`, then `sd35`."""
+    return str(request.param)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., SD3Transformer]:
+    """`tiny_model(style, seed, **keys)`: a policy with every parameter random."""
+
+    def build(style: str = "sd35", seed: int = 0, **keys: Any) -> SD3Transformer:
+        generator = torch.Generator().manual_seed(seed)
+        model = SD3Transformer(SD3Config(**{**TINY, **STYLES[style], **keys}))
+        model.init_weights(generator)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def policy_folder(tmp_path: Path) -> Path:
+    """A policy folder without weights: the glyph policy's, shrunk to one layer of width 32."""
+    folder = tmp_path / "policy"
+    write_skeleton(folder)
+    path = folder / "transformer" / "config.json"
+    small = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "caption_projection_dim": 32}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **small}))
+    return folder

@@ -1,0 +1,88 @@
+"""The frozen text encoder of the glyph world."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion.text.glyph import PRINTABLE, GlyphTextEncoder
+
+ENCODER = GlyphTextEncoder.create()
+QUOTED = st.text([c for c in PRINTABLE if c != '"'], min_size=1, max_size=6)
+
+
+def sign(text: str) -> str:
+    return f'a sign that says "{text}"'
+
+
+def test_shapes_and_padding() -> None:
+    both = ENCODER.encode([sign("407"), ""])
+    assert both.prompt_embeds.shape == (2, 10, 64)
+    assert both.pooled.shape == (2, 64)
+    assert torch.equal(both.prompt_embeds[1], ENCODER.tables["padding"].expand(10, 64))
+    assert torch.equal(both.prompt_embeds[0, 7:], ENCODER.tables["padding"].expand(3, 64))
+    assert not both.pooled[1].any()
+
+
+@given(a=QUOTED, b=QUOTED)
+def test_distinct_signs_have_distinct_encodings(a: str, b: str) -> None:
+    text = ENCODER.encode([sign(a), sign(b)])
+    for found in (text.prompt_embeds, text.pooled):
+        assert bool((found[0] - found[1]).abs().max() > 1e-3) == (a != b)
+
+
+def test_all_short_numbers_are_told_apart() -> None:
+    """Also by the pooled vector alone, permutations included."""
+    prompts = [sign("".join(d)) for n in (1, 2, 3) for d in itertools.product("0123456789", repeat=n)]
+    pooled = ENCODER.encode(prompts).pooled
+    distance = torch.cdist(pooled, pooled) + 1e9 * torch.eye(len(prompts))
+    assert distance.min() > 1
+
+
+@given(text=QUOTED)
+def test_an_encoding_does_not_depend_on_its_batch(text: str) -> None:
+    alone, among = ENCODER.encode([sign(text)]), ENCODER.encode(["", sign(text), sign("1")])
+    assert torch.equal(alone.prompt_embeds[0], among.prompt_embeds[1])
+    assert torch.equal(alone.pooled[0], among.pooled[1])
+
+
+def test_words_matter_and_their_case_does_not() -> None:
+    plain, upper, other = ENCODER.encode([sign("12"), 'A SIGN that Says "12"', 'a shop that says "12"']).prompt_embeds
+    assert torch.equal(plain, upper)
+    assert not torch.equal(plain, other)
+
+
+def test_save_and_load_give_the_same_encoder(tmp_path: Path) -> None:
+    ENCODER.save(tmp_path / "text_encoder")
+    loaded = GlyphTextEncoder.load(tmp_path / "text_encoder")
+    assert loaded.max_tokens == ENCODER.max_tokens
+    assert loaded.tables.keys() == ENCODER.tables.keys()
+    assert all(torch.equal(loaded.tables[k], ENCODER.tables[k]) for k in ENCODER.tables)
+    assert torch.equal(loaded.encode([sign("90")]).prompt_embeds, ENCODER.encode([sign("90")]).prompt_embeds)
+
+
+def test_tables_follow_the_seed() -> None:
+    again, other = GlyphTextEncoder.create(), GlyphTextEncoder.create(seed=1)
+    assert all(torch.equal(again.tables[k], ENCODER.tables[k]) for k in ENCODER.tables)
+    assert not any(torch.equal(other.tables[k], ENCODER.tables[k]) for k in ENCODER.tables)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (sign("1234567"), r"has 4 words and 7 quoted characters; this text encoder holds 10 tokens of which 6 quoted characters"),
+        ("one two three four five six seven eight nine ten eleven", "has 11 words and 0 quoted characters"),
+        ('a b c d e "123456"', "has 5 words and 6 quoted characters"),
+        (sign("4é7"), "characters outside printable ASCII: 'é'"),
+        (sign("1\n2"), r"characters outside printable ASCII: '\\n'"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_named(prompt: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        ENCODER.encode([sign("1"), prompt])
+    assert repr(prompt) in str(error.value)
