@@ -31,6 +31,7 @@ from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.seeds import key
 from diffusion.text.base import TextConditioning
 from replay.buffer import Lease
+from replay.errors import ReplayError
 from services.client.base import ItemScore
 from services.client.connect import connect
 from services.config import RewardConfig
@@ -167,7 +168,7 @@ class RolloutGenerator:
         while True:
             time.sleep(self.spec.target.settings.lease_s / 3)
             for lease in list(self._leases.values()):
-                with contextlib.suppress(redis.RedisError):  # the next beat tries again; the lease outlives two misses
+                with contextlib.suppress(redis.RedisError, ReplayError):  # the next beat tries again; the lease outlives two misses
                     self.buffer.extend(lease)
 
     def _refresh(self, least: int) -> None:

@@ -44,6 +44,12 @@ class SamplerConfig(Strict):
     max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine")
 
     @model_validator(mode="after")
+    def _noise_level_fits(self) -> SamplerConfig:
+        if self.kernel in ("cps", "ddim_eta") and self.noise_level > 1:
+            raise ValueError(f"noise_level={self.noise_level:g} exceeds 1, where kernel {self.kernel} already draws all of its noise anew")
+        return self
+
+    @model_validator(mode="after")
     def _trained_steps_exist(self) -> SamplerConfig:
         last = self.steps - 1
         if isinstance(self.trained_steps, int):

@@ -142,6 +142,7 @@ class Driver:
                     continue
                 first_update = first_update or time.monotonic()
                 step = int(record["step"])
+                asked = {s for s in asked if s < step}  # a restarted learner makes later steps, and their evaluations, again
                 if is_evaluated(self.config, step) and step not in asked:
                     asked.add(step)
                     pending.extend(parts.evaluate_during(step))
