@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 
-from diffusion.glyph_policy import write_skeleton
 from diffusion.models.sd3 import SD3Config, SD3Transformer
-
-settings.register_profile("unit", deadline=None)  # a busy machine is not a failure
-settings.load_profile("unit")
 
 TINY: dict[str, Any] = {
     "sample_size": 16,
@@ -31,11 +24,6 @@ TINY: dict[str, Any] = {
     "pos_embed_max_size": 8,
 }
 STYLES: dict[str, dict[str, Any]] = {"sd3": {}, "sd35": {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=STYLES)
@@ -57,14 +45,3 @@ def tiny_model() -> Callable[..., SD3Transformer]:
         return model.eval()
 
     return build
-
-
-@pytest.fixture
-def policy_folder(tmp_path: Path) -> Path:
-    """A policy folder without weights: the glyph policy's, shrunk to one layer of width 32."""
-    folder = tmp_path / "policy"
-    write_skeleton(folder)
-    path = folder / "transformer" / "config.json"
-    small = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "caption_projection_dim": 32}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **small}))
-    return folder

@@ -1,4 +1,4 @@
-"""A tiny policy folder and in-memory stand-ins for what the actors talk to."""
+"""What unit tests of several rooms need: one thread, no deadlines, a tiny policy folder."""
 
 from __future__ import annotations
 
