@@ -15,7 +15,7 @@ help:  ## list the targets
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing ddrl into $(VENV) (the first time this downloads about 700 MB)"
+	@echo "installing ddrl into $(VENV) (2.2 GB of packages with the CPU build of torch)"
 	@$(PIP) $(TORCH) torch
 	@$(PIP) -e .
 	@touch $@
@@ -29,7 +29,7 @@ setup: $(VENV)/.ready  ## install ddrl into .venv
 
 setup-dev: $(VENV)/.ready-dev  ## install ddrl and the development tools into .venv
 
-demo: setup  ## teach a tiny diffusion model to write, end to end (about 12 minutes)
+demo: setup  ## teach a tiny diffusion model to write, end to end (8 to 12 minutes on two cores)
 	@test ! -e runs/glyph-ocr || { echo "runs/glyph-ocr exists already; move it away, or: $(BIN)/ddrl train recipes/glyph-ocr.yaml --resume"; exit 2; }
 	@$(BIN)/ddrl train recipes/glyph-ocr.yaml
 
