@@ -122,6 +122,7 @@ class RunConfig(Strict):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
     updates: int = Field(100, ge=1, description="optimiser updates")
     checkpoint_every: int = Field(20, ge=1, description="updates between checkpoints")
+    wandb_project: str | None = Field(None, description="Weights & Biases project to log to as well (needs the extra: pip install 'ddrl[wandb]'); null = none")
     max_dead_groups: int = Field(8, ge=0, description="groups that failed every attempt before the run gives up")
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="the policy")
     sampler: SamplerConfig = Field(default_factory=lambda: SamplerConfig(), description="rollout sampling")

@@ -30,7 +30,7 @@ from trainer.loop import is_evaluated
 from trainer.parts import Parts
 from trainer.report.page import write_report
 from trainer.runfolder import RunFolder, append_metrics
-from trainer.scalars import Scalars
+from trainer.scalars import Scalars, Wandb
 from trainer.summary import evaluation, summarise
 from trainer.tail import MetricsTail
 
@@ -67,7 +67,10 @@ class Driver:
         with self._signals(), self._stack:
             # also after a failure or Ctrl-C: what there is so far
             self._stack.callback(write_report, [self.folder.path], self.folder.path / "report.html")
-            self._scalars = self._stack.enter_context(Scalars(self.folder.path / "tensorboard"))
+            self._sinks: list[Scalars | Wandb] = [self._stack.enter_context(Scalars(self.folder.path / "tensorboard"))]
+            if self.config.wandb_project is not None:
+                wandb = Wandb(self.config.wandb_project, self.config.name, self.config.model_dump(mode="json", exclude={"redis"}), self.folder.path)
+                self._sinks.append(self._stack.enter_context(wandb))
             with self._timed("start"):
                 parts = self._start()
             self._train(parts)
@@ -161,7 +164,8 @@ class Driver:
         fresh = self._tail.read()
         for record in fresh:
             self.display.event(record)
-            self._scalars.add(record)
+            for sink in self._sinks:
+                sink.add(record)
         return fresh
 
     def _gather(self, parts: Parts, pending: list[Any]) -> list[Any]:

@@ -26,7 +26,7 @@ class RunFolderError(ConfigError):
     """The run folder cannot be used; the message says why and what to do."""
 
 
-RESUMABLE = ("updates", "checkpoint_every", "max_dead_groups", "learner", "evaluation", "reward", "redis", "ray")
+RESUMABLE = ("updates", "checkpoint_every", "max_dead_groups", "wandb_project", "learner", "evaluation", "reward", "redis", "ray")
 """Settings that may change when a run goes on; the others would make it another run."""
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard: every number of metrics.jsonl as a scalar."""
+"""TensorBoard and, if asked for, Weights & Biases: every number of metrics.jsonl as a scalar."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from trainer.errors import RunFailed
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -21,7 +23,7 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class Scalars:
-    """Writes metrics lines to a TensorBoard folder."""
+    """Writes metrics lines to TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -37,3 +39,36 @@ class Scalars:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._writer.close()
+
+
+class Wandb:
+    """Writes metrics lines to a Weights & Biases run; the x axis is `update`, so late evaluations keep their place.
+
+    Args:
+        project: W&B project; login, host and offline mode come from W&B's own environment variables.
+        name: name and id of the run, so that a resumed run goes on in the same place.
+        settings: the resolved configuration.
+        folder: where W&B keeps its files.
+    Raises:
+        RunFailed: the package is not installed, or W&B cannot start.
+    """
+
+    def __init__(self, project: str, name: str, settings: dict[str, Any], folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise RunFailed("wandb", "wandb_project is set but the package is missing; pip install 'ddrl[wandb]', or set wandb_project=null") from None
+        try:
+            self._run = wandb.init(project=project, name=name, id=name, resume="allow", config=settings, dir=str(folder))
+        except wandb.Error as error:
+            raise RunFailed("wandb", str(error)) from error
+        self._run.define_metric("*", step_metric="update")
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        self._run.log(dict(scalars(record)) | {"update": int(record["step"])})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._run.finish(exit_code=0 if kind is None else 1)
