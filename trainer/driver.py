@@ -10,6 +10,7 @@ to stop; the ranks agree on it between two updates, checkpoint and return. A sec
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
 import time
@@ -33,6 +34,8 @@ from trainer.runfolder import RunFolder, append_metrics
 from trainer.scalars import Scalars, Wandb
 from trainer.summary import evaluation, summarise
 from trainer.tail import MetricsTail
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
 EVALUATION_DEADLINE_S = 900.0
@@ -65,8 +68,7 @@ class Driver:
         """Run to the end; returns the summary. Raises RunFailed, Interrupted, KeyboardInterrupt."""
         started = time.monotonic()
         with self._signals(), self._stack:
-            # also after a failure or Ctrl-C: what there is so far
-            self._stack.callback(write_report, [self.folder.path], self.folder.path / "report.html")
+            self._stack.callback(self._report)
             self._sinks: list[Scalars | Wandb] = [self._stack.enter_context(Scalars(self.folder.path / "tensorboard"))]
             if self.config.wandb_project is not None:
                 wandb = Wandb(self.config.wandb_project, self.config.name, self.config.model_dump(mode="json", exclude={"redis"}), self.folder.path)
@@ -196,6 +198,15 @@ class Driver:
     def _counts(self) -> dict[str, int]:
         assert self._buffer is not None
         return self._buffer.counts()
+
+    def _report(self) -> None:
+        """Write the report, also after a failure or Ctrl-C: what there is so far. A report that fails hides no other error."""
+        if not self.folder.metrics.exists():
+            return
+        try:
+            write_report([self.folder.path], self.folder.path / "report.html")
+        except Exception:
+            logger.exception("the report could not be written; `ddrl report %s` tries again", self.folder.path)
 
     def _updates(self) -> list[dict[str, Any]]:
         return [r for r in self.folder.records() if r.get("kind") == "update"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -169,6 +170,7 @@ def test_joins_a_given_cluster_and_redis_and_leaves_them_running(start: Callable
     finally:
         head.terminate()
         head.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def answers(ray: str, address: str, environment: dict[str, str]) -> bool:

@@ -22,6 +22,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray with 16 logical CPUs; Serve, if a test started it, goes down with it."""
     import ray
 
-    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    # "local": a cluster of our own, whatever else runs or ran on this machine
+    ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
