@@ -142,16 +142,10 @@ def test_joins_a_given_cluster_and_redis_and_leaves_them_running(start: Callable
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     ray = str(Path(sys.executable).parent / "ray")
-    start_head = [
-        ray,
-        "start",
-        "--head",
-        "--block",
-        "--num-cpus=16",
-        "--include-dashboard=false",
-        f"--port={address.split(':')[1]}",
-        "--object-store-memory=200000000",
-    ]
+    # a folder of its own: in the default one, the head leaves its address behind for every later `ray.init()`
+    folder = tempfile.mkdtemp(prefix="ray")
+    options = [f"--temp-dir={folder}", "--num-cpus=16", "--include-dashboard=false", f"--port={address.split(':')[1]}", "--object-store-memory=200000000"]
+    start_head = [ray, "start", "--head", "--block", *options]
     head = subprocess.Popen(start_head, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with EmbeddedRedis.start(tmp_path / "redis") as server:
