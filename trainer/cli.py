@@ -80,6 +80,7 @@ def train(
     except OSError as error:
         _fail(f"{folder.path}: {error.strerror or describe(error)}", 1)
     finally:
+        folder.forget_failed_start()
         folder.close()
 
 

@@ -88,6 +88,14 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"run folder {self.path} cannot be written: {error.strerror}") from None
 
+    def forget_failed_start(self) -> None:
+        """A start that failed before anything was made leaves no run behind: the mended command may use the folder again."""
+        if self._lock is None or self.metrics.exists() or self.checkpoints.exists():
+            return
+        (self.path / "config.yaml").unlink(missing_ok=True)
+        for folder in (self.redis, self.weights):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()

@@ -176,3 +176,18 @@ def test_updates_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 0, 3]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_start_that_made_nothing_is_forgotten_and_a_run_is_not(tmp_path: Path) -> None:
+    failed = RunFolder(tmp_path / "failed")
+    failed.open(CONFIG, resume=False)
+    failed.forget_failed_start()
+    failed.close()
+    RunFolder(tmp_path / "failed").open(CONFIG, resume=False)
+    made = RunFolder(tmp_path / "made")
+    made.open(CONFIG, resume=False)
+    made.append({"kind": "eval", "step": 0})
+    made.forget_failed_start()
+    made.close()
+    with pytest.raises(RunFolderError, match="--resume"):
+        RunFolder(tmp_path / "made").open(CONFIG, resume=False)
