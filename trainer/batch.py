@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.payload import DataPayload, GroupPayload, decode_data, decode_group
+from actors.rollout import trained_steps
 from diffusion.processes import ForwardProcess
 from diffusion.seeds import INITIAL, generator, step_noise
 from replay.buffer import Claim, ReplayBuffer
@@ -122,7 +123,5 @@ def step_batch(config: RunConfig, process: ForwardProcess, buffer: ReplayBuffer,
 
 def _all_times(config: RunConfig, process: ForwardProcess, groups: list[int]) -> Tensor:
     """Times of the trained steps of each group `[G, K]`: a function of (seed, group), so no payload is needed."""
-    from actors.rollout import trained_steps
-
     grid = process.time_grid(config.sampler.steps)
     return torch.stack([grid[list(trained_steps(config.sampler, config.seed, g))] for g in groups])

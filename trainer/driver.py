@@ -19,6 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from actors.connect import Target
 from diffusion.checkpoint import CheckpointError, load_policy
 from replay.buffer import ReplayBuffer
@@ -179,8 +181,6 @@ class Driver:
 
     def _record(self, reference: Any) -> None:
         """Wait for one evaluation and write it to metrics.jsonl."""
-        import ray
-
         try:
             result = ray.get(reference, timeout=EVALUATION_DEADLINE_S)
         except Exception as error:
