@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 
@@ -41,8 +42,6 @@ class AnchorFeeder:
         self._stop = threading.Event()
 
     def pid(self) -> int:
-        import os
-
         return os.getpid()
 
     def stop(self) -> None:

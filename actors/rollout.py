@@ -8,6 +8,7 @@ trained steps are drawn from named generators.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import traceback
@@ -132,8 +133,6 @@ class RolloutGenerator:
 
     def pid(self) -> int:
         """Process id, so that an operator can find (or a fault test can kill) it."""
-        import os
-
         return os.getpid()
 
     def stop(self) -> None:

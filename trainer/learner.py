@@ -42,7 +42,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class Learner:
-    """See the module's docstring. Every method is collective: all ranks call it, in the same order.
+    """See the module's docstring. Every method but `shard` is collective: all ranks call it, in the same order.
 
     Args:
         config: the run.
@@ -68,7 +68,8 @@ class Learner:
         """One optimiser update. A non-finite gradient skips it on all ranks alike (the norm is global).
 
         Returns:
-            Global numbers: losses, grad_norm, lr, skipped, ratio_deviation, clip_fraction.
+            Global numbers: losses, grad_norm, lr, skipped, ratio_deviation, clip_fraction. One that is not finite is left
+            out: a failure is no number, and a skipped update must still be recorded.
         """
         world = dist.get_world_size()
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
@@ -96,7 +97,7 @@ class Learner:
                 stats["reverse_kl"] = kl
         if batch.anchor_count:
             stats["data_loss"] = float(sums[4]) / batch.anchor_count
-        return stats
+        return {name: value for name, value in stats.items() if math.isfinite(value)}
 
     def _losses(self, batch: StepBatch, sums: Tensor) -> Iterator[Callable[[], Tensor]]:
         """One closure per forward pass, the same number on every rank; each adds its statistics to `sums`."""

@@ -23,6 +23,7 @@ from trainer.batch import StepBatch
 from trainer.config import OptimizerConfig, RunConfig, parse_config
 from trainer.learner import Learner, learning_rate
 from trainer.objective import Anchors, Transitions, data_terms, policy_terms
+from trainer.runfolder import append_metrics
 
 CPU = torch.device("cpu")
 SHAPE = (3, 8, 16)
@@ -180,6 +181,8 @@ def test_a_gradient_that_is_not_finite_skips_the_update(policy_folder: Path) -> 
     poisoned = replace(batch, transitions=replace(batch.transitions, advantage=torch.tensor([math.nan] + [0.0] * 5)))
     stats = made.update(poisoned, 1)
     assert stats["skipped"] == 1
+    assert all(math.isfinite(value) for value in stats.values())
+    append_metrics(policy_folder, {"kind": "update", "step": 1, **stats})  # a skipped update is recorded like any other
     assert "grad_norm" not in stats
     assert difference(made.full_state(), before) == 0
     assert difference(made.full_state(ema=True), average) == 0
