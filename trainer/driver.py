@@ -30,6 +30,7 @@ from trainer.config import RunConfig
 from trainer.display import Display
 from trainer.errors import RunFailed, describe
 from trainer.loop import is_evaluated
+from trainer.metrics import LedgerMetrics
 from trainer.parts import Parts
 from trainer.report.page import write_report
 from trainer.runfolder import RunFolder, append_metrics
@@ -40,6 +41,8 @@ from trainer.tail import MetricsTail
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
+METRICS_S = 5.0
+"""Seconds between two looks at the ledger for Ray's metrics."""
 EVALUATION_DEADLINE_S = 900.0
 
 
@@ -142,6 +145,7 @@ class Driver:
         asked: set[int] = set()
         first_update: float | None = None
         began = time.monotonic()
+        metrics, measured = LedgerMetrics(self.config.name), 0.0
         while not parts.training_done():
             time.sleep(POLL_S)
             for record in self._show():
@@ -156,6 +160,10 @@ class Driver:
             pending = self._gather(parts, pending)
             parts.check_producers()
             self._check_dead()
+            if time.monotonic() > measured + METRICS_S:
+                metrics.update(self._counts())
+                measured = time.monotonic()
+        metrics.update(self._counts())
         self.wall["training"] = time.monotonic() - (first_update or began)
         self.wall["until_first_update"] = (first_update or began) - began
         parts.training_result()
