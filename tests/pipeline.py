@@ -131,6 +131,12 @@ class Run:
         out, err = self.process.communicate(timeout=30)
         return self.process.returncode, out, err
 
+    def succeed(self) -> None:
+        """Wait for a good end, or fail with all the run said."""
+        code, out, err = self.finish()
+        if code != 0:
+            pytest.fail(f"exit {code}\n{out[-4000:]}\n{err[-4000:]}")
+
     def leftovers(self, patience_s: float = 20.0) -> list[str]:
         """Processes of the run that outlive it by more than `patience_s`."""
         _, alive = psutil.wait_procs(self.family, timeout=patience_s)

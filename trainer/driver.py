@@ -3,7 +3,7 @@
     folder → Redis → Ray → reward fleet, weight store, evaluator, generators, feeder → learner group (Ray Train)
     → while it trains: show metrics, evaluate, watch for dead groups → evaluate, summary, report → stop all
 
-`fit()` runs in a thread of its own: Ray Train's SIGINT handler would abort without a checkpoint. Ours asks the ledger
+`fit()` runs in a Ray task: Ray Train's SIGINT handler would abort without a checkpoint. Ours asks the ledger
 to stop; the ranks agree on it between two updates, checkpoint and return. A second Ctrl-C aborts.
 """
 
@@ -80,10 +80,9 @@ class Driver:
                 self._sinks.append(self._stack.enter_context(wandb))
             with self._timed("start"):
                 parts = self._start()
-            self._train(parts)
+            step = self._train(parts)
             with self._timed("stop_rollouts"):
                 parts.stop_producers()
-            step = parts.finished_step()
             if self._stopping and step < self.config.updates:
                 raise Interrupted(f"stopped after update {step} of {self.config.updates}; its checkpoint is kept, the same command with --resume goes on")
             self.display.stage("Evaluating on held-out test prompts")
@@ -139,8 +138,8 @@ class Driver:
 
     # -- training ---------------------------------------------------------------------------------------------
 
-    def _train(self, parts: Parts) -> None:
-        """Watch until the learner group returns."""
+    def _train(self, parts: Parts) -> int:
+        """Watch until the learner group returns; the step of its last checkpoint."""
         pending = parts.evaluate_before() if evaluation(self.folder.path, 0) is None else []
         asked: set[int] = set()
         first_update: float | None = None
@@ -166,10 +165,11 @@ class Driver:
         metrics.update(self._counts())
         self.wall["training"] = time.monotonic() - (first_update or began)
         self.wall["until_first_update"] = (first_update or began) - began
-        parts.training_result()
+        step = parts.training_result()
         for reference in pending:
             self._record(reference)
         self._show()
+        return step
 
     def _show(self) -> list[dict[str, Any]]:
         """Show what metrics.jsonl has gained; returns it."""

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Mapping
 from ray.util.metrics import Counter, Gauge, Histogram
 
 STATES = ("leased", "waiting", "ready", "claimed", "settled", "evicted", "dead")
-AGES = ("leased", "ready", "claimed")
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
 VERSIONS = [0.5, 1.5, 2.5, 3.5, 5.5, 8.5, 16.5]
 
@@ -46,11 +45,11 @@ class LedgerMetrics:
         for state in STATES:
             self._groups.set(counts[state], {**self._run, "state": state})
         self._bytes.set(counts["bytes"], self._run)
-        for state in AGES:
-            self._oldest.set(counts[f"oldest_{state}_ms"] / 1000, {**self._run, "state": state})
         for name, value in counts.items():
             if name == "expired":
                 self._grow(self._expired, name, value, self._run)
+            elif name.startswith("oldest_"):  # oldest_ready_ms
+                self._oldest.set(value / 1000, {**self._run, "state": name.split("_")[1]})
             elif name.startswith("evicted:"):
                 self._grow(self._evicted, name, value, {**self._run, "reason": name.removeprefix("evicted:")})
 

@@ -29,8 +29,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run nobody disturbed."""
     run = ChaosRun(tmp_path_factory.mktemp("reference") / "run")
     try:
-        code, out, err = run.finish()
-        assert code == 0, (out, err)
+        run.succeed()
         yield run.folder
     finally:
         run.end()
@@ -78,8 +77,7 @@ def test_rank_killed_in_the_middle_of_an_interval(start: Callable[..., ChaosRun]
     """Step 4 is claimed and lost; the group goes back to the checkpoint of step 2 and is served steps 3 and 4 again."""
     name = plan(tmp_path / "run.kills", "rank after claim", step=4, rank=1)
     run = start("run")
-    code, out, err = run.finish()
-    assert code == 0, (out, err)
+    run.succeed()
     assert fired(run.kills)[name]["meta"]["settled_step"] == "2"
     assert check_ledger(run.folder, UPDATES)["epoch"] == 2
     assert_bitwise_equal(run.folder, reference)
@@ -90,8 +88,7 @@ def test_rank_killed_in_the_middle_of_an_interval(start: Callable[..., ChaosRun]
 def test_rank_killed_elsewhere(start: Callable[..., ChaosRun], tmp_path: Path, reference: Path, point: str, rank: int, step: int) -> None:
     plan(tmp_path / "run.kills", point, step=step, rank=rank)
     run = start("run")
-    code, out, err = run.finish()
-    assert code == 0, (out, err)
+    run.succeed()
     assert len(fired(run.kills)) == 1
     check_ledger(run.folder, UPDATES)
     assert_bitwise_equal(run.folder, reference)
@@ -102,8 +99,7 @@ def test_producers_and_scorer_killed(start: Callable[..., ChaosRun], tmp_path: P
     for point in ("generator before payload", "generator after payload", "feeder before commit", "scorer in batch"):
         plan(tmp_path / "run.kills", point, after=3)
     run = start("run")
-    code, out, err = run.finish()
-    assert code == 0, (out, err)
+    run.succeed()
     assert len(fired(run.kills)) == 4
     check_ledger(run.folder, UPDATES)
     assert_bitwise_equal(run.folder, reference)
@@ -119,7 +115,6 @@ def test_driver_and_redis_killed(start: Callable[..., ChaosRun], tmp_path: Path,
     run.process.wait(10)
     assert run.leftovers() == []
     again = start("run", "--resume")
-    code, out, err = again.finish()
-    assert code == 0, (out, err)
+    again.succeed()
     check_ledger(again.folder, UPDATES)
     assert_bitwise_equal(again.folder, reference)

@@ -13,13 +13,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.chaos.conftest import ChaosRun
-from tests.pipeline import ROOT, check_ledger, command
+from tests.pipeline import ROOT, check_ledger, command, settings
 
 SEED = int(os.environ.get("DDRL_CHAOS_SEED", "0"))
 KILLS = int(os.environ.get("DDRL_CHAOS_KILLS", "50"))
@@ -37,6 +36,16 @@ TARGETS = {
 }
 
 
+LASTING = (
+    "updates=100000",
+    "rollout.generators=3",
+    "replay.max_staleness=1",
+    "replay.max_attempts=50",
+    "learner.max_failures=1000",
+    "max_dead_groups=1000",
+)
+
+
 class Storm:
     """Draws targets and kills them, while the run goes on.
 
@@ -51,9 +60,9 @@ class Storm:
         self.run = self.launch()
 
     def launch(self, *arguments: str) -> ChaosRun:
-        more = ("updates=100000", "rollout.generators=3", "replay.max_staleness=1", "replay.max_attempts=50", "learner.max_failures=1000", "max_dead_groups=1000")
-        run = self.start("run", *(part for s in more for part in ("--set", s)), *arguments)
-        run.wait_for(lambda before=run.updates(): run.updates() > before, "an update")
+        run = self.start("run", *settings(*LASTING), *arguments)
+        before = run.updates()
+        run.wait_for(lambda: run.updates() > before, "an update")
         return run
 
     def strike(self) -> None:
