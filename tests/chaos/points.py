@@ -139,7 +139,7 @@ def wrap_buffer(chosen: Plan) -> None:
         import ray.train
 
         rank = ray.train.get_context().get_world_rank()
-        if not hasattr(ray.train.report, "__wrapped__"):
+        if not hasattr(ray.train.report, "kill_point"):
             wrap_report(chosen, self)
         result = claim(self, step, *args, **options)
         chosen.reached("rank after claim", lambda: step_evidence(self, step), step, rank)
@@ -163,6 +163,7 @@ def wrap_report(chosen: Plan, buffer: Any) -> None:
         report(metrics, *args, **options)
         chosen.reached("rank after report", lambda: step_evidence(buffer, step), step, rank)
 
+    reporting.kill_point = True  # type: ignore[attr-defined]
     ray.train.report = reporting
 
 
