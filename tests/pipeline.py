@@ -19,7 +19,6 @@ import pytest
 from replay.buffer import ReplayBuffer
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis
-from trainer.cluster import buffer_settings
 from trainer.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -158,7 +157,7 @@ def ledger(folder: Path, url: str | None = None) -> tuple[list[str], dict[str, i
     config = load_config(folder / "config.yaml")
     with ExitStack() as stack:
         found = url or stack.enter_context(EmbeddedRedis.start(folder / "redis")).url
-        buffer = ReplayBuffer(connect(found), config.name, buffer_settings(config))
+        buffer = ReplayBuffer.attach(connect(found), config.name)
         return buffer.audit(), buffer.counts()
 
 

@@ -110,7 +110,7 @@ class Driver:
         cluster.check_reward_url(config.reward)
         self.display.stage("Starting Redis")
         url = cluster.start_redis(config.redis, self.folder, config.replay.max_bytes, self._stack)
-        target = Target(url, config.name, cluster.buffer_settings(config))
+        target = Target(url, config.name, cluster.buffer_settings(config), config.replay.payloads)
         try:
             buffer = self._buffer = target.buffer()
             buffer.initialise()
@@ -262,5 +262,6 @@ def absolute(config: RunConfig) -> RunConfig:
             "model": config.model.model_copy(update={"path": path(config.model.path)}),
             "prompts": config.prompts.model_copy(update={"path": path(config.prompts.path)}),
             "data": config.data.model_copy(update={"path": path(config.data.path)}),
+            "replay": config.replay if config.replay.payloads == "redis" else config.replay.model_copy(update={"payloads": path(config.replay.payloads)}),
         }
     )

@@ -119,19 +119,18 @@ def wrap_buffer(chosen: Plan) -> None:
         return accepted
 
     @functools.wraps(entry)
-    def entering(self: Any, lease: Any, header: Any, ref: str, *args: Any, **options: Any) -> bool:
+    def entering(self: Any, lease: Any, *args: Any) -> Any:
         def evidence() -> dict[str, Any]:
-            batch = args[-1]
-            batch.execute()  # the payload alone; the ledger entry never follows
-            return group_evidence(writing[-1], lease.group, ref)
+            args[-1].execute()  # the payload alone; the ledger entry never follows
+            return group_evidence(writing[-1], lease.group, f"g{lease.group}-{lease.token}")
 
         chosen.reached("generator after payload", evidence)
-        return entry(self, lease, header, ref, *args, **options)
+        return entry(self, lease, *args)
 
     @functools.wraps(commit_data)
-    def feeding(self: Any, batch: int, payload: bytes) -> None:
+    def feeding(self: Any, batch: int, payload: bytes, *args: Any) -> None:
         chosen.reached("feeder before commit", lambda: {"batch": batch, "record": record(self, f"data:{batch}")})
-        commit_data(self, batch, payload)
+        commit_data(self, batch, payload, *args)
         chosen.reached("feeder after commit", lambda: {"batch": batch, "record": record(self, f"data:{batch}")})
 
     @functools.wraps(claim)

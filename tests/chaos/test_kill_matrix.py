@@ -78,15 +78,19 @@ def test_learner_rank(start: Callable[..., ChaosRun], tmp_path: Path, point: str
 
 @pytest.mark.long
 def test_driver(start: Callable[..., ChaosRun], tmp_path: Path) -> None:
-    """The whole process tree of a run loses its head; the same command with --resume goes on."""
-    run = start("run")
+    """The whole process tree of a run loses its head; the same command with --resume goes on. Payloads lie in a folder."""
+    payloads = tmp_path / "payloads"
+    place = ("--set", f"replay.payloads={payloads}")
+    run = start("run", *place)
     run.wait_for(lambda: run.updates() >= 3, "an update after the first checkpoint")
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.wait(10)
     assert run.leftovers() == []
-    again = start("run", "--resume")
+    assert list(payloads.rglob("g*"))
+    again = start("run", *place, "--resume")
     finish(again, kills=0)
     assert check_ledger(tmp_path / "run", UPDATES)["epoch"] >= 2
+    assert [file.name for file in payloads.rglob("g*") if "-" in file.name] == []  # settled groups leave nothing
 
 
 @pytest.mark.long
