@@ -137,8 +137,13 @@ class Run:
             pytest.fail(f"exit {code}\n{out[-4000:]}\n{err[-4000:]}")
 
     def leftovers(self, patience_s: float = 20.0) -> list[str]:
-        """Processes of the run that outlive it by more than `patience_s`."""
-        _, alive = psutil.wait_procs(self.family, timeout=patience_s)
+        """Processes of the run that outlive it by more than `patience_s`.
+
+        After a SIGKILL of the driver, Ray's own agents try for more than a minute to tell a dead GCS about it; they do not count.
+        """
+        killed = self.process.returncode == -signal.SIGKILL
+        family = [p for p in self.family if not (killed and _is_ray_agent(p))]
+        _, alive = psutil.wait_procs(family, timeout=patience_s)
         return [f"{p.pid} {p.name()}" for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def end(self) -> None:
@@ -150,6 +155,13 @@ class Run:
         for process in self.family:
             if process.is_running():
                 process.kill()
+
+
+def _is_ray_agent(process: psutil.Process) -> bool:
+    try:
+        return any(name in " ".join(process.cmdline()) for name in ("DashboardAgent", "RuntimeEnvAgent"))
+    except psutil.Error:
+        return False
 
 
 def ledger(folder: Path, url: str | None = None) -> tuple[list[str], dict[str, int]]:

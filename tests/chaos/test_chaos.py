@@ -74,7 +74,7 @@ class Storm:
         if name == "driver":
             os.kill(self.run.process.pid, signal.SIGKILL)
             self.run.process.wait(10)
-            assert self.run.leftovers(60) == []
+            assert self.run.leftovers() == []
             self.note(name, self.run.process.pid)
             self.run = self.launch("--resume")
             return
