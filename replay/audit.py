@@ -1,11 +1,16 @@
 """Is every group accounted for? A pure check of a ledger snapshot; each finding is a readable line."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the audit reads, in one transaction: indices per set, claims as (groups, data batches)."""
+    """What the audit reads, in one look: indices per set, claims as (groups, data batches).
+
+    `group_bytes` and `data_bytes` hold the payload size of every group and batch that has a payload; `references`
+    and `trash` name payloads in use and payloads that wait to be deleted.
+    """
 
     meta: dict[str, int]
     live: frozenset[int]
@@ -15,10 +20,15 @@ class Snapshot:
     claims: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]
     finished: dict[str, frozenset[int]]
     data_live: frozenset[int]
+    requeued: frozenset[int] = frozenset()
+    group_bytes: Mapping[int, int] = field(default_factory=dict)
+    data_bytes: Mapping[int, int] = field(default_factory=dict)
+    references: frozenset[str] = frozenset()
+    trash: frozenset[str] = frozenset()
 
 
 def audit(snapshot: Snapshot) -> list[str]:
-    """Empty when every index 0 … next_group - 1 is in exactly one state and the counters agree."""
+    """Empty when every index 0 … next_group - 1 is in exactly one state, the counters agree, and no budget is exceeded."""
     meta = snapshot.meta
     findings: list[str] = []
     claimed: set[int] = set()
@@ -58,4 +68,28 @@ def audit(snapshot: Snapshot) -> list[str]:
     waiting = set(range(meta.get("data_next", 0), meta.get("next_data", 0)))
     if snapshot.data_live != waiting:
         findings.append(f"unclaimed data batches are {sorted(snapshot.data_live)}, expected {sorted(waiting)}")
+    return findings + _budgets(snapshot, claimed)
+
+
+def _budgets(snapshot: Snapshot, claimed: set[int]) -> list[str]:
+    """Payloads where they must be, bytes as counted, and never more than was allowed."""
+    meta = snapshot.meta
+    findings: list[str] = []
+    complete = snapshot.ready | claimed
+    findings += [f"group {group} is ready or claimed but has no payload" for group in sorted(complete - set(snapshot.group_bytes))]
+    findings += [f"group {group} has a payload but is neither ready nor claimed" for group in sorted(set(snapshot.group_bytes) - complete)]
+    held = sum(snapshot.group_bytes.values()) + sum(snapshot.data_bytes.values())
+    if meta.get("bytes", 0) != held:
+        findings.append(f"counter bytes is {meta.get('bytes', 0)}, the ledger holds {held}")
+    for amount, name, what in (
+        (held, "widest_bytes", "bytes are held"),
+        (len(snapshot.live), "widest_slots", "groups are in the pipeline"),
+        (len(snapshot.live) + len(claimed), "widest_retained", "groups are retained"),
+    ):
+        if name in meta and amount > meta[name]:
+            findings.append(f"{amount} {what}, the budget is {meta[name]}")
+    stray = snapshot.requeued - snapshot.finished.get("dead", frozenset())
+    findings += [f"group {group} is marked to be made again but is not dead" for group in sorted(stray)]
+    both = snapshot.references & snapshot.trash
+    findings += [f"payload {ref} is in use and in the trash" for ref in sorted(both)]
     return findings

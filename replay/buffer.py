@@ -16,15 +16,18 @@ A worked step, with G groups a step and steps counted from 1:
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
 
 import redis
+from redis.client import Pipeline
 
 from replay.audit import audit
-from replay.errors import ClaimTimeout, PayloadCorrupt
-from replay.ledger import Ledger
-from replay.payloads import PayloadStore, RedisPayloads, checksum
-from replay.policy import BufferSettings, staleness
+from replay.errors import BudgetExceeded, ClaimTimeout, PayloadCorrupt, PayloadMissing, ReplayError
+from replay.ledger import Answer, Ledger
+from replay.payloads import IN_REDIS, FolderPayloads, PayloadStore, RedisPayloads, checksum, orphan_age_s
+from replay.policy import BufferSettings, room_error, staleness, zero_variance
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader, Lease
 from replay.waiting import poll
 
@@ -39,8 +42,8 @@ __all__ = [
     "staleness",
 ]
 
-# Bytes no commit adopted are swept from a shared folder when they are this many leases old.
-SWEEP_AFTER_LEASES = 4
+# Seconds a commit waits for room in the byte budget, by default.
+ROOM_TIMEOUT_S = 120.0
 
 
 class ReplayBuffer:
@@ -53,17 +56,26 @@ class ReplayBuffer:
         settings: BufferSettings,
         payloads: PayloadStore | None = None,
     ) -> None:
+        """`payloads`: see `payloads.make_payloads`; by default beside the ledger in Redis."""
         self.settings = settings
         self._ledger = Ledger(client, run)
-        self._in_redis = payloads is None or isinstance(payloads, RedisPayloads)
-        self._payloads = payloads or RedisPayloads(client, run, orphan_ttl_s=max(600.0, SWEEP_AFTER_LEASES * settings.lease_s))
+        self._payloads = payloads or RedisPayloads(client, run, orphan_age_s(settings))
+
+    @classmethod
+    def attach(cls, client: redis.Redis, run: str, payloads: PayloadStore | None = None) -> Self:
+        """The buffer of a run that exists, with the settings its driver wrote. Raises `NotInitialised`."""
+        settings, place = Ledger(client, run).settings()
+        if payloads is None and place != IN_REDIS:
+            payloads = FolderPayloads(Path(place))
+        return cls(client, run, settings, payloads)
 
     def initialise(self) -> None:
-        """Check settings and server, open the ledger or adopt the existing one. Idempotent.
+        """Check settings, server and payload store, open the ledger or adopt the existing one. Idempotent.
 
         Raises `ImpossibleSettings` or `UnsuitableServer`, with the arithmetic.
         """
-        self._ledger.initialise(self.settings, self._in_redis)
+        self._payloads.check(self.settings.max_bytes)
+        self._ledger.initialise(self.settings, self._payloads.place)
 
     # -- producers --------------------------------------------------------------------------------
 
@@ -84,13 +96,19 @@ class ReplayBuffer:
         version: int,
         meta: Mapping[str, float | int | str] | None = None,
         lineage: int | None = None,
+        timeout_s: float = ROOM_TIMEOUT_S,
     ) -> bool:
         """Hand in a finished group: payload first, then the ledger entry, in one round trip. Idempotent.
 
-        `version` is the oldest policy version that sampled any transition; `lineage` the learner epoch that
-        published those weights (default: the epoch of the lease). False: the lease is lost (someone else has
-        the group) or the weights belong to a history that a rollback cut off; drop the group. Raises
-        ValueError on a reward that is not finite, `BudgetExceeded` when payloads of this size can never fit.
+        `rewards`: one per member that was scored, at least one. `version` is the oldest policy version that
+        sampled any transition; `lineage` the learner epoch that published those weights (default: the epoch of
+        the lease). True also when the run drops zero-variance groups and this was one: it is not needed any
+        more. False: the lease is lost (someone else has the group) or the weights belong to a history that a
+        rollback cut off; drop the group.
+
+        While `max_bytes` is taken it waits up to `timeout_s` (keep the heartbeat going), then raises
+        `BudgetExceeded`; so it does at once when payloads of this size can never fit. Raises ValueError on a
+        reward that is not finite.
         """
         if not rewards or version < 0:
             raise ValueError(f"group {lease.group}: {len(rewards)} rewards, version {version}")
@@ -101,14 +119,48 @@ class ReplayBuffer:
             bytes=len(payload),
             checksum=checksum(payload),
             meta=dict(meta or {}),
-        )
-        header.to_json()  # refuse before anything is written
-        batch = self._ledger.batch()
-        ref = self._payloads.write(f"g{lease.group}-{lease.token}", payload, batch)
-        accepted = self._ledger.commit(lease, header, ref, self._payloads.redis_key(ref), lineage, batch)
-        if not accepted:
+        ).to_json()  # refuses a bad reward before anything is written
+        flat = zero_variance(rewards)
+
+        def send(ref: str, key: str, batch: Pipeline) -> Answer:
+            return self._ledger.commit(lease, header, version, len(payload), flat, ref, key, lineage, batch)
+
+        answer = self._hand_in(f"group {lease.group}", f"g{lease.group}-{lease.token}", payload, send, timeout_s)
+        return answer != "lost"
+
+    def _hand_in(self, what: str, name: str, payload: bytes, send: Callable[[str, str, Pipeline], Answer], timeout_s: float) -> str:
+        """Store `payload` and tell the ledger in the same round trip; while there is no room, only ask again.
+
+        Returns the ledger's answer; unless it is 'ok', the payload is deleted.
+        """
+        ref, answer = "", Answer("unstored")
+
+        def attempt() -> Answer | None:
+            nonlocal ref, answer
+            batch = self._ledger.batch()
+            if answer.status != "unstored":
+                try:
+                    self._payloads.refresh(ref, batch)
+                except PayloadMissing:
+                    answer = Answer("unstored")
+            if answer.status == "unstored":
+                ref = self._payloads.write(name, payload, batch)
+            answer = send(ref, self._payloads.redis_key(ref), batch)
+            return None if answer.status in ("full", "unstored") else answer
+
+        try:
+            poll(attempt, timeout_s)
+        except BudgetExceeded:
             self._payloads.delete([ref])
-        return accepted
+            raise
+        # After any other error nobody knows whether the ledger adopted the payload; if not, it expires or is swept.
+        if answer.status != "ok":
+            self._payloads.delete([ref])
+        if answer.status == "full":
+            raise room_error(what, len(payload), answer.held, answer.groups, answer.limit, timeout_s)
+        if answer.status == "unstored":
+            raise ReplayError(f"{what}: Redis is at its maxmemory and did not store {len(payload)} bytes within {timeout_s:.0f} s; raise maxmemory")
+        return answer.status
 
     def fail(self, lease: Lease, reason: str) -> None:
         """Give the group back: another attempt, or dead after `max_attempts` with this reason kept."""
@@ -126,13 +178,17 @@ class ReplayBuffer:
         token = secrets.token_hex(8)
         return poll(lambda: self._ledger.lease_data(token, owner), timeout_s)
 
-    def commit_data(self, batch: int, payload: bytes) -> None:
-        """Hand in data batch `batch`. Idempotent: content depends on the index alone, the first one stays."""
-        pipeline = self._ledger.batch()
-        ref = self._payloads.write(f"d{batch}-{secrets.token_hex(8)}", payload, pipeline)
-        key = self._payloads.redis_key(ref)
-        if not self._ledger.commit_data(batch, len(payload), checksum(payload), ref, key, pipeline):
-            self._payloads.delete([ref])
+    def commit_data(self, batch: int, payload: bytes, timeout_s: float = ROOM_TIMEOUT_S) -> None:
+        """Hand in data batch `batch`. Idempotent: content depends on the index alone, the first one stays.
+
+        Waits for room and raises like `commit`.
+        """
+        digest = checksum(payload)
+
+        def send(ref: str, key: str, pipeline: Pipeline) -> Answer:
+            return self._ledger.commit_data(batch, len(payload), digest, ref, key, pipeline)
+
+        self._hand_in(f"data batch {batch}", f"d{batch}-{secrets.token_hex(8)}", payload, send, timeout_s)
 
     # -- learner ----------------------------------------------------------------------------------
 
@@ -147,8 +203,8 @@ class ReplayBuffer:
         """
         epoch = self._ledger.rollback(step, groups, data, secrets.token_hex(8))
         self.collect()
-        if not self._in_redis:
-            self._payloads.sweep(self._ledger.references(), SWEEP_AFTER_LEASES * self.settings.lease_s)
+        if self._payloads.place != IN_REDIS:  # there orphans expire
+            self._sweep()
         return epoch
 
     def claim(self, step: int, epoch: int, timeout_s: float) -> Claim:
@@ -201,6 +257,29 @@ class ReplayBuffer:
             self._ledger.forget_trash(refs)
         return len(refs)
 
+    def _sweep(self) -> int:
+        return self._payloads.sweep(self._ledger.snapshot().references, orphan_age_s(self.settings))
+
+    def trim(self) -> dict[str, int]:
+        """Delete what nobody needs any more: payloads the ledger dropped (`trash`), bytes no commit adopted and
+        older than any lease (`orphans`). Returns how many of each."""
+        return {"trash": self.collect(), "orphans": self._sweep()}
+
+    def forget(self, force: bool = False) -> int:
+        """Delete the run: every key and every payload; returns how many. Raises `InUse` while leases are alive,
+        unless `force`. May be called again after a crash in between; afterwards everything raises
+        `NotInitialised`."""
+        self._ledger.close(force)
+        return self._payloads.clear() + self._ledger.erase()
+
+    def requeue(self, group: int) -> bool:
+        """A dead group shall be made again under its own index, with all its attempts; it takes the place of the next
+        new index. Idempotent. False: it is not dead.
+
+        Being the oldest index again, it goes to the front: with a small window the learner waits for it.
+        """
+        return self._ledger.requeue(group)
+
     def request_stop(self) -> None:
         """Ask every process of the run to finish; they look with `stop_requested`."""
         self._ledger.flag("stop", 1)
@@ -212,12 +291,17 @@ class ReplayBuffer:
         self._ledger.flag("stop", 0)
 
     def counts(self) -> dict[str, int]:
-        """Groups per state (`leased` includes `waiting`), evictions by reason, data, bytes, version."""
+        """Groups per state (`leased` includes `waiting`), evictions by reason, lease expiries and failures so far,
+        data, bytes, version, and ages in ms: see `lua/counts.lua`."""
         return self._ledger.counts()
 
     def dead_letters(self) -> list[tuple[int, str]]:
-        """(group, reason) of the latest 1000 dead groups, newest first."""
-        return self._ledger.dead_letters()
+        """(group, reason of its last attempt) of the latest 1000 dead groups, newest first."""
+        return [(group, reasons[-1]) for group, reasons in self._ledger.dead_letters()]
+
+    def attempts(self, group: int) -> list[str]:
+        """Why each attempt of a dead group failed, first to last; empty when it is not among the dead letters."""
+        return dict(self._ledger.dead_letters()).get(group, [])
 
     def audit(self) -> list[str]:
         """Readable findings; empty when every group ever opened is accounted for exactly once."""

@@ -1,5 +1,7 @@
 """Settings of the replay buffer as they appear in a run's YAML. Importing this needs no Redis."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -14,6 +16,10 @@ class RedisConfig(_Strict):
         default="embedded",
         pattern=r"^(embedded|rediss?://.+|unix://.+)$",
         description="'embedded' starts a private redis-server on this machine; else redis://[:password@]host:port/db",
+    )
+    fsync: Literal["everysec", "always"] = Field(
+        default="everysec",
+        description="embedded server: 'always' loses nothing even when the machine crashes; 'everysec' may lose 2 s, which are made again",
     )
     connect_timeout_s: float = Field(default=10.0, gt=0, description="seconds to wait for the server to answer at start")
 
@@ -37,6 +43,15 @@ class ReplayConfig(_Strict):
         default=1 << 30,
         ge=1 << 16,
         description="budget in bytes for the payloads of all unsettled groups and data batches",
+    )
+    payloads: str = Field(
+        default="redis",
+        min_length=1,
+        description="where payloads live: 'redis', or the path of a folder that all nodes share (video)",
+    )
+    drop_zero_variance: bool = Field(
+        default=False,
+        description="replace groups whose rewards all agree, at most 4 times the groups of a step between two steps",
     )
     data_depth: int = Field(default=4, ge=1, description="anchor-data batches kept ready or in production")
     claim_timeout_s: float = Field(default=600.0, gt=0, description="seconds a learner waits for one step's groups before it gives up")

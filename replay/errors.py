@@ -20,11 +20,15 @@ class ImpossibleSettings(ReplayError):
 
 
 class BudgetExceeded(ImpossibleSettings):
-    """Payloads of the measured size cannot fit `max_bytes` for the groups the run must retain."""
+    """Payloads of the measured size cannot fit `max_bytes`, or no room for one appeared before the deadline."""
 
 
 class NotInitialised(ReplayError):
     """No `initialise()` has been run for this run name on this server."""
+
+
+class InUse(ReplayError):
+    """The ledger shall be deleted but leases are alive."""
 
 
 class Fenced(ReplayError):

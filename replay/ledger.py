@@ -6,86 +6,60 @@ rules themselves are in `replay/lua/`; payload bytes are the façade's business 
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import redis
 from redis.client import Pipeline
 
+from replay import limits
 from replay.audit import Snapshot
 from replay.connect import surfaced
-from replay.errors import (
-    CheckpointConflict,
-    Fenced,
-    NotInitialised,
-    OutOfOrder,
-    PayloadMissing,
-    ReplayError,
-)
-from replay.policy import BufferSettings, budget_error, check_server
+from replay.errors import CheckpointConflict, Fenced, InUse, NotInitialised, OutOfOrder, ReplayError
+from replay.keys import key_prefix, own_keys
+from replay.policy import BufferSettings, budget_error
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader, Lease
 from replay.scripts import Scripts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the ledger says to a commit: 'ok', 'dropped', 'lost', 'duplicate', or 'full' / 'unstored': ask again.
+
+    While 'full', `groups` ready or claimed groups and the data batches hold `held` of `limit` bytes.
+    """
+
+    status: str
+    held: int = 0
+    groups: int = 0
+    limit: int = 0
 
 
 class Ledger:
     """Script calls for one run."""
 
     def __init__(self, client: redis.Redis, run: str) -> None:
-        if not run or any(char in "{}* \t\n" for char in run):
-            raise ReplayError(f"run name {run!r} must be non-empty, without braces, stars or blanks")
-        self.prefix = f"ddrl:{{{run}}}:"
+        self.prefix = key_prefix(run)
         self._client = client
         self._run = run
         self._scripts = Scripts(client, self.prefix)
 
-    def initialise(self, settings: BufferSettings, payloads_in_redis: bool) -> None:
-        """Check the server, then write the limits the scripts read; existing counters stay as they are."""
-        settings.check()
+    def initialise(self, settings: BufferSettings, place: str) -> None:
+        """See `limits.write`."""
         with surfaced(self._client):
-            info: Any = self._client.info()
-            recorded: Any = self._client.hget(self.prefix + "meta", "server_version")
-            check_server(
-                str(info["redis_version"]),
-                self._options(),
-                int(info.get("total_system_memory", 0)),
-                settings,
-                payloads_in_redis,
-                recorded.decode() if recorded else None,
-            )
-            self._client.hset(
-                self.prefix + "meta",
-                mapping={
-                    "slots": settings.slots,
-                    "retained": settings.retained_groups,
-                    "data_retained": settings.retained_data,
-                    "max_bytes": settings.max_bytes,
-                    "lease_ms": int(settings.lease_s * 1000),
-                    "max_attempts": settings.max_attempts,
-                    "G": settings.groups_per_step,
-                    "D": settings.data_per_step,
-                    "S": settings.max_staleness,
-                    "W": settings.window,
-                    "data_depth": settings.data_depth,
-                    "remake": int(settings.remake_cut_off),
-                    "server_version": str(info["redis_version"]),
-                },
-            )
+            limits.write(self._client, self._run, self.prefix + "meta", settings, place)
 
-    def _options(self) -> dict[str, str]:
-        options: dict[str, str] = {}
-        for name in ("maxmemory", "maxmemory-policy", "appendonly"):
-            try:
-                found: Any = self._client.config_get(name)
-            except redis.ResponseError:  # managed services forbid CONFIG; their settings stay unchecked
-                return options
-            options.update({str(key): str(value) for key, value in found.items()})
-        return options
+    def settings(self) -> tuple[BufferSettings, str]:
+        """See `limits.read`."""
+        with surfaced(self._client):
+            return limits.read(self._client, self._run, self.prefix + "meta")
 
     def _run_script(self, name: str, *args: str | int) -> list[Any]:
         with surfaced(self._client):
             reply = self._scripts.run(name, *args)
         return self._checked(reply)
 
-    def _checked(self, reply: list[Any], epoch: int = -1) -> list[Any]:
+    def _checked(self, reply: list[Any]) -> list[Any]:
         if reply[0] == "uninitialised":
             raise NotInitialised(f"run {self._run!r} has no ledger on this server: call initialise() first")
         return reply
@@ -107,36 +81,26 @@ class Ledger:
         """Commands sent together, in order, without a transaction."""
         return self._client.pipeline(transaction=False)
 
-    def commit(self, lease: Lease, header: GroupHeader, ref: str, key: str, lineage: int | None, batch: Pipeline) -> bool:
+    def commit(self, lease: Lease, header: str, version: int, size: int, flat: bool, ref: str, key: str, lineage: int | None, batch: Pipeline) -> Answer:
         """Sends `batch` (which holds the payload write, if any) with the ledger entry behind it."""
-        args: tuple[str | int, ...] = (
-            lease.group,
-            lease.token,
-            header.version,
-            "" if lineage is None else lineage,
-            header.bytes,
-            header.to_json(),
-            ref,
-            key,
-        )
-        return self._finish("commit", batch, args, f"group {lease.group}") == "ok"
+        origin = "" if lineage is None else lineage
+        return self._finish("commit", batch, (lease.group, lease.token, version, origin, size, header, ref, key, int(flat)))
 
-    def commit_data(self, number: int, size: int, checksum: str, ref: str, key: str, batch: Pipeline) -> bool:
-        """False: another copy of this batch is already there."""
-        status = self._finish("commit_data", batch, (number, size, checksum, ref, key), f"data batch {number}")
-        if status == "unknown":
+    def commit_data(self, number: int, size: int, checksum: str, ref: str, key: str, batch: Pipeline) -> Answer:
+        """As `commit`; 'duplicate': another copy of this batch is already there."""
+        answer = self._finish("commit_data", batch, (number, size, checksum, ref, key))
+        if answer.status == "unknown":
             raise ReplayError(f"data batch {number} was never leased")
-        return status == "ok"
+        return answer
 
-    def _finish(self, name: str, batch: Pipeline, args: tuple[str | int, ...], what: str) -> str:
-        self._scripts.queue(name, batch, *args)
+    def _finish(self, name: str, batch: Pipeline, args: tuple[str | int, ...]) -> Answer:
         with surfaced(self._client):
-            reply = self._checked(self._scripts.finish(name, batch))
-        if reply[0] == "no_payload":
-            raise PayloadMissing(f"{what}: its payload did not reach the store; commit again")
+            reply = self._checked(self._scripts.finish(name, batch, *args))
         if reply[0] == "budget":
             raise budget_error(*reply[1:])
-        return str(reply[0])
+        if reply[0] == "full":
+            return Answer("full", *reply[1:])
+        return Answer("unstored" if reply[0] in ("no_payload", "no_memory") else str(reply[0]))
 
     def fail(self, lease: Lease, reason: str) -> str:
         """'pool', 'dead' or 'lost'."""
@@ -175,12 +139,15 @@ class Ledger:
             raise OutOfOrder(f"step {step} is settled (through step {reply[1]}): its claim is gone")
         if reply[0] == "order":
             raise OutOfOrder(f"step {step} was claimed but the next new claim is step {reply[1]}")
-        _, group_part, data_part = reply
+        _, group_part, data_part, claimed_at = reply
         if None in group_part or None in data_part:
             raise ReplayError(f"claim of step {step} names groups whose records are gone: the ledger is damaged")
-        groups = [ClaimedGroup(int(g), GroupHeader.from_json(header.decode()), ref.decode()) for g, header, ref in _triples(group_part)]
-        data = [ClaimedData(int(k), ref.decode(), checksum.decode()) for k, checksum, ref in _triples(data_part)]
-        return Claim(step, epoch, groups, data), 0
+        groups = [
+            ClaimedGroup(int(g), GroupHeader.from_json(header.decode()), ref.decode(), int(leased_at), int(ready_at))
+            for g, header, ref, leased_at, ready_at in _rows(group_part, 5)
+        ]
+        data = [ClaimedData(int(k), ref.decode(), checksum.decode()) for k, checksum, ref in _rows(data_part, 3)]
+        return Claim(step, epoch, groups, data, claimed_at), 0
 
     def publish(self, step: int, epoch: int) -> None:
         reply = self._run_script("publish", step, epoch)
@@ -205,12 +172,34 @@ class Ledger:
             found: Any = self._client.hget(self.prefix + "meta", "last_failure")
         return found.decode() if found else ""
 
-    def dead_letters(self) -> list[tuple[int, str]]:
-        """(group, reason) of the latest 1000 dead groups, newest first."""
+    def dead_letters(self) -> list[tuple[int, list[str]]]:
+        """(group, reasons of its attempts) of the latest 1000 dead groups, newest first."""
+        batch = self._client.pipeline(transaction=True)
+        batch.lrange(self.prefix + "dead_order", 0, -1)
+        batch.hgetall(self.prefix + "letters")
         with surfaced(self._client):
-            lines: Any = self._client.lrange(self.prefix + "dead_letters", 0, -1)
-        pairs = [line.decode().split(" ", 1) for line in lines]
-        return [(int(group), reason) for group, reason in pairs]
+            order, letters = batch.execute()
+        return [(int(group), letters[group].decode().splitlines()) for group in order]
+
+    def requeue(self, group: int) -> bool:
+        """False: the group is not dead."""
+        return bool(self._run_script("requeue", group)[0] == "ok")
+
+    def close(self, force: bool) -> None:
+        """Every later call raises `NotInitialised`; raises `InUse` while leases are alive, unless forced."""
+        try:
+            reply = self._run_script("close", int(force))
+        except NotInitialised:  # closed before
+            return
+        if reply[0] == "leases":
+            raise InUse(f"run {self._run!r} is in use: {reply[1]} groups and {reply[2]} data batches are leased; stop it, or force")
+
+    def erase(self) -> int:
+        """Delete every key of the run, the record of its limits last; returns their number."""
+        meta = self.prefix + "meta"
+        with surfaced(self._client):
+            erased = sum(int(self._client.unlink(key)) for key in own_keys(self._client, self.prefix) if key != meta)
+            return erased + int(self._client.unlink(meta))
 
     def trash(self) -> list[str]:
         with surfaced(self._client):
@@ -221,22 +210,6 @@ class Ledger:
         with surfaced(self._client):
             self._client.srem(self.prefix + "trash", *refs)
 
-    def references(self) -> set[str]:
-        """Every payload reference of a live or claimed record."""
-        snapshot = self.snapshot()
-        groups = set(snapshot.ready)
-        data = set(snapshot.data_live)
-        for claimed_groups, claimed_data in snapshot.claims.values():
-            groups.update(claimed_groups)
-            data.update(claimed_data)
-        batch = self.batch()
-        for group in groups:
-            batch.hget(f"{self.prefix}group:{group}", "ref")
-        for number in data:
-            batch.hget(f"{self.prefix}data:{number}", "ref")
-        with surfaced(self._client):
-            return {ref.decode() for ref in batch.execute() if ref}
-
     def flag(self, name: str, value: int | None = None) -> bool:
         """Read the flag `name`, or set (1) or clear (0) it first."""
         with surfaced(self._client):
@@ -245,30 +218,22 @@ class Ledger:
             return self._client.hget(self.prefix + "meta", name) == b"1"
 
     def snapshot(self) -> Snapshot:
-        p = self.prefix
-        with surfaced(self._client):
-            steps: Any = self._client.zrange(p + "claims", 0, -1)
-            batch = self._client.pipeline(transaction=True)
-            batch.hgetall(p + "meta")
-            for name in ("live", "ready", "leases", "pool", "data_live", "claims"):
-                batch.zrange(p + name, 0, -1)
-            for name in ("settled", "evicted", "dead"):
-                batch.get(p + name)
-            for step in steps:
-                batch.hmget(f"{p}claim:{int(step)}", "groups", "data")
-            replies: list[Any] = batch.execute()
-        meta, live, ready, leases, pool, data_live, now_steps = replies[:7]
-        if list(now_steps) != list(steps):  # a claim or settle slipped in between the two reads
-            return self.snapshot()
+        _, meta, sets, bitmaps, claims, groups, data, trash = self._run_script("snapshot")
+        live, ready, leases, pool, requeued, data_live = (frozenset(int(member) for member in members) for members in sets)
         return Snapshot(
-            meta={key.decode(): int(value) for key, value in meta.items() if value.lstrip(b"-").isdigit()},
-            live=_numbers(live),
-            ready=_numbers(ready),
-            leases=_numbers(leases),
-            pool=_numbers(pool),
-            claims={int(step): (_parsed(groups), _parsed(data)) for step, (groups, data) in zip(steps, replies[10:], strict=True)},
-            finished={name: _bits(bitmap) for name, bitmap in zip(("settled", "evicted", "dead"), replies[7:10], strict=True)},
-            data_live=_numbers(data_live),
+            meta={name.decode(): int(value) for name, value in _rows(meta, 2) if value.lstrip(b"-").isdigit()},
+            live=live,
+            ready=ready,
+            leases=leases,
+            pool=pool,
+            claims={int(step): (_parsed(taken), _parsed(batches)) for step, taken, batches in _rows(claims, 3)},
+            finished={name: _bits(bitmap) for name, bitmap in zip(("settled", "evicted", "dead"), bitmaps, strict=True)},
+            data_live=data_live,
+            requeued=requeued,
+            group_bytes={int(group): int(size) for group, size, ref in _rows(groups, 3) if ref},
+            data_bytes={int(number): int(size) for number, size, ref in _rows(data, 3) if ref},
+            references=frozenset(ref.decode() for _, _, ref in _rows(groups, 3) + _rows(data, 3) if ref),
+            trash=frozenset(ref.decode() for ref in trash),
         )
 
 
@@ -276,18 +241,14 @@ def _ids(numbers: Sequence[int]) -> str:
     return " ".join(str(int(number)) for number in numbers)
 
 
-def _triples(flat: list[Any]) -> list[tuple[Any, Any, Any]]:
-    return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
+def _rows(flat: list[Any], width: int) -> list[tuple[Any, ...]]:
+    return list(zip(*(flat[place::width] for place in range(width)), strict=True))
 
 
-def _numbers(members: list[bytes]) -> frozenset[int]:
-    return frozenset(int(member) for member in members)
+def _parsed(text: bytes) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split())
 
 
-def _parsed(text: bytes | None) -> tuple[int, ...]:
-    return tuple(int(part) for part in (text or b"").split())
-
-
-def _bits(bitmap: bytes | None) -> frozenset[int]:
+def _bits(bitmap: bytes) -> frozenset[int]:
     """Indices of the set bits; Redis counts from the most significant bit of the first byte."""
-    return frozenset(8 * place + bit for place, byte in enumerate(bitmap or b"") if byte for bit in range(8) if byte & (0x80 >> bit))
+    return frozenset(8 * place + bit for place, byte in enumerate(bitmap) if byte for bit in range(8) if byte & (0x80 >> bit))

@@ -15,7 +15,7 @@ Worked example: G = 4, S = 1, K = 5 gives 8 slots and 28 retained groups; at 30 
 The scripts in `lua/` enforce these limits; nothing here talks to Redis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from replay.errors import BudgetExceeded, ImpossibleSettings, UnsuitableServer
@@ -29,6 +29,12 @@ FORK_HEADROOM = 1.5
 # The append-only file grows to twice its base size before a rewrite, which then writes a fresh copy beside
 # it.
 DISK_FACTOR = 3.0
+# Rewards closer than this agree: no advantage can be made of them.
+FLAT_REWARDS = 1e-9
+# By default at most this many steps' worth of zero-variance groups are dropped between two claims.
+DROPS_PER_GROUP = 4
+# A script handles all groups of a step in one call; Lua passes at most some 8000 values at once.
+LARGEST_STEP = 4096
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class BufferSettings:
     batches. `checkpoint_interval` is the number of steps between two `settle` calls. `remake_cut_off` makes a
     group whose lineage a rollback cut off under its old index instead of evicting it: needed for bitwise
     resume when `checkpoint_interval` > 1, since it leaves no holes in the sequence of prompts.
+    `drop_zero_variance` replaces groups whose rewards all agree by the next index, at most `drop_limit` of them
+    between two claims: a policy whose groups all agree goes on training, and the metric shows it.
     """
 
     groups_per_step: int
@@ -51,6 +59,8 @@ class BufferSettings:
     data_depth: int = 4
     checkpoint_interval: int = 1
     remake_cut_off: bool = False
+    drop_zero_variance: bool = False
+    max_drops_per_step: int | None = None
 
     @property
     def slots(self) -> int:
@@ -69,6 +79,13 @@ class BufferSettings:
             return 0
         return self.data_depth + (self.checkpoint_interval + 1) * self.data_per_step
 
+    @property
+    def drop_limit(self) -> int:
+        """Most zero-variance groups dropped between two claims; 0 when they are kept."""
+        if not self.drop_zero_variance:
+            return 0
+        return DROPS_PER_GROUP * self.groups_per_step if self.max_drops_per_step is None else self.max_drops_per_step
+
     def check(self) -> None:
         """Raise `ImpossibleSettings` when no run could make progress with these numbers."""
         least = {
@@ -83,6 +100,11 @@ class BufferSettings:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ImpossibleSettings(f"{name} is {getattr(self, name)}, must be at least {bound}")
+        for name in ("groups_per_step", "data_per_step"):
+            if getattr(self, name) > LARGEST_STEP:
+                raise ImpossibleSettings(f"{name} is {getattr(self, name)}, must be at most {LARGEST_STEP}")
+        if self.max_drops_per_step is not None and self.max_drops_per_step < 1:
+            raise ImpossibleSettings(f"max_drops_per_step is {self.max_drops_per_step}, must be at least 1; to keep all groups set drop_zero_variance to false")
         if self.lease_s <= 0:
             raise ImpossibleSettings(f"lease_s is {self.lease_s}, must be positive")
         if self.groups_per_step == 0 and self.data_per_step == 0:
@@ -100,6 +122,11 @@ def staleness(step: int, version: int) -> int:
     return step - 1 - version
 
 
+def zero_variance(rewards: Sequence[float]) -> bool:
+    """Whether all rewards of a group agree, so that every advantage is 0."""
+    return max(rewards) - min(rewards) < FLAT_REWARDS
+
+
 def worst_staleness(settings: BufferSettings) -> int:
     """The bound that admission alone keeps; what the window adds beyond S is evicted at claim."""
     if settings.groups_per_step == 0:
@@ -114,6 +141,14 @@ def budget_error(group_bytes: int, data_bytes: int, groups: int, batches: int, l
         f"{groups} retained groups x {megabytes(group_bytes)} + {batches} data batches x "
         f"{megabytes(data_bytes)} = {megabytes(need)}, more than max_bytes {megabytes(limit)}; "
         f"raise max_bytes, or lower checkpoint_interval, max_staleness or the groups per step"
+    )
+
+
+def room_error(what: str, size: int, held: int, groups: int, limit: int, waited_s: float) -> BudgetExceeded:
+    """The error for a payload that found no room in time, with its arithmetic."""
+    return BudgetExceeded(
+        f"{what}: {megabytes(held)} held by {groups} ready or claimed groups (and data) + {megabytes(size)} = {megabytes(held + size)}, more than max_bytes "
+        f"{megabytes(limit)}, for {waited_s:.0f} s; raise max_bytes, or settle more often (lower checkpoint_interval)"
     )
 
 
@@ -139,13 +174,13 @@ def check_server(
 ) -> None:
     """Raise `UnsuitableServer` when the server would lose groups or cannot hold the budget.
 
-    `options` are the server's `maxmemory`, `maxmemory-policy` and `appendonly` (absent when the server hides
+    `version` is '' when the server hides it; `options` are the server's `maxmemory`, `maxmemory-policy` and `appendonly` (absent when the server hides
     them); `total_memory` is the machine's memory in bytes, 0 when unknown; `recorded_version` is the server
     that wrote the ledger before.
     """
-    if parse_version(version) < MIN_SERVER_VERSION:
+    if version and parse_version(version) < MIN_SERVER_VERSION:
         raise UnsuitableServer(f"Redis {version} is too old: the ledger needs 6.2 or newer")
-    if recorded_version and parse_version(version)[:2] < parse_version(recorded_version)[:2]:
+    if version and recorded_version and parse_version(version)[:2] < parse_version(recorded_version)[:2]:
         raise UnsuitableServer(
             f"this run's ledger was written by Redis {recorded_version}; Redis {version} is older and may not read it: start the newer server"
         )

@@ -1,7 +1,7 @@
 """What the buffer hands out and keeps about a group: plain frozen records and their JSON form."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Lease:
 class GroupHeader:
     """The small part of a committed group: what the learner needs to plan before it reads payloads.
 
-    `size` = members = len(rewards); `version` = oldest policy version that sampled any transition; `bytes`
+    `size` = members = len(rewards), which may be fewer than the run's group size when members failed (their
+    number is then in `meta["failed_members"]`); `version` = oldest policy version that sampled any transition; `bytes`
     and `checksum` (xxh3-64, hex) describe the payload.
     """
 
@@ -36,7 +37,7 @@ class GroupHeader:
 
     def to_json(self) -> str:
         """Raises ValueError on a NaN or infinite reward: a failed score is a failure, never a number."""
-        return json.dumps(asdict(self), allow_nan=False, separators=(",", ":"))
+        return json.dumps(self.__dict__, allow_nan=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "GroupHeader":
@@ -45,11 +46,16 @@ class GroupHeader:
 
 @dataclass(frozen=True)
 class ClaimedGroup:
-    """A group that belongs to a step; `ref` names its payload in the store."""
+    """A group that belongs to a step; `ref` names its payload in the store.
+
+    `leased_at` and `ready_at`: when its last attempt began and when it was committed, ms of Redis TIME.
+    """
 
     group: int
     header: GroupHeader
     ref: str
+    leased_at: int = 0
+    ready_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,17 @@ class ClaimedData:
 
 @dataclass(frozen=True)
 class Claim:
-    """The fixed composition of one step: groups by ascending index, data batches in order."""
+    """The fixed composition of one step: groups by ascending index, data batches in order.
+
+    `claimed_at`: when the composition was fixed, ms of Redis TIME (serving it again does not move it).
+    """
 
     step: int
     epoch: int
     groups: list[ClaimedGroup]
     data: list[ClaimedData]
+    claimed_at: int = 0
+
+    def waits_s(self) -> list[float]:
+        """Seconds each group lay ready before this claim."""
+        return [(self.claimed_at - group.ready_at) / 1000 for group in self.groups]

@@ -1,23 +1,40 @@
-"""Runs the Lua scripts of `replay/lua`, each prefixed by `common.lua`, by hash and in one round trip."""
+"""Runs the Lua scripts of `replay/lua` by hash and in one round trip.
+
+A script is sent as `common.lua`, then the parts its `-- Uses:` line names, then its own text: each call defines only the
+functions it may need.
+"""
 
 import hashlib
+import re
+from functools import cache
 from importlib import resources
 from typing import Any
 
 import redis
 from redis.client import Pipeline
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
 NAMES = (
-    "lease", "extend", "commit", "fail", "release", "lease_data", "commit_data",
-    "claim", "publish", "settle", "rollback", "counts",
+    "lease", "extend", "commit", "fail", "release", "requeue", "lease_data", "commit_data",
+    "claim", "publish", "settle", "rollback", "counts", "snapshot", "close",
 )  # fmt: skip
+PARTS = ("common", "groups", "data", "steps", "settling")
 
 
+@cache
 def script_text(name: str) -> str:
-    """The full text of one script."""
+    """The full text of one script, parts in front."""
     folder = resources.files("replay") / "lua"
-    return (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
+    own = (folder / f"{name}.lua").read_text()
+    uses = re.search(r"^-- Uses: (.+)\.$", own, re.MULTILINE)
+    named = uses.group(1).split(", ") if uses else []
+    return "".join((folder / f"{part}.lua").read_text() for part in PARTS if part == "common" or part in named) + own
+
+
+@cache
+def script_hash(name: str) -> str:
+    """The SHA-1 under which a server knows the script."""
+    return hashlib.sha1(script_text(name).encode()).hexdigest()
 
 
 class Scripts:
@@ -26,32 +43,31 @@ class Scripts:
     def __init__(self, client: redis.Redis, prefix: str) -> None:
         self._client = client
         self._prefix = prefix
-        self._texts = {name: script_text(name) for name in NAMES}
-        self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}
 
     def run(self, name: str, *args: str | int) -> list[Any]:
         """Run one script; loads it when the server does not know it (a fresh or restarted server)."""
         reply: Any
         try:
-            reply = self._client.evalsha(self._hashes[name], 1, self._prefix, *args)
+            reply = self._client.evalsha(script_hash(name), 1, self._prefix, *args)
         except NoScriptError:
-            reply = self._client.eval(self._texts[name], 1, self._prefix, *args)
+            reply = self._client.eval(script_text(name), 1, self._prefix, *args)
         return _decoded(reply)
 
-    def queue(self, name: str, batch: Pipeline, *args: str | int) -> None:
-        """Queue the script as the last command of `batch`; execute it with `finish`."""
-        batch.evalsha(self._hashes[name], 1, self._prefix, *args)
+    def finish(self, name: str, batch: Pipeline, *args: str | int) -> list[Any]:
+        """Send `batch` with the script behind it; returns the script's reply.
 
-    def finish(self, name: str, batch: Pipeline) -> list[Any]:
-        """Send the batch (once more if the server did not know the script); returns the script's reply."""
-        commands = list(batch.command_stack)
+        A server at its memory limit refuses parts of the batch: the reply is then `['no_memory']`.
+        """
+        untyped: Any = batch
+        untyped.execute_command("EVALSHA", script_hash(name), 1, self._prefix, *args)  # a cluster's pipeline has no evalsha()
         try:
-            replies = batch.execute()
-        except NoScriptError:
-            self._client.script_load(self._texts[name])
-            batch.command_stack = commands
-            replies = batch.execute()
-        return _decoded(replies[-1])
+            return _decoded(batch.execute()[-1])
+        except NoScriptError:  # what stands before the script has been done
+            return self.run(name, *args)
+        except ResponseError as error:
+            if "maxmemory" in str(error):
+                return ["no_memory"]
+            raise
 
 
 def _decoded(reply: list[Any]) -> list[Any]:

@@ -1,35 +1,32 @@
 -- claim: fix the groups and data batches of one learner step.
+-- Uses: groups, data, steps.
 -- ARGV: step, epoch.
 -- Effect: ready groups outside the staleness bound are evicted; then G groups are taken, oldest index first, never
 --         reaching W or more indices past the oldest live one, together with the next D data batches.
 -- Idempotent: a step that has a claim returns that claim, also after a rollback. Fenced by the epoch.
--- Reply: {'ok', {group, header, ref, …}, {batch, checksum, ref, …}} | {'wait', trash?} | {'settled', step}
---        | {'order', expected step} | {'fenced', epoch}
+-- Reply: {'ok', {group, header, ref, leased_at, ready_at, …}, {batch, checksum, ref, …}, claimed_at} | {'wait', trash?}
+--        | {'settled', step} | {'order', expected step} | {'fenced', epoch}
 local step, epoch = tonumber(ARGV[1]), ARGV[2]
 local refused = fenced(epoch)
 if refused then return refused end
 
-local function claim_reply(groups, data)
-  local group_part, data_part = {}, {}
-  for _, g in ipairs(groups) do
-    local f = redis.call('HMGET', group_key(g), 'header', 'ref')
-    group_part[#group_part + 1] = g
-    group_part[#group_part + 1] = f[1]
-    group_part[#group_part + 1] = f[2]
-  end
-  for _, k in ipairs(data) do
-    local f = redis.call('HMGET', data_key(k), 'checksum', 'ref')
-    data_part[#data_part + 1] = k
-    data_part[#data_part + 1] = f[1]
-    data_part[#data_part + 1] = f[2]
-  end
-  return {'ok', group_part, data_part}
+local function fields(reply, id, record, ...)
+  reply[#reply + 1] = id
+  for _, value in ipairs(redis.call('HMGET', record, ...)) do reply[#reply + 1] = value end
 end
 
-local settled_step, claimed_step, G, D, S, W = numbers('settled_step', 'claimed_step', 'G', 'D', 'S', 'W')
+local function claim_reply(groups, data, claimed_at)
+  local group_part, data_part = {}, {}
+  for _, g in ipairs(groups) do fields(group_part, g, group_key(g), 'header', 'ref', 'leased_at', 'ready_at') end
+  for _, k in ipairs(data) do fields(data_part, k, data_key(k), 'checksum', 'ref') end
+  return {'ok', group_part, data_part, tonumber(claimed_at)}
+end
+
+local settled_step, claimed_step, G, D, S, W, data_next = numbers(
+  'settled_step', 'claimed_step', 'G', 'D', 'S', 'W', 'data_next')
 if step <= settled_step then return {'settled', settled_step} end
-local known = redis.call('HMGET', claim_key(step), 'groups', 'data')
-if known[1] then return claim_reply(ids(known[1]), ids(known[2])) end
+local known = redis.call('HMGET', claim_key(step), 'groups', 'data', 'claimed_at')
+if known[1] then return claim_reply(ids(known[1]), ids(known[2]), known[3]) end
 if step ~= claimed_step + 1 then return {'order', claimed_step + 1} end
 
 run_even_when_full()
@@ -37,39 +34,41 @@ for _, g in ipairs(redis.call('ZRANGEBYSCORE', READY, '-inf', step - 1 - S - 1))
 for _, g in ipairs(redis.call('ZRANGEBYSCORE', READY, step, '+inf')) do evict(g, 'lineage') end
 local wait = {'wait', redis.call('SCARD', TRASH)}
 
-local data, data_next = {}, numbers('data_next')
+local data = {}
 for k = data_next, data_next + D - 1 do
   if not redis.call('ZSCORE', DATA_READY, k) then return wait end
   data[#data + 1] = k
 end
 
 if redis.call('ZCARD', READY) < G then return wait end
-local candidates = ids(table.concat(redis.call('ZRANGE', LIVE, 0, G + W - 2), ' '))
 local groups = {}
-for _ = 1, G do
-  local oldest, taken = candidates[1], nil
-  for place, g in ipairs(candidates) do
-    if g >= oldest + W then break end
-    if redis.call('ZSCORE', READY, g) then taken = place break end
+if G > 0 then
+  local candidates = ids(table.concat(redis.call('ZRANGE', LIVE, 0, G + W - 2), ' '))
+  local ready = redis.call('ZMSCORE', READY, unpack(candidates))
+  for _ = 1, G do
+    local oldest, taken = candidates[1], nil
+    for place, g in ipairs(candidates) do
+      if g >= oldest + W then break end
+      if ready[place] then taken = place break end
+    end
+    if not taken then return wait end
+    groups[#groups + 1] = table.remove(candidates, taken)
+    table.remove(ready, taken)
   end
-  if not taken then return wait end
-  groups[#groups + 1] = table.remove(candidates, taken)
-end
-table.sort(groups)
-
-for _, g in ipairs(groups) do
-  redis.call('ZREM', LIVE, g)
-  redis.call('ZREM', READY, g)
+  table.sort(groups)
+  redis.call('ZREM', LIVE, unpack(groups))
+  redis.call('ZREM', READY, unpack(groups))
 end
 for _, k in ipairs(data) do
   redis.call('ZREM', DATA_LIVE, k)
   redis.call('ZREM', DATA_READY, k)
 end
+local now = now_ms()
 redis.call('HSET', claim_key(step), 'groups', table.concat(groups, ' '),
-  'data', table.concat(data, ' '), 'published', 0)
+  'data', table.concat(data, ' '), 'published', 0, 'claimed_at', now)
 redis.call('ZADD', CLAIMS, step, step)
+redis.call('DEL', P .. 'dropped')
 add('claimed', #groups)
 add('unpublished', #groups)
-set('data_next', data_next + D)
-set('claimed_step', step)
-return claim_reply(groups, data)
+set('data_next', data_next + D, 'claimed_step', step)
+return claim_reply(groups, data, now)

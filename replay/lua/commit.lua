@@ -1,15 +1,21 @@
 -- commit: a finished group becomes ready. The payload has been written before this script runs.
+-- Uses: groups.
 -- ARGV: group, token, version, lineage ('' = the epoch of the lease), bytes, header (opaque JSON), ref,
---       payload key ('' when the payload is outside Redis).
--- Effect: leased -> ready; the payload loses its expiry. Weights of a cut-off lineage evict the group instead.
--- Idempotent: the same token again answers 'ok' and changes nothing; any other token answers 'lost'.
--- Reply: {'ok'} | {'lost'} | {'no_payload'}
+--       payload key ('' when the payload is outside Redis), flat ('1' = the rewards all agree).
+-- Effect: leased -> ready; the payload loses its expiry. Weights of a cut-off lineage evict the group instead; so does a
+--         flat group while the run drops those and fewer than drop_limit were dropped since the last new claim.
+-- Idempotent: the same token again answers as before and changes nothing, until the group ends ('dropped': until the
+--             next new claim); any other token answers 'lost'. 'full' and 'no_payload' change nothing: ask again.
+-- Reply: {'ok'} | {'dropped'} | {'lost'} | {'no_payload'} | {'full', bytes held, groups held, limit}
 --        | {'budget', group bytes, data bytes, retained groups, retained data, limit}
 local g, token, version, lineage = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local bytes, header, ref, payload = tonumber(ARGV[5]), ARGV[6], ARGV[7], ARGV[8]
-local record = group_key(g)
+local bytes, header, ref, payload, flat = tonumber(ARGV[5]), ARGV[6], ARGV[7], ARGV[8], ARGV[9] == '1'
+local record, dropped = group_key(g), P .. 'dropped'
 local held = redis.call('HMGET', record, 'token', 'ref', 'epoch')
-if held[1] ~= token then return {'lost'} end
+if held[1] ~= token then
+  if flat and redis.call('SISMEMBER', dropped, token) == 1 then return {'dropped'} end
+  return {'lost'}
+end
 if payload ~= '' and redis.call('STRLEN', payload) ~= bytes then return {'no_payload'} end
 if held[2] then
   if payload ~= '' then redis.call('PERSIST', payload) end
@@ -20,22 +26,27 @@ if not version_alive(tonumber(lineage) or tonumber(held[3]), version) then
   return {'lost'}
 end
 
-local sum, count, data_sum, data_count, retained, data_retained, max_bytes = numbers(
-  'group_bytes_sum', 'group_commits', 'data_bytes_sum', 'data_commits', 'retained', 'data_retained', 'max_bytes')
+local total, sum, count, data_sum, data_count, retained, data_retained, max_bytes, largest, claimed, drop_limit = numbers(
+  'bytes', 'group_bytes_sum', 'group_commits', 'data_bytes_sum', 'data_commits', 'retained', 'data_retained', 'max_bytes',
+  'largest_group', 'claimed', 'drop_limit')
+if flat and redis.call('SCARD', dropped) < drop_limit then
+  evict(g, 'zero_variance')
+  redis.call('SADD', dropped, token)
+  return {'dropped'}
+end
 local mean = (sum + bytes) / (count + 1)
 local data_mean = data_sum / math.max(1, data_count)
 if mean * retained + data_mean * data_retained > max_bytes then
   return {'budget', math.ceil(mean), math.ceil(data_mean), retained, data_retained, max_bytes}
 end
+if bytes > max_bytes then return {'budget', bytes, 0, 1, 0, max_bytes} end
+if total + bytes > max_bytes then return {'full', total, redis.call('ZCARD', READY) + claimed, max_bytes} end
 
 if payload ~= '' then redis.call('PERSIST', payload) end
-redis.call('HSET', record, 'ref', ref, 'bytes', bytes, 'version', version, 'header', header)
+redis.call('HSET', record, 'ref', ref, 'bytes', bytes, 'version', version, 'header', header, 'ready_at', now_ms())
 redis.call('HDEL', TOKENS, token)
-redis.call('ZREM', LEASES, g)
-redis.call('ZREM', POOL, g)
+if redis.call('ZREM', LEASES, g) == 0 then redis.call('ZREM', POOL, g) end
 redis.call('ZADD', READY, version, g)
-add('bytes', bytes)
-add('group_bytes_sum', bytes)
-add('group_commits', 1)
-if bytes > numbers('largest_group') then set('largest_group', bytes) end
+set('bytes', total + bytes, 'group_bytes_sum', sum + bytes, 'group_commits', count + 1,
+  'largest_group', math.max(bytes, largest))
 return {'ok'}

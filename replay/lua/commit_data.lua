@@ -1,8 +1,10 @@
 -- commit_data: a data batch becomes ready. Its content is a function of (seed, index), so the first commit wins.
+-- Uses: data.
 -- ARGV: batch, bytes, checksum, ref, payload key ('' when the payload is outside Redis).
 -- Effect: the batch is ready; the payload loses its expiry.
 -- Idempotent: the same ref again answers 'ok'; another copy answers 'duplicate' and is deleted by its writer.
--- Reply: {'ok'} | {'duplicate'} | {'unknown'} | {'no_payload'} | {'budget', …} as commit
+--             'full' and 'no_payload' change nothing: ask again.
+-- Reply: {'ok'} | {'duplicate'} | {'unknown'} | {'no_payload'} | {'full', …} | {'budget', …} as commit
 local k, bytes, checksum, ref, payload = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
 local record = data_key(k)
 if tonumber(k) >= numbers('next_data') then return {'unknown'} end
@@ -14,20 +16,21 @@ if held[2] then
   return {'ok'}
 end
 
-local sum, count, data_sum, data_count, retained, data_retained, max_bytes = numbers(
-  'group_bytes_sum', 'group_commits', 'data_bytes_sum', 'data_commits', 'retained', 'data_retained', 'max_bytes')
+local total, sum, count, data_sum, data_count, retained, data_retained, max_bytes, claimed = numbers(
+  'bytes', 'group_bytes_sum', 'group_commits', 'data_bytes_sum', 'data_commits', 'retained', 'data_retained', 'max_bytes',
+  'claimed')
 local mean = sum / math.max(1, count)
 local data_mean = (data_sum + bytes) / (data_count + 1)
 if mean * retained + data_mean * data_retained > max_bytes then
   return {'budget', math.ceil(mean), math.ceil(data_mean), retained, data_retained, max_bytes}
 end
+if bytes > max_bytes then return {'budget', 0, bytes, 0, 1, max_bytes} end
+if total + bytes > max_bytes then return {'full', total, redis.call('ZCARD', READY) + claimed, max_bytes} end
 
 if payload ~= '' then redis.call('PERSIST', payload) end
 redis.call('HSET', record, 'ref', ref, 'bytes', bytes, 'checksum', checksum)
 redis.call('HDEL', TOKENS, held[1])
 redis.call('ZREM', DATA_LEASES, k)
 redis.call('ZADD', DATA_READY, k, k)
-add('bytes', bytes)
-add('data_bytes_sum', bytes)
-add('data_commits', 1)
+set('bytes', total + bytes, 'data_bytes_sum', data_sum + bytes, 'data_commits', data_count + 1)
 return {'ok'}

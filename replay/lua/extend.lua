@@ -1,4 +1,5 @@
 -- extend: heartbeat of a lease.
+-- Uses: nothing more.
 -- ARGV: group, token.
 -- Effect: moves the deadline to now + lease_s; a lease that expired but was given to nobody else is taken back.
 -- Idempotent: a later heartbeat only moves the deadline further.

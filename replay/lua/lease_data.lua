@@ -1,4 +1,5 @@
 -- lease_data: give out the next data batch to be produced.
+-- Uses: data.
 -- ARGV: token (fresh per request), owner.
 -- Effect: the lowest expired index is leased again, else the next index is opened while fewer than
 --         data_depth are unclaimed and fewer than data_retained are unsettled.

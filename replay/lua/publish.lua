@@ -1,4 +1,5 @@
 -- publish: the policy version `step` is live.
+-- Uses: steps.
 -- ARGV: step, epoch.
 -- Effect: the version moves up to step; the pipeline slots of every claim <= step are free.
 -- Idempotent: a step at or below the version changes nothing. Fenced by the epoch.

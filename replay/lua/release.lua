@@ -1,4 +1,5 @@
 -- release: an owner that restarted gives back what its former self held, without waiting for the expiry.
+-- Uses: groups, data.
 -- ARGV: owner.
 -- Effect: its group leases spend an attempt, its data leases are free at once.
 -- Idempotent: a repeat finds nothing.

@@ -1,4 +1,5 @@
 -- rollback: the learner starts from the checkpoint of `step`; opens a new epoch.
+-- Uses: groups, data, steps, settling.
 -- ARGV: step, group ids consumed since the previous checkpoint (space-separated), data ids likewise, request token.
 -- Effect: 1. what the checkpoint says was consumed is settled, even if its claim record is lost;
 --         2. claims > step stay and will be served again, charged to the pipeline anew;
@@ -38,9 +39,8 @@ end
 
 run_even_when_full()
 epoch = epoch + 1
-set('epoch', epoch)
-set('rollback_token', token)
-redis.call('HSET', FLOORS, epoch, step)
+set('epoch', epoch, 'rollback_token', token)
+redis.call('HSET', P .. 'floors', epoch, step)
 settle_through(step)
 
 local next_group = numbers('next_group')
@@ -51,25 +51,23 @@ for _, g in ipairs(groups) do
     if not consumed[lost] then evict(lost, 'forgotten') end
   end
   next_group = math.max(next_group, g + 1)
-  finish(g, 'settled')
+  leave_live(g)
+  finish({g}, 'settled')
 end
 set('next_group', next_group)
 
 for _, k in ipairs(redis.call('ZRANGEBYSCORE', DATA_LIVE, '-inf', last_data)) do drop_data(k) end
 local next_data, data_next
 next_data, data_next, data_floor = numbers('next_data', 'data_next', 'data_floor')
-set('next_data', math.max(next_data, last_data + 1))
-set('data_next', math.max(data_next, last_data + 1))
-set('data_floor', math.max(data_floor, last_data + 1))
+set('next_data', math.max(next_data, last_data + 1), 'data_next', math.max(data_next, last_data + 1),
+  'data_floor', math.max(data_floor, last_data + 1))
 
 local unpublished = 0
 for _, s in ipairs(redis.call('ZRANGE', CLAIMS, 0, -1)) do
   redis.call('HSET', claim_key(s), 'published', 0)
   unpublished = unpublished + #ids(redis.call('HGET', claim_key(s), 'groups'))
 end
-set('unpublished', unpublished)
-set('claimed_step', math.max(claimed_step, step))
-set('version', step)
+set('unpublished', unpublished, 'claimed_step', math.max(claimed_step, step), 'version', step)
 
 for _, g in ipairs(redis.call('ZRANGEBYSCORE', READY, '(' .. step, '+inf')) do cut_off(g) end
 for _, g in ipairs(redis.call('ZRANGE', LEASES, 0, -1)) do

@@ -1,4 +1,5 @@
 -- settle: the checkpoint of `step` is registered; nothing <= step will be asked for again.
+-- Uses: groups, data, steps, settling.
 -- ARGV: step, epoch ('' = not fenced; the caller holds no epoch).
 -- Effect: every claim <= step is settled, its payload references go to the trash.
 -- Idempotent: settled claims are gone, a repeat finds none.

@@ -71,6 +71,7 @@ def test_public_url_hides_the_password(url: str, shown: str) -> None:
 
 def test_folder_store_writes_whole_files_and_sweeps_old_strangers(tmp_path: Path) -> None:
     store = FolderPayloads(tmp_path / "payloads")
+    assert store.sweep(set(), 0) == 0, "a folder nobody has written to"
     batch = redis.Redis().pipeline(transaction=False)  # never executed: this store writes at once
     kept, stray = store.write("g1-a", b"one", batch), store.write("g2-b", b"two", batch)
     assert not batch.command_stack
@@ -81,6 +82,12 @@ def test_folder_store_writes_whole_files_and_sweeps_old_strangers(tmp_path: Path
     for name in (kept, stray):
         os.utime(tmp_path / "payloads" / name, (old, old))
     assert store.sweep({kept}, older_than_s=60) == 1
+    waiting = store.write("g3-c", b"three", batch)
+    os.utime(tmp_path / "payloads" / waiting, (old, old))
+    (tmp_path / "payloads" / "notes.txt").touch()
+    os.utime(tmp_path / "payloads" / "notes.txt", (old, old))
+    store.refresh(waiting, batch)
+    assert store.sweep({kept}, older_than_s=60) == 0, "refreshed, or not ours"
     store.delete([kept, kept])
     with pytest.raises(PayloadMissing, match="g1-a"):
         store.read(kept)
@@ -92,11 +99,21 @@ def test_checksum_is_xxh3() -> None:
 
 def test_every_script_states_its_contract() -> None:
     folder = ROOT / "replay" / "lua"
-    assert {file.stem for file in folder.glob("*.lua")} == {*scripts.NAMES, "common"}
+    assert {file.stem for file in folder.glob("*.lua")} == {*scripts.NAMES, *scripts.PARTS}
     for name in scripts.NAMES:
         header = (folder / f"{name}.lua").read_text()
-        for part in (f"-- {name}: ", "ARGV: ", "Effect: ", "Idempotent: ", "Reply: "):
+        for part in (f"-- {name}: ", "Uses: ", "ARGV: ", "Effect: ", "Idempotent: ", "Reply: "):
             assert part in header, f"{name}.lua lacks {part}"
+
+
+def test_a_script_is_sent_with_the_parts_it_uses_and_no_more() -> None:
+    assert "local function finish" in scripts.script_text("commit")
+    assert "local function finish" not in scripts.script_text("extend")
+    for name in scripts.NAMES:
+        text = scripts.script_text(name)
+        assert text.startswith("-- common: ")
+        positions = [text.index(f"-- {part}: ") for part in scripts.PARTS if f"-- {part}: " in text]
+        assert positions == sorted(positions), "a part stands behind those it needs"
 
 
 def test_embedded_is_refused_for_several_nodes() -> None:
@@ -121,6 +138,10 @@ WHOLE = Snapshot(
         "claimed": 2,
         "data_next": 1,
         "next_data": 2,
+        "bytes": 40,
+        "widest_bytes": 40,
+        "widest_slots": 2,
+        "widest_retained": 4,
     },
     live=frozenset({4, 5}),
     ready=frozenset({4}),
@@ -129,6 +150,8 @@ WHOLE = Snapshot(
     claims={2: ((2, 3), (0,))},
     finished={"settled": frozenset({0}), "evicted": frozenset({1}), "dead": frozenset()},
     data_live=frozenset({1}),
+    group_bytes={2: 10, 3: 11, 4: 12},
+    data_bytes={0: 7},
 )
 
 
@@ -147,6 +170,14 @@ def test_audit_of_a_whole_ledger_is_empty() -> None:
         ({"data_live": frozenset()}, "unclaimed data batches"),
         ({"meta": {**WHOLE.meta, "settled": 2}}, "counter settled"),
         ({"meta": {**WHOLE.meta, "next_group": 5}}, "never opened"),
+        ({"meta": {**WHOLE.meta, "bytes": 39}}, "counter bytes is 39, the ledger holds 40"),
+        ({"meta": {**WHOLE.meta, "widest_bytes": 39}}, "40 bytes are held, the budget is 39"),
+        ({"meta": {**WHOLE.meta, "widest_slots": 1}}, "2 groups are in the pipeline, the budget is 1"),
+        ({"meta": {**WHOLE.meta, "widest_retained": 3}}, "4 groups are retained, the budget is 3"),
+        ({"group_bytes": {2: 10, 3: 11}}, "group 4 is ready or claimed but has no payload"),
+        ({"group_bytes": {2: 10, 3: 11, 4: 12, 5: 0}}, "group 5 has a payload but is neither"),
+        ({"requeued": frozenset({4})}, "group 4 is marked to be made again but is not dead"),
+        ({"references": frozenset({"g4-a"}), "trash": frozenset({"g4-a"})}, "g4-a is in use and in the trash"),
     ],
 )
 def test_audit_names_each_kind_of_damage(damage: dict[str, object], words: str) -> None:
