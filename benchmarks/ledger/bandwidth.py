@@ -18,7 +18,7 @@ from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
 
 MB = 1_000_000
-SIZES = {0.1: 120, 1.0: 40, 30.0: 4}
+SIZES = {0.1: 120, 1.0: 42, 30.0: 6}
 """Megabytes of a group → groups in one repeat."""
 QUICK_SIZES = {0.1: 4, 1.0: 2}
 FIGURES = ("commit", "lease+commit", "set", "ray put", "fetch", "claim+fetch", "get", "ray get")
@@ -93,10 +93,10 @@ def once(url: str, queue: Any, payload: bytes, groups: int) -> dict[str, float]:
 
 
 def take_turns(sides: Sequence[Callable[[int], None]], rounds: int) -> None:
-    """Every side once in each round, beginning with another one each time."""
-    for i in range(rounds):
-        turn = i % len(sides)
-        for side in (*sides[turn:], *sides[:turn]):
+    """Every side once in each round, in every order in turn: none follows the same other one more often."""
+    orders = itertools.cycle(itertools.permutations(sides))
+    for i, order in zip(range(rounds), orders, strict=False):
+        for side in order:
             side(i)
 
 

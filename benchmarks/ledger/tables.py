@@ -91,7 +91,8 @@ def compression(found: dict[str, Any]) -> str:
     head = ["payload", "codec", "size after / before", "compress MB/s", "expand MB/s", "wins below MB/s", "Redis here MB/s", "pays here"]
     rows = []
     for r in found["rows"]:
-        rates = [figure(r[name]) for name in ("compress MB/s", "expand MB/s", "break-even MB/s", "redis MB/s")]
+        even = figure(r["break-even MB/s"]) if r["break-even MB/s"]["median"] > 0 else "never"
+        rates = [figure(r["compress MB/s"]), figure(r["expand MB/s"]), even, figure(r["redis MB/s"])]
         rows.append([f"{r['payload']}, {r['bytes'] / 1e6:.1f} MB", r["codec"], f"{r['ratio']:.3f}", *rates, "yes" if r["pays"] else "no"])
     return table(head, rows)
 
