@@ -45,15 +45,13 @@ local groups = {}
 if G > 0 then
   local candidates = ids(table.concat(redis.call('ZRANGE', LIVE, 0, G + W - 2), ' '))
   local ready = redis.call('ZMSCORE', READY, unpack(candidates))
+  local first, taken = 1, {}  -- place of the oldest live group not taken; places taken
   for _ = 1, G do
-    local oldest, taken = candidates[1], nil
-    for place, g in ipairs(candidates) do
-      if g >= oldest + W then break end
-      if ready[place] then taken = place break end
-    end
-    if not taken then return wait end
-    groups[#groups + 1] = table.remove(candidates, taken)
-    table.remove(ready, taken)
+    local place, last = first, (candidates[first] or 0) + W - 1
+    while candidates[place] and (taken[place] or not ready[place]) do place = place + 1 end
+    if not candidates[place] or candidates[place] > last then return wait end
+    groups[#groups + 1], taken[place] = candidates[place], true
+    while taken[first] do first = first + 1 end
   end
   table.sort(groups)
   redis.call('ZREM', LIVE, unpack(groups))

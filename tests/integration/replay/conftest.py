@@ -85,6 +85,10 @@ class Driver:
         moved = self.client.zadd(f"ddrl:{{{self.run}}}:leases", {str(lease.group): 1}, xx=True, ch=True)
         assert moved == 1
 
+    def state(self) -> dict[str, int]:
+        """The counts without the ages."""
+        return {name: value for name, value in self.buffer.counts().items() if not name.endswith("_ms")}
+
     def count(self, name: str) -> int:
         return self.buffer.counts()[name]
 
