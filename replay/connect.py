@@ -10,6 +10,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, RedisError, TimeoutError
 from redis.retry import Retry
 
+from replay.cluster import RunClient
 from replay.errors import ReplayError, Unreachable
 
 # 12 retries with pauses 0.05 → 1 s: about 8 s, enough for a server restart with a log of a few hundred MB.
@@ -25,14 +26,15 @@ def public_url(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname or '?'}:{parts.port or 6379}{parts.path}"
 
 
-def connect(url: str, timeout: float = 10.0) -> redis.Redis:
+def connect(url: str, timeout: float = 10.0) -> RunClient:
     """A client whose server has answered. Safe to build in every process; clients are not shared by pickling.
 
     Raises `Unreachable` within about `timeout` seconds when the server does not answer or refuses the
-    password. Later commands are retried on connection errors (every ledger operation is idempotent).
+    password. Later commands are retried on connection errors (every ledger operation is idempotent). On a Redis
+    Cluster, `url` may name any node.
     """
     try:
-        client = redis.Redis.from_url(
+        client: RunClient = RunClient.from_url(  # type: ignore[assignment]
             url,
             protocol=2,
             socket_connect_timeout=min(timeout, 5.0),
@@ -48,6 +50,7 @@ def connect(url: str, timeout: float = 10.0) -> redis.Redis:
         while True:
             try:
                 probe.ping()
+                client.find_nodes()
                 return client
             except AuthenticationError:
                 raise Unreachable(f"Redis at {public_url(url)} refuses the password in redis.url") from None

@@ -25,10 +25,11 @@ import redis
 
 from replay import supervisor
 from replay.errors import EmbeddedServerError
-from replay.policy import MIN_SERVER_VERSION, SERVER_OVERHEAD_BYTES, disk_needed, megabytes, parse_version
+from replay.policy import MIN_SERVER_VERSION, SERVER_OVERHEAD_BYTES, disk_needed, megabytes, memory_needed, parse_version
 
 Fsync = Literal["always", "everysec"]
 PORT_TRIES = 3
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def find_server() -> tuple[Path, str]:
@@ -82,16 +83,17 @@ class EmbeddedRedis:
         cls,
         folder: Path,
         *,
-        max_bytes: int = 0,
+        max_bytes: int | None = None,
         fsync: Fsync = "everysec",
         timeout_s: float = 60.0,
         server: Path | None = None,
     ) -> "EmbeddedRedis":
         """Start on `folder` (made if absent; its data is loaded) and wait until it answers.
 
-        `max_bytes` > 0 caps the server's memory at that plus overhead and checks the disk for it. `timeout_s`
-        covers the wait for a former server of the folder to end and the loading of its log. `server`: a
-        binary to use instead of searching. Raises `EmbeddedServerError`.
+        `max_bytes` of payloads (0: they are elsewhere) caps the server's memory at that plus overhead; memory and
+        disk must have room for it; None: neither cap nor checks. `fsync`: see `RedisConfig`. `timeout_s` covers the
+        wait for a former server of the folder to end and the loading of its log. `server`: a binary to use instead
+        of searching. Raises `EmbeddedServerError`.
         """
         deadline = time.monotonic() + timeout_s
         folder = folder.resolve()
@@ -99,7 +101,9 @@ class EmbeddedRedis:
         binary, version = (server, _version(str(server))) if server else find_server()
         lock = _lock(folder, deadline)
         try:
-            _check_folder(folder, version, max_bytes)
+            _check_version(folder, version)
+            if max_bytes is not None:
+                _check_room(folder, max_bytes)
             for tries_left in reversed(range(PORT_TRIES)):
                 started = cls._launch(binary, version, folder, lock, max_bytes, fsync)
                 try:
@@ -115,14 +119,14 @@ class EmbeddedRedis:
             os.close(lock)  # the supervisor and the server hold their own copies
 
     @classmethod
-    def _launch(cls, binary: Path, version: str, folder: Path, lock: int, max_bytes: int, fsync: Fsync) -> "EmbeddedRedis":
+    def _launch(cls, binary: Path, version: str, folder: Path, lock: int, max_bytes: int | None, fsync: Fsync) -> "EmbeddedRedis":
         port = _free_port()
         password = secrets.token_urlsafe(24)
         log = folder / "redis.log"
         log.unlink(missing_ok=True)
         config = folder / "redis.conf"
         config.unlink(missing_ok=True)
-        limit = max_bytes + SERVER_OVERHEAD_BYTES if max_bytes else 0
+        limit = 0 if max_bytes is None else max_bytes + SERVER_OVERHEAD_BYTES
         lines = [
             "bind 127.0.0.1",
             f"port {port}",
@@ -215,7 +219,7 @@ def _lock(folder: Path, deadline: float) -> int:
             time.sleep(0.05)
 
 
-def _check_folder(folder: Path, version: str, max_bytes: int) -> None:
+def _check_version(folder: Path, version: str) -> None:
     record = folder / "server.json"
     if record.exists():
         before = str(json.loads(record.read_text())["version"])
@@ -223,12 +227,36 @@ def _check_folder(folder: Path, version: str, max_bytes: int) -> None:
             raise EmbeddedServerError(
                 f"{folder} was written by redis-server {before}; {version} is older and cannot read it: install redis-server {before} or newer"
             )
-    free = shutil.disk_usage(folder).free
-    if max_bytes and free < disk_needed(max_bytes):
+
+
+def _check_room(folder: Path, max_bytes: int) -> None:
+    """Refuse what memory or disk cannot hold, before anything is started."""
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())  # a log that is there already
+    room = shutil.disk_usage(folder).free + held
+    if room < disk_needed(max_bytes):
         raise EmbeddedServerError(
-            f"{folder} has {megabytes(free)} free; the log of a server with max_bytes {megabytes(max_bytes)} "
-            f"may take {megabytes(disk_needed(max_bytes))}: free some disk or lower replay.max_bytes"
+            f"{folder} has room for {megabytes(room)}; the log of a server with max_bytes {megabytes(max_bytes)} "
+            f"may take {megabytes(disk_needed(max_bytes))}: free some disk, lower replay.max_bytes, or set replay.payloads to a folder elsewhere"
         )
+    memory = memory_limit()
+    if memory < memory_needed(max_bytes):
+        raise EmbeddedServerError(
+            f"this machine (or container) has {megabytes(memory)} of memory; a server with max_bytes {megabytes(max_bytes)} "
+            f"may take {megabytes(memory_needed(max_bytes))} while its log is rewritten: lower replay.max_bytes, or set replay.payloads to a folder"
+        )
+
+
+def memory_limit() -> int:
+    """Bytes of memory this process may use: the machine's, or less where a container limits it (Linux cgroups)."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in CGROUP_LIMITS:
+        try:
+            text = file.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():  # 'max': none
+            limits.append(int(text))
+    return min(limits)
 
 
 def _free_port() -> int:

@@ -17,6 +17,7 @@ def key_prefix(run: str) -> str:
 
 def own_keys(client: redis.Redis, prefix: str) -> Iterator[str]:
     """Every key that begins with `prefix`, by SCAN: each at least once if it stays, none of another run."""
+    client.exists(prefix)  # SCAN names no key: on a cluster this leads the client to the node that holds the run
     pattern = re.sub(r"([?\[\]^\\])", r"\\\1", prefix) + "*"
     for key in client.scan_iter(match=pattern, count=1000):
         yield key.decode()

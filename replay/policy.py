@@ -204,6 +204,11 @@ def check_server(
         )
 
 
+def memory_needed(max_bytes: int) -> int:
+    """Bytes of memory a server with this payload budget may take while its append-only file is rewritten."""
+    return int(FORK_HEADROOM * (max_bytes + SERVER_OVERHEAD_BYTES))
+
+
 def disk_needed(max_bytes: int) -> int:
     """Bytes of disk the append-only file of a server with this payload budget may take."""
     return int(DISK_FACTOR * (max_bytes + SERVER_OVERHEAD_BYTES))

@@ -14,14 +14,13 @@ import redis
 
 from replay.buffer import BufferSettings, Lease, ReplayBuffer
 from replay.connect import connect
-from replay.embedded import EmbeddedRedis, _wheel_server
+from replay.embedded import EmbeddedRedis
+from tests.integration.replay.binaries import BINARIES, name_of
 
 RUNS = itertools.count()
-WHEEL = _wheel_server()
-BINARIES = [Path(found) for found in (WHEEL, shutil.which("redis-server")) if found]
 
 
-@pytest.fixture(scope="session", params=BINARIES, ids=["wheel" if str(b) == WHEEL else "path" for b in BINARIES])
+@pytest.fixture(scope="session", params=BINARIES, ids=name_of)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
     # In memory where possible: on a busy disk a due sync delays every write by up to 2 s. Durability has its
     # own tests.
@@ -115,6 +114,6 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def eventually() -> Callable[[Callable[[], bool], float], None]:
     return wait_until

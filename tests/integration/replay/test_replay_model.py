@@ -1,17 +1,19 @@
-"""A random history of calls against a plain-Python oracle of the ledger, on a real server.
+"""A random history of calls by several clients against a plain-Python oracle of the ledger, on a real server.
 
-The oracle restates the rules in the simplest form; after every call its view and the ledger's must agree.
-Every history ends by driving three more steps, so a history that blocks the run for good is found too.
+After every call the oracle's view and the ledger's must agree, the audit must be clean and every promise kept. One of
+the clients loses replies. Every history ends by driving three more steps, so a history that blocks the run for good is
+found too.
 """
 
 import itertools
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
+import pytest
 import redis
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -21,300 +23,338 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from replay.buffer import BufferSettings, Lease, ReplayBuffer
-from replay.errors import ClaimTimeout
+from replay.cluster import RunClient
+from replay.embedded import EmbeddedRedis
+from replay.errors import BudgetExceeded, ClaimTimeout, Fenced
+from tests.integration.replay.oracle import LIVE, Oracle
+from tests.integration.replay.proxy import DroppingProxy
 
 RUNS = itertools.count()
 # DDRL_REPLAY_EXAMPLES=2000 searches longer, with fresh random histories each time.
 EXAMPLES = int(os.environ.get("DDRL_REPLAY_EXAMPLES", "40"))
-
-
-@dataclass
-class Group:
-    state: str = "leased"
-    attempt: int = 1
-    spent: int = 0
-    lease: Lease | None = None
-    granted: int = 0
-    expired: bool = False
-    version: int | None = None
-    committed: str = ""
+OWNERS = st.sampled_from(["a", "b"])
+SIZES = st.sampled_from([4, 12, 1, 30, 70])
+WIDE = 1 << 30
 
 
 class LedgerMachine(RuleBasedStateMachine):
     client: redis.Redis
+    lossy: redis.Redis
+    proxy: DroppingProxy
 
     @initialize(
-        G=st.integers(1, 3), S=st.integers(0, 2), W=st.integers(1, 4), K=st.integers(1, 3),
-        attempts=st.integers(1, 3), remake=st.booleans(),
+        G=st.integers(1, 3), S=st.integers(0, 2), W=st.integers(1, 4), K=st.integers(1, 3), D=st.integers(0, 1),
+        attempts=st.integers(1, 3), remake=st.booleans(), wide=st.booleans(), drops=st.sampled_from([None, 1, 3]), before=st.sampled_from([60, 0]),
     )  # fmt: skip
-    def start(self, G: int, S: int, W: int, K: int, attempts: int, remake: bool) -> None:
-        self.run = BufferSettings(
-            groups_per_step=G, max_staleness=S, window=min(W, (S + 1) * G), max_attempts=attempts,
-            checkpoint_interval=K, remake_cut_off=remake,
+    def start(self, G: int, S: int, W: int, K: int, D: int, attempts: int, remake: bool, wide: bool, drops: int | None, before: int) -> None:
+        """`before`: so many small groups have gone before, which lets large ones in until there is no room."""
+        run = BufferSettings(
+            groups_per_step=G, max_staleness=S, window=min(W, (S + 1) * G), max_attempts=attempts, checkpoint_interval=K,
+            remake_cut_off=remake, data_per_step=D, data_depth=2, drop_zero_variance=drops is not None, max_drops_per_step=drops,
         )  # fmt: skip
+        self.run = replace(run, max_bytes=WIDE if wide else 10 * (run.retained_groups + run.retained_data))
         self.name = f"model{next(RUNS)}"
-        self.buffer = ReplayBuffer(self.client, self.name, self.run)
+        self.buffers = [ReplayBuffer(client, self.name, self.run) for client in (self.client, self.client, self.lossy)]
+        self.buffer = self.buffers[0]
         self.buffer.initialise()
-        self.groups: list[Group] = []
-        self.claims: dict[int, list[int]] = {}
-        self.unpublished: set[int] = set()
+        self.client.hset(self.key("meta"), mapping={"group_commits": before, "group_bytes_sum": before})
+        self.oracle = Oracle(self.run, group_sizes=[1] * before)
         self.leases: list[Lease] = []
-        self.version = self.claimed_step = self.settled_step = 0
-        self.floors: dict[int, int] = {}
-        self.epoch = 0
-        self.restart(0)
+        self.content: dict[str, tuple[int, bool]] = {}  # what each lease will produce: (bytes, do all rewards agree)
+        self.trained: dict[int, list[int]] = {}  # the surviving lineage: step → groups
+        self.restart(0, self.buffer)
 
-    # -- the oracle -------------------------------------------------------------------------------
+    def any_client(self, data: st.DataObject) -> ReplayBuffer:
+        """One of three; the third may lose the reply of the call that follows."""
+        which = data.draw(st.integers(0, 2))
+        if which == 2 and data.draw(st.booleans()):
+            self.proxy.drop = 1
+        return self.buffers[which]
 
-    def among(self, *states: str) -> list[int]:
-        return [g for g, group in enumerate(self.groups) if group.state in states]
+    def key(self, name: str) -> str:
+        return f"ddrl:{{{self.name}}}:{name}"
 
-    def live(self) -> list[int]:
-        return self.among("leased", "pool", "ready")
+    # -- producers --------------------------------------------------------------------------------
 
-    def charged(self) -> int:
-        return len(self.live()) + sum(len(self.claims[step]) for step in self.unpublished)
+    @rule(data=st.data(), owner=OWNERS, size=SIZES, flat=st.sampled_from([False, False, True]))
+    def lease(self, data: st.DataObject, owner: str, size: int, flat: bool) -> None:
+        self.lease_with(self.any_client(data), owner, size, flat)
 
-    def needed(self, rank: int) -> int:
-        return max(0, self.claimed_step + rank // self.run.groups_per_step - self.run.max_staleness)
-
-    def spend(self, group: Group) -> None:
-        group.spent += 1
-        group.state = "dead" if group.spent >= self.run.max_attempts else "pool"
-        group.expired = False
-
-    def cut_off(self, group: Group) -> None:
-        group.lease, group.expired, group.version = None, False, None
-        group.state = "pool" if self.run.remake_cut_off else "evicted:lineage"
-
-    def alive(self, epoch: int, version: int) -> bool:
-        return all(version <= self.floors[e] for e in range(epoch + 1, self.epoch + 1))
-
-    def expected_lease(self) -> int | None:
-        for group in self.groups:
-            if group.state == "leased" and group.expired:
-                self.spend(group)
-        live = self.live()
-        for g in self.among("pool"):
-            return g if self.needed(live.index(g)) <= self.version else None
-        retained = len(live) + sum(map(len, self.claims.values()))
-        if self.charged() >= self.run.slots or retained >= self.run.retained_groups:
-            return None
-        return len(self.groups) if self.needed(len(live)) <= self.version else None
-
-    def expected_claim(self, step: int) -> list[int] | None:
-        for g in self.among("ready"):
-            version = self.groups[g].version
-            assert version is not None
-            if step - 1 - version > self.run.max_staleness:
-                self.groups[g].state = "evicted:stale"
-            elif version > step - 1:
-                self.groups[g].state = "evicted:lineage"
-        live, taken = self.live(), []
-        for _ in range(self.run.groups_per_step):
-            inside = [g for g in live if g < live[0] + self.run.window and self.groups[g].state == "ready"]
-            if not inside:
-                return None
-            taken.append(inside[0])
-            live.remove(inside[0])
-        return sorted(taken)
-
-    # -- the calls --------------------------------------------------------------------------------
-
-    @rule()
-    def lease(self) -> None:
-        expected = self.expected_lease()
-        lease = self.buffer.lease("a", 0)
-        if expected is None or lease is None:
-            assert lease is None
-            assert expected is None
-            return
-        if expected == len(self.groups):
-            self.groups.append(Group(attempt=0))
-        group = self.groups[expected]
-        group.state, group.lease, group.granted = "leased", lease, self.version
-        group.attempt += 1
-        slack = math.ceil((self.run.window - 1) / self.run.groups_per_step)
-        least = min(self.version, max(0, self.needed_unclipped(expected) + slack))
-        assert (lease.group, lease.attempt, lease.min_version) == (expected, group.attempt, least)
-        assert lease.epoch == self.epoch
-        self.leases.append(lease)
-
-    def needed_unclipped(self, g: int) -> int:
-        return self.claimed_step + self.live().index(g) // self.run.groups_per_step - self.run.max_staleness
+    def lease_with(self, buffer: ReplayBuffer, owner: str, size: int, flat: bool) -> Lease | None:
+        expected = self.oracle.lease()
+        lease = buffer.lease(owner, 0)
+        assert (lease and lease.group) == expected
+        if lease is not None:
+            self.oracle.granted(lease, owner)
+            self.leases.append(lease)
+            self.content[lease.token] = size, flat
+        return lease
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), behind=st.integers(0, 2), twice=st.booleans())
-    def commit(self, data: st.DataObject, behind: int, twice: bool) -> None:
-        """Any lease ever handed out, held or lost."""
+    @rule(data=st.data(), behind=st.integers(0, 2), twice=st.booleans(), told=st.booleans())
+    def commit(self, data: st.DataObject, behind: int, twice: bool, told: bool) -> None:
+        """Any lease ever handed out, held or lost, sometimes with a lineage of the caller's own."""
         lease = data.draw(st.sampled_from(self.leases))
+        lineage = data.draw(st.integers(1, self.oracle.epoch)) if told else None
         for _ in range(1 + twice):
-            self.commit_lease(lease, max(0, self.version - behind))
+            self.commit_lease(self.any_client(data), lease, max(0, self.oracle.version - behind), lineage)
 
-    def commit_lease(self, lease: Lease, version: int) -> None:
-        group = self.groups[lease.group]
-        accepted = False
-        if group.committed == lease.token and group.state in ("ready", "claimed"):
-            accepted = True
-        elif group.lease == lease and group.state in ("leased", "pool"):
-            if self.alive(lease.epoch, version):
-                accepted = True
-                group.state, group.version, group.committed = "ready", version, lease.token
-                group.expired = False
-            else:
-                self.cut_off(group)
-        assert self.buffer.commit(lease, b"x%d" % lease.group, [1.0], version) == accepted
+    def commit_lease(self, buffer: ReplayBuffer, lease: Lease, version: int, lineage: int | None = None) -> None:
+        size, flat = self.content[lease.token]
+        expected = self.oracle.commit(lease, version, lineage, size, flat)
+        event(f"commit: {expected}")
+        rewards = [1.0, 1.0] if flat else [1.0, 2.0]
+
+        def call() -> bool:
+            return buffer.commit(lease, self.payload(lease.group, size), rewards, version, lineage=lineage, timeout_s=0)
+
+        if expected in ("budget", "full"):
+            with pytest.raises(BudgetExceeded, match="retained" if expected == "budget" else "held by"):
+                call()
+        else:
+            assert call() == (expected != "lost")
+
+    def payload(self, number: int, size: int) -> bytes:
+        return bytes([number % 256]) * size
+
+    @rule(data=st.data(), sizes=st.lists(SIZES, min_size=2, max_size=5), newest_first=st.booleans())
+    def burst(self, data: st.DataObject, sizes: list[int], newest_first: bool) -> None:
+        """Several producers lease, then hand in groups of sizes nobody expected."""
+        made = [self.lease_with(self.any_client(data), "b", size, False) for size in sizes]
+        for lease in reversed(made) if newest_first else made:
+            if lease is not None:
+                self.commit_lease(self.any_client(data), lease, self.oracle.version)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
         lease = data.draw(st.sampled_from(self.leases))
-        group = self.groups[lease.group]
-        if group.lease == lease and group.state in ("leased", "pool"):
-            self.spend(group)
-            group.lease = None
-        self.buffer.fail(lease, "why")
-        self.buffer.fail(lease, "again")
+        self.oracle.fail(lease)
+        self.any_client(data).fail(lease, "why")
+        self.any_client(data).fail(lease, "again")
 
-    @precondition(lambda self: self.among("leased"))
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def extend(self, data: st.DataObject) -> None:
+        lease = data.draw(st.sampled_from(self.leases))
+        assert self.any_client(data).extend(lease) == self.oracle.extend(lease)
+
+    @rule(owner=OWNERS)
+    def release(self, owner: str) -> None:
+        """A producer died and started again."""
+        assert self.buffer.release(owner) == self.oracle.release(owner)
+        assert self.buffer.release(owner) == (0, 0)
+
+    @precondition(lambda self: self.oracle.among("leased"))
     @rule(data=st.data())
     def expire(self, data: st.DataObject) -> None:
-        g = data.draw(st.sampled_from(self.among("leased")))
-        self.groups[g].expired = True
-        self.client.zadd(f"ddrl:{{{self.name}}}:leases", {str(g): 1}, xx=True)
+        """A producer died, or its heartbeat stopped."""
+        g = data.draw(st.sampled_from(self.oracle.among("leased")))
+        self.oracle.groups[g].expired = True
+        self.client.zadd(self.key("leases"), {str(g): 1}, xx=True)
 
-    @rule()
-    def claim(self) -> None:
-        self.claim_next()
+    @precondition(lambda self: self.oracle.groups)
+    @rule(data=st.data())
+    def requeue(self, data: st.DataObject) -> None:
+        dead = self.oracle.among("dead")
+        g = data.draw(st.sampled_from(dead or range(len(self.oracle.groups))))
+        assert self.buffer.requeue(g) == self.oracle.requeue(g)
+        assert self.any_client(data).requeue(g) == self.oracle.requeue(g)
 
-    def claim_next(self) -> bool:
-        step = self.claimed_step + 1
-        if self.version != step - 1:
-            return False
-        expected = self.expected_claim(step)
+    @rule(data=st.data(), owner=OWNERS)
+    def lease_data(self, data: st.DataObject, owner: str) -> None:
+        if self.run.data_per_step:
+            assert self.any_client(data).lease_data(owner, 0) == self.oracle.lease_data(owner)
+
+    @precondition(lambda self: self.oracle.batches)
+    @rule(data=st.data(), size=SIZES, newest=st.booleans())
+    def commit_data(self, data: st.DataObject, size: int, newest: bool) -> None:
+        last = len(self.oracle.batches) - 1
+        k = last if newest else data.draw(st.integers(0, last))
+        self.commit_batch(self.any_client(data), k, size)
+
+    def commit_batch(self, buffer: ReplayBuffer, k: int, size: int) -> None:
+        expected = self.oracle.commit_data(k, size)
+        event(f"commit_data: {expected}")
+        if expected in ("budget", "full"):
+            with pytest.raises(BudgetExceeded, match="retained" if expected == "budget" else "held by"):
+                buffer.commit_data(k, self.payload(k, size), timeout_s=0)
+        else:
+            buffer.commit_data(k, self.payload(k, size), timeout_s=0)
+
+    @precondition(lambda self: self.oracle.batches_among("leased"))
+    @rule(data=st.data())
+    def expire_data(self, data: st.DataObject) -> None:
+        k = data.draw(st.sampled_from(self.oracle.batches_among("leased")))
+        self.oracle.batches[k].free = True
+        self.client.zadd(self.key("data_leases"), {str(k): 0}, xx=True)
+
+    @rule(number=st.integers(0, 9))
+    def die_between_payload_and_commit(self, number: int) -> None:
+        batch = self.client.pipeline(transaction=False)
+        self.buffer._payloads.write(f"g{number}-dead", b"never adopted", batch)
+        batch.execute()
+
+    # -- learner ----------------------------------------------------------------------------------
+
+    @rule(data=st.data())
+    def claim(self, data: st.DataObject) -> None:
+        self.claim_next(self.any_client(data))
+
+    def claim_next(self, buffer: ReplayBuffer) -> bool:
+        step = self.oracle.claimed_step + 1
+        expected = self.oracle.claim(step)
+        event(f"claim: {'ready' if expected else 'not ready'}")
         try:
-            claim = self.buffer.claim(step, self.epoch, 0)
+            claim = buffer.claim(step, self.oracle.epoch, 0)
         except ClaimTimeout:
             assert expected is None
             return False
-        assert [item.group for item in claim.groups] == expected
+        assert ([item.group for item in claim.groups], [item.batch for item in claim.data]) == expected
         for item in claim.groups:
             assert 0 <= step - 1 - item.header.version <= self.run.max_staleness
-            self.groups[item.group].state = "claimed"
-        self.claims[step], self.claimed_step = [item.group for item in claim.groups], step
-        self.unpublished.add(step)
+        self.trained[step] = [item.group for item in claim.groups]
         return True
 
-    @rule(behind=st.integers(0, 1), publish=st.booleans())
-    def whole_step(self, behind: int, publish: bool) -> None:
+    @rule(data=st.data(), behind=st.integers(0, 1), size=SIZES, publish=st.booleans())
+    def whole_step(self, data: st.DataObject, behind: int, size: int, publish: bool) -> None:
         """The usual course, so that histories get deep: make a step's groups, claim them, publish."""
         for _ in range(self.run.groups_per_step):
-            given = len(self.leases)
-            self.lease()
-            for lease in self.leases[given:]:
-                self.commit_lease(lease, max(lease.min_version, self.version - behind))
-        if self.claim_next() and publish:
-            self.publish()
+            lease = self.lease_with(self.any_client(data), "a", size, False)
+            if lease is not None:
+                self.commit_lease(self.any_client(data), lease, max(lease.min_version, self.oracle.version - behind))
+        self.produce_data(data)
+        if self.claim_next(self.any_client(data)) and publish:
+            self.publish_step(self.any_client(data), self.oracle.claimed_step)
 
-    @precondition(lambda self: self.claims)
+    def produce_data(self, data: st.DataObject | None = None) -> None:
+        buffer = self.any_client(data) if data else self.buffer
+        if self.run.data_per_step:
+            number = buffer.lease_data("a", 0)
+            assert number == self.oracle.lease_data("a")
+            if number is not None:
+                self.commit_batch(buffer, number, 1)
+
+    @precondition(lambda self: self.oracle.claims)
     @rule(data=st.data())
     def claim_again(self, data: st.DataObject) -> None:
-        step = data.draw(st.sampled_from(sorted(self.claims)))
-        claim = self.buffer.claim(step, self.epoch, 0)
-        assert [item.group for item in claim.groups] == self.claims[step]
-        assert [self.buffer.fetch(item) for item in claim.groups] == [b"x%d" % g for g in self.claims[step]]
+        """Another rank asks, or a restarted learner."""
+        step = data.draw(st.sampled_from(sorted(self.oracle.claims)))
+        groups, batches = self.oracle.claims[step]
+        claim = self.any_client(data).claim(step, self.oracle.epoch, 0)
+        assert [item.group for item in claim.groups] == groups
+        assert [item.batch for item in claim.data] == batches
+        fetched = [self.buffer.fetch(item) for item in (*claim.groups, *claim.data)]
+        held = [(g, self.oracle.groups[g].size) for g in groups] + [(k, self.oracle.batches[k].size) for k in batches]
+        assert fetched == [self.payload(number, size) for number, size in held]
 
-    @precondition(lambda self: self.unpublished)
-    @rule()
-    def publish(self) -> None:
-        step = min(self.unpublished)
-        self.buffer.publish(step, self.epoch)
-        self.unpublished.discard(step)
-        self.version = max(self.version, step)
-
-    @precondition(lambda self: self.version > self.settled_step)
+    @precondition(lambda self: self.oracle.unpublished)
     @rule(data=st.data())
-    def settle(self, data: st.DataObject) -> None:
-        step = data.draw(st.integers(self.settled_step + 1, self.version))
-        self.buffer.settle(step, self.epoch)
-        self.end_claims(step)
+    def publish(self, data: st.DataObject) -> None:
+        self.publish_step(self.any_client(data), data.draw(st.sampled_from(sorted(self.oracle.unpublished))))
 
-    def end_claims(self, step: int) -> None:
-        for done in [s for s in self.claims if s <= step]:
-            for g in self.claims.pop(done):
-                self.groups[g].state = "settled"
-            self.unpublished.discard(done)
-        self.settled_step = max(self.settled_step, step)
+    def publish_step(self, buffer: ReplayBuffer, step: int) -> None:
+        buffer.publish(step, self.oracle.epoch)
+        self.oracle.publish(step)
+
+    @precondition(lambda self: self.oracle.version > self.oracle.settled_step)
+    @rule(data=st.data(), dies=st.booleans(), fenced=st.booleans())
+    def settle(self, data: st.DataObject, dies: bool, fenced: bool) -> None:
+        step = data.draw(st.integers(self.oracle.settled_step + 1, self.oracle.version))
+        epoch = self.oracle.epoch if fenced else None
+        buffer = self.any_client(data)
+        if dies:
+            buffer._ledger.settle(step, epoch)  # before the payloads are deleted
+        else:
+            buffer.settle(step, epoch)
+        self.oracle.settle(step)
 
     @rule(data=st.data())
     def rollback(self, data: st.DataObject) -> None:
-        self.restart(data.draw(st.integers(self.settled_step, self.version)))
+        self.restart(data.draw(st.integers(self.oracle.settled_step, self.oracle.version)), self.any_client(data))
 
-    def restart(self, step: int) -> None:
-        consumed = [g for s, groups in self.claims.items() if s <= step for g in groups]
-        self.epoch += 1
-        assert self.buffer.rollback(step, consumed) == self.epoch
-        self.floors[self.epoch] = step
-        self.end_claims(step)
-        self.unpublished = set(self.claims)
-        self.version = step
-        for group in self.groups:
-            made_by = {"ready": group.version, "leased": group.granted}.get(group.state)
-            if made_by is not None and made_by > step:
-                self.cut_off(group)
+    def restart(self, step: int, buffer: ReplayBuffer) -> None:
+        groups, batches = self.oracle.rollback(step)
+        assert buffer.rollback(step, groups, batches) == self.oracle.epoch
+
+    @precondition(lambda self: self.oracle.epoch > 1)
+    @rule(data=st.data())
+    def a_learner_of_an_older_epoch_comes_back(self, data: st.DataObject) -> None:
+        old = data.draw(st.integers(0, self.oracle.epoch - 1))
+        buffer, step = self.any_client(data), self.oracle.claimed_step
+        for call in (lambda: buffer.claim(step + 1, old, 0), lambda: buffer.publish(step, old), lambda: buffer.settle(step, old)):
+            with pytest.raises(Fenced):
+                call()
 
     # -- agreement --------------------------------------------------------------------------------
 
     @invariant()
     def agree(self) -> None:
-        counts = self.buffer.counts()
-        expected = {
-            "leased": len(self.among("leased", "pool")),
-            "waiting": len(self.among("pool")),
-            "ready": len(self.among("ready")),
-            "claimed": len(self.among("claimed")),
-            "settled": len(self.among("settled")),
-            "dead": len(self.among("dead")),
-            "evicted:stale": len(self.among("evicted:stale")),
-            "evicted:lineage": len(self.among("evicted:lineage")),
-            "unpublished": sum(len(self.claims[step]) for step in self.unpublished),
-            "bytes": sum(len(b"x%d" % g) for g in self.among("ready", "claimed")),
-            "version": self.version,
-            "epoch": self.epoch,
-            "next_group": len(self.groups),
-            "trash": counts["trash"],
-        }
+        self.proxy.drop = 0  # a call that sent nothing (a refused one) has lost nothing
+        counts, expected = self.buffer.counts(), self.oracle.counts()
         assert {name: counts[name] for name in expected} == expected
         assert self.buffer.audit() == []
+        assert counts["bytes"] <= self.run.max_bytes
+        assert len(self.oracle.among(*LIVE)) <= self.run.slots
+        assert len(self.oracle.among(*LIVE, "claimed")) <= self.run.retained_groups
+        assert sorted(group for group, _ in self.buffer.dead_letters()) == self.oracle.among("dead")
+        seen = [g for groups in self.trained.values() for g in groups]
+        assert len(seen) == len(set(seen)), "a group is in two steps of one lineage"
 
     def teardown(self) -> None:
-        if not hasattr(self, "groups"):
+        if not hasattr(self, "oracle"):
             return
-        for g in self.among("leased"):
-            self.groups[g].expired = True
-            self.client.zadd(f"ddrl:{{{self.name}}}:leases", {str(g): 1}, xx=True)
-        goal = self.claimed_step + 3
+        self.run = replace(self.run, max_bytes=WIDE)  # the operator makes room for a run that was refused some
+        self.buffer = ReplayBuffer(self.client, self.name, self.run)
+        self.buffer.initialise()
+        self.oracle.run = self.run
+        for g in self.oracle.among("leased"):
+            self.oracle.groups[g].expired = True
+            self.client.zadd(self.key("leases"), {str(g): 1}, xx=True)
+        for k in self.oracle.batches_among("leased"):
+            self.oracle.batches[k].free = True
+            self.client.zadd(self.key("data_leases"), {str(k): 0}, xx=True)
+        goal = self.oracle.claimed_step + 3
         for _ in range(200):
-            while self.unpublished:
-                self.publish()
-            self.buffer.settle(self.version, self.epoch)
-            self.end_claims(self.version)
-            if self.claimed_step == goal:
+            if self.oracle.unpublished:
+                self.publish_step(self.buffer, max(self.oracle.unpublished))
+            self.buffer.settle(self.oracle.version, self.oracle.epoch)
+            self.oracle.settle(self.oracle.version)
+            if self.oracle.claimed_step == goal:
                 break
-            given = len(self.leases)
-            self.lease()
-            for lease in self.leases[given:]:
-                self.commit_lease(lease, self.version)
-            self.claim_next()
-        assert self.claimed_step == goal, f"the run is stuck: {self.buffer.counts()}"
+            lease = self.lease_with(self.buffer, "a", 1, False)
+            if lease is not None:
+                self.commit_lease(self.buffer, lease, self.oracle.version)
+            self.produce_data()
+            self.claim_next(self.buffer)
+        assert self.oracle.claimed_step == goal, f"the run is stuck: {self.buffer.counts()}"
         self.agree()
+        self.no_payload_is_lost_or_left()
         self.client.flushall()
 
+    def no_payload_is_lost_or_left(self) -> None:
+        self.buffer.collect()
+        prefix = self.key("payload:")
+        kept = {key.decode().removeprefix(prefix) for key in self.client.scan_iter(prefix + "*") if self.client.ttl(key) == -1}
+        assert kept == self.buffer._ledger.snapshot().references
 
-def test_random_histories_agree_with_the_oracle(client: Any) -> None:
-    machine = type("Machine", (LedgerMachine,), {"client": client})
+
+@pytest.fixture
+def proxy(server: EmbeddedRedis) -> Any:
+    parts = urlsplit(server.url)
+    running = DroppingProxy(str(parts.hostname), int(parts.port or 0))
+    yield running
+    running.close()
+
+
+def test_random_histories_agree_with_the_oracle(server: EmbeddedRedis, client: Any, proxy: DroppingProxy) -> None:
+    url = server.url.replace(f":{urlsplit(server.url).port}/", f":{proxy.port}/")
+    lossy = RunClient.from_url(url, protocol=2, retry=Retry(NoBackoff(), 3, (redis.ConnectionError,)))
+    machine = type("Machine", (LedgerMachine,), {"client": client, "lossy": lossy, "proxy": proxy})
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -326,3 +366,4 @@ def test_random_histories_agree_with_the_oracle(client: Any) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    assert proxy.dropped > EXAMPLES, "the lossy client has lost replies"
