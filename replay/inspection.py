@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import redis
 
+from replay.cluster import RunClient
 from replay.connect import surfaced
-from replay.errors import NotInitialised
+from replay.errors import NotInitialised, ReplayError
 from replay.keys import key_prefix
 
 State = Literal["leased", "waiting", "ready", "claimed", "settled", "evicted", "dead", "unopened"]
@@ -108,9 +109,12 @@ class LedgerView:
         return {reason: count for reason, count in found.items() if count}
 
 
-def find_runs(client: redis.Redis) -> list[str]:
-    """Names of the runs whose ledger this server holds, sorted."""
+def find_runs(client: RunClient) -> list[str]:
+    """Names of the runs whose ledger this server holds, sorted. Raises `ReplayError` on a cluster, where each run may
+    be on another node."""
     with surfaced(client):
+        if client.find_nodes():
+            raise ReplayError("this is a Redis Cluster, whose nodes hold different runs: name the run")
         return sorted(key.decode().removeprefix("ddrl:{").removesuffix("}:meta") for key in set(client.scan_iter("ddrl:{*}:meta", count=1000)))
 
 

@@ -70,6 +70,7 @@ def _config(folder: Path) -> RunConfig:
 @contextmanager
 def _joined(url: str, run: str | None, driven: bool = False) -> Iterator[Ledger]:
     from replay.connect import connect, public_url
+    from replay.errors import ReplayError
     from replay.inspection import find_runs
 
     try:
@@ -79,7 +80,10 @@ def _joined(url: str, run: str | None, driven: bool = False) -> Iterator[Ledger]
     client = connect(url, CONNECT_TIMEOUT_S)
     try:
         if run is None:
-            runs = find_runs(client)
+            try:
+                runs = find_runs(client)
+            except ReplayError as error:
+                raise TargetError(f"{error} with --run") from None
             if not runs:
                 raise TargetError(f"{where} holds no ledger")
             if len(runs) > 1:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from typer.testing import CliRunner
 
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
-from replay.embedded import EmbeddedRedis
+from replay.embedded import EmbeddedRedis, find_server
 from replay.inspection import find_runs, inspect
+from tests.integration.replay.test_replay_cluster import free_ports
 from trainer.cli import app
 from trainer.config import load_config
 from trainer.runfolder import RunFolder
@@ -213,6 +215,41 @@ def test_in_a_process_of_its_own(fresh: EmbeddedRedis) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("audit of run r: clean")
+
+
+def test_a_limited_user_may_look(fresh: EmbeddedRedis) -> None:
+    """The ACL of replay/README.md is enough for every command."""
+    populate(fresh.url, "r")
+    text = (ROOT / "replay" / "README.md").read_text()
+    line = re.search(r"^ACL SETUSER (?:.*\\\n)*.*", text, re.MULTILINE)
+    assert line is not None
+    connect(fresh.url).execute_command(*line.group().replace("\\\n", " ").replace("RUN", "r").replace("PASSWORD", "pw").split())
+    url = re.sub(r"redis://.*@", "redis://ddrl-r:pw@", fresh.url)
+    for command in (["status"], ["inspect", "5"], ["audit"], ["dead"], ["requeue", "5"], ["trim"]):
+        assert ddrl(*command, "--url", url).stdout
+    assert "Redis refused" in ddrl("status", "--run", "another", "--url", url, status=2).stderr
+
+
+def test_on_a_cluster_the_run_must_be_named(tmp_path: Path) -> None:
+    """One node that holds every slot is a cluster all the same."""
+    (port,) = free_ports(1)
+    options = f"--port {port} --bind 127.0.0.1 --dir {tmp_path} --cluster-enabled yes --appendonly yes".split()
+    node = subprocess.Popen([str(find_server()[0]), *options, "--save", ""], stdout=subprocess.DEVNULL)
+    url = f"redis://127.0.0.1:{port}/0"
+    try:
+        client = connect(url, 20)
+        client.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+        deadline = time.monotonic() + 20
+        while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        populate(url, "r")
+        assert "name the run with --run" in ddrl("audit", "--url", url, status=2).stderr
+        assert "run r: clean" in ddrl("audit", "--url", url, "--run", "r").stdout
+        assert "run r: version 2" in ddrl("status", "--url", url, "--run", "r").stdout
+    finally:
+        node.kill()
+        node.wait()
 
 
 # -- run folders --------------------------------------------------------------------------------------------
