@@ -90,7 +90,8 @@ def test_driver(start: Callable[..., ChaosRun], tmp_path: Path) -> None:
     again = start("run", *place, "--resume")
     finish(again, kills=0)
     assert check_ledger(tmp_path / "run", UPDATES)["epoch"] >= 2
-    assert [file.name for file in payloads.rglob("g*") if "-" in file.name] == []  # settled groups leave nothing
+    settled = [file.name for file in payloads.rglob("g*-*") if int(file.name[1:].split("-")[0]) < UPDATES * 4]
+    assert len(settled) <= 2, settled  # what the kill left half done: at most one per generator, swept once it is old
 
 
 @pytest.mark.long
