@@ -89,11 +89,19 @@ class Run:
         end = time.monotonic() + deadline_s
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
-                self.process.send_signal(signal.SIGINT)
-                out, err = self.process.communicate(timeout=60)
+                out, err = self.abort()
                 pytest.fail(f"{what} did not come about; exit {self.process.returncode}\n{out[-3000:]}\n{err[-3000:]}")
             self.remember_family()
             time.sleep(0.2)
+
+    def abort(self) -> tuple[str, str]:
+        """End it as a person would, or by force; what it said."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.communicate(timeout=20)
 
     def remember_family(self) -> None:
         """Note every process of the run, so that `leftovers` can look for them afterwards."""

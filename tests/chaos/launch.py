@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+
+from tests.chaos.points import FOLDER
 
 
 def main() -> None:
@@ -13,7 +16,9 @@ def main() -> None:
     prepare(address)
     import ray
 
-    ray.init = functools.partial(ray.init, runtime_env={"worker_process_setup_hook": "tests.chaos.points.install"})
+    # in a cluster that is joined, workers do not inherit this process's environment
+    workers = {"worker_process_setup_hook": "tests.chaos.points.install", "env_vars": {FOLDER: os.environ[FOLDER]}}
+    ray.init = functools.partial(ray.init, runtime_env=workers)
     from trainer.cli import main as ddrl
 
     ddrl()
