@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from trainer.config import ConfigError, load_config, render_config
 from trainer.environment import prepare
+from trainer.exits import fail as _fail
+from trainer.replay_cli import app as replay
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models."
 )
 
+app.add_typer(replay, name="replay")
+
 Recipe = Annotated[Path, typer.Argument(help="recipe, a YAML file", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)]
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    typer.echo(f"ddrl: {' '.join(message.split())}", err=True)
-    raise typer.Exit(status)
 
 
 @app.command()

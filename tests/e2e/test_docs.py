@@ -1,7 +1,8 @@
 """Commands and examples of the README and the docs: what stands there runs.
 
 Python examples are executed. Shell commands are sorted by what they are: `make` targets are dry-run, `ddrl config` and
-`ddrl train` are checked against the command line and the recipe here, and run whole, at reduced size, in the long tests.
+`ddrl train` are checked against the command line and the recipe here, and run whole, at reduced size, in the long tests;
+`ddrl replay` runs on a small ledger; the options of scripts are looked up in their help.
 A command of a kind that is not listed here fails the test: add a way to run it.
 """
 
@@ -16,7 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import REDUCED, ROOT, command, settings
+from replay.buffer import BufferSettings, ReplayBuffer
+from replay.connect import connect
+from replay.embedded import EmbeddedRedis
+from tests.pipeline import REDUCED, ROOT, command, settings
+from trainer.config import load_config
+from trainer.runfolder import RunFolder
 
 PAGES = sorted(p for p in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")] if ".venv" not in p.parts)
 
@@ -42,8 +48,12 @@ def test_command(line: str, tmp_path: Path) -> None:
     if words[0] == "make":
         done = subprocess.run([*words, "-n"], cwd=ROOT, text=True, capture_output=True, timeout=30, check=False)
         assert done.returncode == 0, done.stderr
+    elif words[:2] == [".venv/bin/ddrl", "replay"]:
+        run_replay(words[1:], tmp_path)
     elif words[0] == ".venv/bin/ddrl":
         check_ddrl(words[1:])
+    elif words[0] == ".venv/bin/python":
+        check_script(words[1:])
     else:
         assert line.startswith(NEEDS_A_CLUSTER), f"no test runs commands like {line!r}"
 
@@ -56,6 +66,40 @@ def check_ddrl(words: list[str]) -> None:
     if words[0] in ("train", "config"):
         chosen = [f"{a}={b}" if a != "--set" else b for a, b in itertools.pairwise(words) if a == "--set"]
         subprocess.run(command("config", words[1], *settings(*chosen)), cwd=ROOT, timeout=60, check=True, capture_output=True)
+
+
+def check_script(words: list[str]) -> None:
+    """Every option is one that the script's own help names."""
+    script = words[:2] if words[0] == "-m" else words[:1]
+    usage = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, text=True, capture_output=True, timeout=60, check=True).stdout
+    for option in (w for w in words[len(script) :] if w.startswith("--")):
+        assert option in usage, option
+
+
+def run_replay(words: list[str], tmp_path: Path) -> None:
+    """The command itself, on a run at rest: 20 groups, number 17 dead, nothing in anybody's hands."""
+    folder = RunFolder(tmp_path / "run")
+    folder.open(load_config(ROOT / "recipes" / "glyph-ocr.yaml"), resume=False)
+    folder.close()
+    with EmbeddedRedis.start(folder.redis) as server:
+        buffer = ReplayBuffer(connect(server.url), "glyph-ocr", BufferSettings(groups_per_step=20, max_attempts=1))
+        buffer.initialise()
+        leases = [buffer.lease("generator-0", 0) for _ in range(20)]
+        for lease in leases:
+            assert lease is not None
+            if lease.group == 17:
+                buffer.fail(lease, "scoring: no text found")
+            else:
+                buffer.commit(lease, b"payload", [0.0, 1.0], 0)
+        line = [server.url if word.startswith("redis://") else word for word in words]
+        if "--url" in line:
+            done = subprocess.run(command(*line), cwd=ROOT, text=True, capture_output=True, timeout=60, check=False)
+            assert (done.returncode, done.stderr) == (0, "")
+            return
+    line = [word.replace("runs/glyph-ocr", str(folder.path)) for word in words]
+    done = subprocess.run(command(*line), cwd=ROOT, text=True, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
 
 
 @pytest.mark.parametrize(("page", "index", "code"), EXAMPLES, ids=lambda value: value.parent.name if isinstance(value, Path) else "")

@@ -1,0 +1,1 @@
+"""Figures that docs quote: each script measures both sides of a ratio in one run."""

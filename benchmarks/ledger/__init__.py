@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/replay.py`: one module for each question it answers."""

@@ -1,0 +1,155 @@
+"""Break the ledger on purpose, one line at a time, and see whether the suite notices.
+
+    python -m tests.mutation.run [--only NAME …] [--json] [--record]
+
+For each mutant of `tests/mutation/mutants.yaml` the tree is copied to a temporary folder, changed there, and the tests the
+mutant names are run until the first failure. A mutant that no test notices survives: exit status 1. The same tests are
+first run on an unchanged copy: they must pass, else a failure would prove nothing. `--record` writes the table into
+docs/mutations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.mutation.mutants import MUTANTS, Mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "mutations.md"
+DEADLINE_S = 420.0
+LEFT_OUT = (".git", ".venv", "runs", "__pycache__", ".hypothesis", ".*_cache", "*.egg-info")
+# A mutant that cannot run at all is a mistake in the list, not a kill.
+BROKEN = re.compile(r"Error compiling script|SyntaxError|IndentationError|attempt to (?:call|index|compare|concatenate|perform)|unexpected symbol")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`verdict`: killed, survived, or broken (the mutant does not run); `by`: the test that failed first."""
+
+    mutant: str
+    promise: int
+    what: str
+    file: str
+    verdict: str
+    by: str
+    seconds: float
+
+
+def copy_tree(target: Path) -> None:
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+
+def outdated(mutants: Sequence[Mutant]) -> list[str]:
+    """Mutants whose text does not occur exactly once any more."""
+    counts = {mutant.name: (ROOT / mutant.file).read_text().count(mutant.old) for mutant in mutants}
+    return [f"{name} ({count} times)" for name, count in counts.items() if count != 1]
+
+
+def mutate(tree: Path, mutant: Mutant) -> None:
+    """Apply `mutant` to a copy."""
+    file = tree / mutant.file
+    file.write_text(file.read_text().replace(mutant.old, mutant.new))
+
+
+def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[int | None, str]:
+    """(pytest's exit status, its output); None when the deadline passed."""
+    arguments = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *tests]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
+    process = subprocess.Popen(arguments, cwd=tree, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=DEADLINE_S)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the session started above; servers end with their parent
+        output, _ = process.communicate()
+        return None, output
+
+
+def judge(status: int | None, output: str) -> tuple[str, str]:
+    """(verdict, the test that noticed)."""
+    if status == 0:
+        return "survived", ""
+    if status is None:
+        return "killed", "a test that ran out of time"
+    found = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\S+)", output, re.MULTILINE)
+    if status != 1 or found is None or BROKEN.search(output):
+        return "broken", output.strip().splitlines()[-1] if output.strip() else f"exit {status}"
+    return "killed", found.group(1)
+
+
+def attempt(mutant: Mutant) -> Outcome:
+    """Try one mutant in a fresh copy."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="ddrl-mutant-") as folder:
+        tree = Path(folder) / "tree"
+        copy_tree(tree)
+        mutate(tree, mutant)
+        verdict, by = judge(*run_tests(tree, mutant.tests))
+    return Outcome(mutant.name, mutant.breaks, mutant.what, mutant.file, verdict, by, round(time.monotonic() - started, 1))
+
+
+def baseline(mutants: list[Mutant]) -> None:
+    """The tests of all `mutants` pass on an unchanged copy; else leave with what they say."""
+    tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+    with tempfile.TemporaryDirectory(prefix="ddrl-mutant-") as folder:
+        copy_tree(Path(folder) / "tree")
+        status, output = run_tests(Path(folder) / "tree", tests)
+    if status != 0:
+        raise SystemExit(f"the tests do not pass on the unchanged tree; mend that first\n{output[-3000:]}")
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Markdown, one row per mutant."""
+    rows = ["| mutant | breaks promise | what goes wrong | in | verdict | noticed first by |", "| --- | --- | --- | --- | --- | --- |"]
+    rows += [f"| {o.mutant} | {o.promise} | {o.what} | `{o.file}` | {o.verdict} | {f'`{o.by}`' if o.by else ''} |" for o in outcomes]
+    killed = sum(o.verdict == "killed" for o in outcomes)
+    return "\n".join([*rows, "", f"{killed} of {len(outcomes)} mutants killed."])
+
+
+def record(page: Path, text: str) -> None:
+    """Replace everything after the page's marker line by `text`."""
+    marker = "<!-- below: written by python -m tests.mutation.run --record -->"
+    head, found, _ = page.read_text().partition(marker)
+    if not found:
+        raise SystemExit(f"{page} has no line {marker!r}")
+    page.write_text(f"{head}{marker}\n\n{text}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants only")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a Markdown table")
+    parser.add_argument("--record", action="store_true", help="write the table into docs/mutations.md")
+    options = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if not options.only or mutant.name in options.only]
+    unknown = set(options.only or ()) - {mutant.name for mutant in MUTANTS}
+    if unknown or (options.record and options.only):
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))}" if unknown else "--record wants all mutants")
+    if late := outdated(chosen):
+        raise SystemExit(f"the code has changed, adapt these mutants: {', '.join(late)}")
+    baseline(chosen)
+    outcomes = []
+    for number, mutant in enumerate(chosen, 1):
+        outcomes.append(attempt(mutant))
+        last = outcomes[-1]
+        print(f"{number}/{len(chosen)} {last.mutant}: {last.verdict} {last.by} ({last.seconds:.0f} s)", file=sys.stderr, flush=True)
+    print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) if options.json else table(outcomes))
+    if options.record:
+        record(PAGE, table(outcomes))
+    sys.exit(any(outcome.verdict != "killed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    main()
