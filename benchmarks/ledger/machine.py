@@ -12,7 +12,7 @@ from replay.connect import connect
 
 
 def describe(url: str) -> dict[str, Any]:
-    """Cores, processor, versions and the server's durability settings."""
+    """Cores, processor, how busy it is already, versions and the server's durability settings."""
     client = connect(url)
     info: Any = client.info()
     options: dict[str, str] = {}
@@ -23,6 +23,7 @@ def describe(url: str) -> dict[str, Any]:
     return {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "processor": _processor(),
+        "load_at_start": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "redis": str(info["redis_version"]),
         "redis_py": redis_py.__version__,
