@@ -218,7 +218,8 @@ class RolloutGenerator:
             if len(members) < len(trajectories):
                 meta["failed_members"] = len(trajectories) - len(members)
             payload = encode(group_payload([trajectories[member] for member in members], text))
-            return self.buffer.commit(lease, payload, rewards, min(t.version for t in trajectories), meta, lineage)
+            version = min(t.version for t in trajectories)
+            return self.buffer.commit(lease, payload, rewards, version, meta, lineage, self.spec.target.wait_s)
         except Exception as error:
             self.buffer.fail(lease, _reason("scoring", error))
             return False

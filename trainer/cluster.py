@@ -44,7 +44,10 @@ def start_ray(config: RayConfig, stack: ExitStack) -> None:
 
 
 def start_redis(config: RedisConfig, folder: RunFolder, max_bytes: int, stack: ExitStack) -> str:
-    """URL of the ledger's Redis; starts the embedded server if that is asked for. Raises RunFailed."""
+    """URL of the ledger's Redis; starts the embedded server if that is asked for. Raises RunFailed.
+
+    `max_bytes`: the payloads it will hold, 0 when they lie elsewhere.
+    """
     try:
         if config.url == "embedded":
             server = EmbeddedRedis.start(folder.redis, max_bytes=max_bytes, fsync=config.fsync)

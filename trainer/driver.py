@@ -109,7 +109,7 @@ class Driver:
             raise RunFailed("model", str(error)) from error
         cluster.check_reward_url(config.reward)
         self.display.stage("Starting Redis")
-        url = cluster.start_redis(config.redis, self.folder, config.replay.max_bytes, self._stack)
+        url = cluster.start_redis(config.redis, self.folder, config.replay.max_bytes if config.replay.payloads == "redis" else 0, self._stack)
         target = Target(url, config.name, cluster.buffer_settings(config), config.replay.payloads)
         try:
             buffer = self._buffer = target.buffer()

@@ -95,6 +95,7 @@ class Ledger:
     released: list[str] = field(default_factory=list)
     extended: list[int] = field(default_factory=list)
     lineages: list[int | None] = field(default_factory=list)
+    wait_s: float = 5.0
 
     def buffer(self) -> Ledger:
         return self
@@ -114,7 +115,7 @@ class Ledger:
         self.extended.append(lease.group)
         return True
 
-    def commit(self, lease: Lease, payload: bytes, rewards: list[float], version: int, meta: dict[str, Any], lineage: int | None = None) -> bool:
+    def commit(self, lease: Lease, payload: bytes, rewards: list[float], version: int, meta: dict[str, Any], lineage: int | None, timeout_s: float) -> bool:
         self.lineages.append(lineage)
         self.committed.append((lease.group, decode_group(payload), rewards, version, meta))
         return lease.group != 13  # a lease that was lost meanwhile
