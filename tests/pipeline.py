@@ -151,8 +151,10 @@ class Run:
         """
         killed = self.process.returncode == -signal.SIGKILL
         family = [p for p in self.family if not (killed and _is_ray_agent(p))]
-        _, alive = psutil.wait_procs(family, timeout=patience_s)
-        return [f"{p.pid} {p.name()}" for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        end = time.monotonic() + patience_s
+        while (alive := list(filter(_is_alive, family))) and time.monotonic() < end:
+            time.sleep(0.2)
+        return [f"{p.pid} {p}" for p in alive]
 
     def end(self) -> None:
         """Whatever state it is in, nothing of it goes on."""
@@ -163,6 +165,13 @@ class Run:
         for process in self.family:
             if process.is_running():
                 process.kill()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _is_ray_agent(process: psutil.Process) -> bool:
