@@ -154,7 +154,7 @@ class Run:
         end = time.monotonic() + patience_s
         while (alive := list(filter(_is_alive, family))) and time.monotonic() < end:
             time.sleep(0.2)
-        return [f"{p.pid} {p}" for p in alive]
+        return [f"{p.pid} {title_of(p)}" for p in alive]
 
     def end(self) -> None:
         """Whatever state it is in, nothing of it goes on."""
@@ -174,11 +174,16 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _is_ray_agent(process: psutil.Process) -> bool:
+def title_of(process: psutil.Process) -> str:
+    """Command line of a process, '' when it is gone."""
     try:
-        return any(name in " ".join(process.cmdline()) for name in ("DashboardAgent", "RuntimeEnvAgent"))
+        return " ".join(process.cmdline())
     except psutil.Error:
-        return False
+        return ""
+
+
+def _is_ray_agent(process: psutil.Process) -> bool:
+    return any(name in title_of(process) for name in ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent"))
 
 
 def ledger(folder: Path, url: str | None = None) -> tuple[list[str], dict[str, int]]:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.chaos.conftest import ChaosRun
-from tests.pipeline import ROOT, check_ledger, command, settings
+from tests.pipeline import ROOT, check_ledger, command, settings, title_of
 
 SEED = int(os.environ.get("DDRL_CHAOS_SEED", "0"))
 KILLS = int(os.environ.get("DDRL_CHAOS_KILLS", "50"))
@@ -78,7 +78,7 @@ class Storm:
             self.note(name, self.run.process.pid)
             self.run = self.launch("--resume")
             return
-        alive = [p for p in psutil.Process(self.run.process.pid).children(recursive=True) if title in _title(p)]
+        alive = [p for p in psutil.Process(self.run.process.pid).children(recursive=True) if title in title_of(p)]
         if alive:
             victim = self.rng.choice(alive)
             os.kill(victim.pid, signal.SIGKILL)
@@ -89,13 +89,6 @@ class Storm:
         self.last[name] = time.monotonic()
         with (self.run.folder / "chaos.jsonl").open("a") as file:
             file.write(json.dumps({"time": time.time(), "killed": name, "pid": pid, "updates": self.run.updates()}) + "\n")
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 @pytest.mark.chaos
