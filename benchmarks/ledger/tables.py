@@ -14,7 +14,8 @@ def markdown(result: dict[str, Any]) -> str:
     """All sections of `result` that were measured."""
     machine = result["machine"]
     head = (
-        f"{machine['cores']} cores ({machine['processor']}), load average {machine['load_at_start']} before the start, Python {machine['python']}, Redis {machine['redis']} "
+        f"{machine['cores']} cores ({machine['processor']}), load average {machine['load_at_start']} before the start, "
+        f"Python {machine['python']}, Redis {machine['redis']} "
         f"(appendonly {machine['appendonly']}, appendfsync {machine['appendfsync']}), redis-py {machine['redis_py']}."
     )
     if result["quick"]:
