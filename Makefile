@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo control glyph-base results test test-long test-mutation benchmark-replay lint format clean
+.PHONY: help setup setup-dev demo control glyph-base results test test-long test-chaos test-mutation benchmark-replay lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,10 +48,13 @@ glyph-base: setup  ## train the demo's starting policy again (about 35 minutes)
 	@$(BIN)/ddrl export runs/glyph-base recipes/glyph-base --ema
 
 test: setup-dev  ## the tests: unit, then integration (under 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not long"
+	@$(BIN)/python -m pytest -m "not long and not chaos"
 
 test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in the middle of a run
 	@$(BIN)/python -m pytest -m long
+
+test-chaos: setup-dev  ## a seeded storm of 50 kills over the whole pipeline, then the audit (about 15 minutes)
+	@$(BIN)/python -m pytest -m chaos -s
 
 test-mutation: setup-dev  ## break the ledger on purpose, one place at a time: the tests must notice (about 15 minutes)
 	@$(BIN)/python -m tests.mutation.run

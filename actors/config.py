@@ -47,9 +47,23 @@ class RolloutConfig(Strict):
     generators: int = Field(2, ge=1, description="rollout generator actors")
     groups_per_step: int = Field(8, ge=1, description="groups (prompts) per update, G")
     group_size: int = Field(16, ge=2, description="rollouts per group, N")
+    min_group_size: int | None = Field(
+        None, ge=2, description="rewarded members with which a group is still trained when scoring the others failed; null = all of them, else it is made again"
+    )
     same_initial_noise: bool = Field(False, description="all members of a group start from the same noise (DanceGRPO)")
     threads: int = Field(1, ge=1, description="torch threads of one generator")
     gpus: float = Field(0.0, ge=0, description="GPUs of one generator")
+
+    @model_validator(mode="after")
+    def _group_can_be_enough(self) -> RolloutConfig:
+        if self.min_group_size is not None and self.min_group_size > self.group_size:
+            raise ValueError(f"rollout.min_group_size {self.min_group_size} is larger than rollout.group_size {self.group_size}")
+        return self
+
+    @property
+    def enough_members(self) -> int:
+        """Members that must have a reward."""
+        return self.group_size if self.min_group_size is None else self.min_group_size
 
 
 class EvaluationConfig(Strict):

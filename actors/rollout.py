@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ from diffusion.seeds import key
 from diffusion.text.base import TextConditioning
 from replay.buffer import Lease
 from replay.errors import ReplayError
-from services.client.base import ItemScore
+from services.client.base import ItemScore, ScoreFailure
 from services.client.connect import connect
 from services.config import RewardConfig
 
@@ -55,7 +56,19 @@ class RolloutSpec:
 
 
 class ScoringFailed(Exception):
-    """At least one member of a group has no score; the message says which and why."""
+    """Too few members of a group have a score; the message says which have none and why."""
+
+
+def scored_members(scores: Sequence[ItemScore | ScoreFailure], enough: int) -> tuple[list[int], list[float]]:
+    """Members that have a reward, and the rewards. A member without one is left out of the group, never given a number.
+
+    The group is then normalised by the statistics of those that are left. Raises ScoringFailed when fewer than `enough` are.
+    """
+    scored = [(member, score.reward) for member, score in enumerate(scores) if isinstance(score, ItemScore)]
+    if len(scored) < enough:
+        failed = [f"member {member}: {s.code}: {s.message}" for member, s in enumerate(scores) if not isinstance(s, ItemScore)]
+        raise ScoringFailed(f"{len(scored)} of {len(scores)} members have a reward, {enough} are needed; " + "; ".join(failed[:3]))
+    return [member for member, _ in scored], [reward for _, reward in scored]
 
 
 def trained_steps(sampler: SamplerConfig, seed: int, group: int) -> tuple[int, ...]:
@@ -200,12 +213,11 @@ class RolloutGenerator:
             images = self.policy.codec.decode(torch.stack([t.latent for t in trajectories]))
             reward = self.spec.reward
             scores = self.client.score(reward.model, [prompt] * len(images), images, reward.timeout_s)
-            failed = [f"member {i}: {s.code}: {s.message}" for i, s in enumerate(scores) if not isinstance(s, ItemScore)]
-            if failed:
-                raise ScoringFailed("; ".join(failed[:3]))
-            rewards = [s.reward for s in scores if isinstance(s, ItemScore)]
+            members, rewards = scored_members(scores, self.spec.rollout.enough_members)
             meta: dict[str, float | int | str] = {"prompt": prompt, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
-            payload = encode(group_payload(trajectories, text))
+            if len(members) < len(trajectories):
+                meta["failed_members"] = len(trajectories) - len(members)
+            payload = encode(group_payload([trajectories[member] for member in members], text))
             return self.buffer.commit(lease, payload, rewards, min(t.version for t in trajectories), meta, lineage)
         except Exception as error:
             self.buffer.fail(lease, _reason("scoring", error))

@@ -46,8 +46,8 @@ class ReplayConfig(_Strict):
     )
     payloads: str = Field(
         default="redis",
-        min_length=1,
-        description="where payloads live: 'redis', or the path of a folder that all nodes share (video)",
+        pattern=r"^(redis|/.+)$",
+        description="where payloads live: 'redis', or the absolute path of a folder that all nodes share (video)",
     )
     drop_zero_variance: bool = Field(
         default=False,

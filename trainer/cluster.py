@@ -47,7 +47,7 @@ def start_redis(config: RedisConfig, folder: RunFolder, max_bytes: int, stack: E
     """URL of the ledger's Redis; starts the embedded server if that is asked for. Raises RunFailed."""
     try:
         if config.url == "embedded":
-            server = EmbeddedRedis.start(folder.redis, max_bytes=max_bytes)
+            server = EmbeddedRedis.start(folder.redis, max_bytes=max_bytes, fsync=config.fsync)
             stack.callback(server.stop)
             return server.url
         connect(config.url, config.connect_timeout_s).close()
@@ -116,6 +116,7 @@ def buffer_settings(config: RunConfig) -> BufferSettings:
         max_bytes=config.replay.max_bytes,
         data_depth=config.replay.data_depth,
         checkpoint_interval=config.checkpoint_every,
+        drop_zero_variance=config.replay.drop_zero_variance,
         # a strictly ordered run must not leave holes in the sequence of prompts when it goes back to a checkpoint
         remake_cut_off=config.replay.max_staleness == 0 and config.replay.window == 1,
     )

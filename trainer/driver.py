@@ -3,7 +3,7 @@
     folder → Redis → Ray → reward fleet, weight store, evaluator, generators, feeder → learner group (Ray Train)
     → while it trains: show metrics, evaluate, watch for dead groups → evaluate, summary, report → stop all
 
-`fit()` runs in a thread of its own: Ray Train's SIGINT handler would abort without a checkpoint. Ours asks the ledger
+`fit()` runs in a Ray task: Ray Train's SIGINT handler would abort without a checkpoint. Ours asks the ledger
 to stop; the ranks agree on it between two updates, checkpoint and return. A second Ctrl-C aborts.
 """
 
@@ -30,6 +30,7 @@ from trainer.config import RunConfig
 from trainer.display import Display
 from trainer.errors import RunFailed, describe
 from trainer.loop import is_evaluated
+from trainer.metrics import LedgerMetrics
 from trainer.parts import Parts
 from trainer.report.page import write_report
 from trainer.runfolder import RunFolder, append_metrics
@@ -40,6 +41,8 @@ from trainer.tail import MetricsTail
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
+METRICS_S = 5.0
+"""Seconds between two looks at the ledger for Ray's metrics."""
 EVALUATION_DEADLINE_S = 900.0
 
 
@@ -77,10 +80,9 @@ class Driver:
                 self._sinks.append(self._stack.enter_context(wandb))
             with self._timed("start"):
                 parts = self._start()
-            self._train(parts)
+            step = self._train(parts)
             with self._timed("stop_rollouts"):
                 parts.stop_producers()
-            step = parts.finished_step()
             if self._stopping and step < self.config.updates:
                 raise Interrupted(f"stopped after update {step} of {self.config.updates}; its checkpoint is kept, the same command with --resume goes on")
             self.display.stage("Evaluating on held-out test prompts")
@@ -108,7 +110,7 @@ class Driver:
         cluster.check_reward_url(config.reward)
         self.display.stage("Starting Redis")
         url = cluster.start_redis(config.redis, self.folder, config.replay.max_bytes, self._stack)
-        target = Target(url, config.name, cluster.buffer_settings(config))
+        target = Target(url, config.name, cluster.buffer_settings(config), config.replay.payloads)
         try:
             buffer = self._buffer = target.buffer()
             buffer.initialise()
@@ -136,12 +138,13 @@ class Driver:
 
     # -- training ---------------------------------------------------------------------------------------------
 
-    def _train(self, parts: Parts) -> None:
-        """Watch until the learner group returns."""
+    def _train(self, parts: Parts) -> int:
+        """Watch until the learner group returns; the step of its last checkpoint."""
         pending = parts.evaluate_before() if evaluation(self.folder.path, 0) is None else []
         asked: set[int] = set()
         first_update: float | None = None
         began = time.monotonic()
+        metrics, measured = LedgerMetrics(self.config.name), 0.0
         while not parts.training_done():
             time.sleep(POLL_S)
             for record in self._show():
@@ -156,12 +159,17 @@ class Driver:
             pending = self._gather(parts, pending)
             parts.check_producers()
             self._check_dead()
+            if time.monotonic() > measured + METRICS_S:
+                metrics.update(self._counts())
+                measured = time.monotonic()
+        metrics.update(self._counts())
         self.wall["training"] = time.monotonic() - (first_update or began)
         self.wall["until_first_update"] = (first_update or began) - began
-        parts.training_result()
+        step = parts.training_result()
         for reference in pending:
             self._record(reference)
         self._show()
+        return step
 
     def _show(self) -> list[dict[str, Any]]:
         """Show what metrics.jsonl has gained; returns it."""
@@ -254,5 +262,6 @@ def absolute(config: RunConfig) -> RunConfig:
             "model": config.model.model_copy(update={"path": path(config.model.path)}),
             "prompts": config.prompts.model_copy(update={"path": path(config.prompts.path)}),
             "data": config.data.model_copy(update={"path": path(config.data.path)}),
+            "replay": config.replay if config.replay.payloads == "redis" else config.replay.model_copy(update={"payloads": path(config.replay.payloads)}),
         }
     )

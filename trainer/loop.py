@@ -28,6 +28,7 @@ from replay.buffer import Claim, ReplayBuffer
 from trainer.batch import step_batch
 from trainer.config import RunConfig
 from trainer.learner import Learner
+from trainer.metrics import ClaimMetrics
 from trainer.runfolder import append_metrics, drop_metrics_after
 
 PUBLISH_DEADLINE_S = 60.0
@@ -80,7 +81,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         drop_metrics_after(run_dir, progress.step)
     publish(spec, buffer, learner, progress, rank, world)
 
-    skipped = 0
+    skipped, claims = 0, ClaimMetrics(config.name)
     while progress.step < config.updates:
         stop = _from_rank_zero(int(buffer.stop_requested()) if rank == 0 else 0, device)
         if stop:
@@ -100,6 +101,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             buffer.publish(step, progress.epoch)  # nobody samples from this version
         if rank == 0:
             seconds = {"wait": claimed - started, "train": trained - claimed, "publish": time.monotonic() - trained}
+            claims.claimed(seconds["wait"], [step - 1 - g.header.version for g in claim.groups])
             record = update_record(step, claim, stats, seconds, batch.zero_variance_groups)
             append_metrics(run_dir, record | {"groups": _states(buffer)})
         skipped = skipped + 1 if stats["skipped"] else 0
@@ -150,7 +152,8 @@ def checkpoint(spec: LoopSpec, learner: Learner, progress: Progress, rank: int) 
             meta = {"step": progress.step, "epoch": progress.epoch, "groups": progress.groups, "data": progress.data}
             (folder / "progress.json").write_text(json.dumps(meta) + "\n")
         saved = ray.train.Checkpoint.from_directory(str(folder))
-        ray.train.report({"step": progress.step, "epoch": progress.epoch}, checkpoint=saved, checkpoint_dir_name=f"step-{progress.step:06d}")
+        metrics = {"step": progress.step, "epoch": progress.epoch, "reported_at": time.time()}
+        ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=f"step-{progress.step:06d}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     progress.saved, progress.groups, progress.data = progress.step, [], []
@@ -183,6 +186,8 @@ def update_record(step: int, claim: Claim, stats: dict[str, float], seconds: dic
         record |= {
             "reward_mean": float(rewards.mean()),
             "reward_std": float(within.mean()),
+            "trained_groups": [g.group for g in claim.groups],
+            "failed_members": sum(int(g.header.meta.get("failed_members", 0)) for g in claim.groups),
             "zero_variance_groups": zero_variance_groups,
             "staleness_mean": sum(staleness) / len(staleness),
             "staleness_max": max(staleness),

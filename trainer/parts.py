@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import ray
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.anchor import AnchorFeeder, AnchorSpec
 from actors.connect import Target
@@ -26,6 +27,18 @@ from trainer.settle import SettleCheckpointed
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 60.0
 CHECKPOINTS_KEPT = 2
+
+
+def fit(trainer: TorchTrainer) -> int:
+    """Run the learner group to its end, as a Ray task; returns the step of its last registered checkpoint, 0 without one.
+
+    A task, because it can be cancelled at any time: a thread of the driver would go on calling Ray while Ray is shut down.
+    Checkpoints are named `step-000020`.
+    """
+    outcome = trainer.fit()
+    if outcome.error is not None:
+        raise outcome.error
+    return int(Path(outcome.checkpoint.path).name.removeprefix("step-")) if outcome.checkpoint is not None else 0
 
 
 class Parts:
@@ -45,9 +58,7 @@ class Parts:
         self.generators: list[Any] = []
         self.feeder: Any = None
         self._running: dict[Any, str] = {}
-        self._outcome: Any = None
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._fit: Any = None
 
     def create_actors(self) -> None:
         """Create every actor; their constructors run while the caller goes on."""
@@ -102,7 +113,7 @@ class Parts:
     # -- learner group --------------------------------------------------------------------------------------------
 
     def start_training(self, resume: bool) -> None:
-        """Start the learner group in a thread; Ray Train itself finds the last registered checkpoint in the run folder."""
+        """Start the learner group; Ray Train itself finds the last registered checkpoint in the run folder."""
         config, learner = self.config, self.config.learner
         gpu = learner.gpus > 0
         resources = {"CPU": 1.0} | ({"GPU": learner.gpus} if gpu else {})
@@ -120,29 +131,21 @@ class Parts:
             ),
         )
 
-        def fit() -> None:
-            try:
-                self._outcome = trainer.fit()
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=fit, name="fit", daemon=True)
-        self._thread.start()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        environment = {"env_vars": {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}}
+        task = ray.remote(fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here, runtime_env=environment)
+        self._fit = task.remote(trainer)
 
     def training_done(self) -> bool:
-        return self._thread is None or not self._thread.is_alive()
+        return not ray.wait([self._fit], timeout=0)[1]
 
-    def training_result(self) -> Any:
-        """Ray Train's result. Raises RunFailed with the root cause."""
-        error = self._error or getattr(self._outcome, "error", None)
-        if error is not None:
+    def training_result(self) -> int:
+        """Step of the last registered checkpoint, 0 when there is none. Raises RunFailed with the root cause."""
+        try:
+            step: int = ray.get(self._fit, timeout=STOP_DEADLINE_S)
+        except Exception as error:
             raise RunFailed("learner", describe(error)) from error
-        return self._outcome
-
-    def finished_step(self) -> int:
-        """Step of the last registered checkpoint, 0 when there is none; checkpoints are named `step-000020`."""
-        saved = getattr(self._outcome, "checkpoint", None)
-        return int(Path(saved.path).name.removeprefix("step-")) if saved is not None else 0
+        return step
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -180,7 +183,9 @@ class Parts:
         return ready, waiting
 
     def close(self) -> None:
-        """Kill the actors; safe at any time."""
+        """End the learner group and kill the actors; safe at any time."""
+        if self._fit is not None:
+            ray.cancel(self._fit, force=True)  # Ray Train's controller and the ranks go with their owner
         for actor in [*self.producers.values(), self.evaluator, self.weights]:
             if actor is not None:
                 ray.kill(actor)

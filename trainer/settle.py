@@ -8,6 +8,7 @@ never raises: a settle that is missed is made good by the next one, or by the ro
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from ray.train import Checkpoint, UserCallback
 
 from actors.connect import Target
+from trainer.metrics import SettleMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class SettleCheckpointed(UserCallback):
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self._metrics: SettleMetrics | None = None  # made in the controller's process
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         if checkpoint is None or not metrics:
@@ -38,6 +41,8 @@ class SettleCheckpointed(UserCallback):
         pool = ThreadPoolExecutor(1, "settle")
         try:
             pool.submit(lambda: self.target.buffer().settle(step, epoch)).result(DEADLINE_S)
+            self._metrics = self._metrics or SettleMetrics(self.target.run)
+            self._metrics.settled(time.time() - float(metrics[0]["reported_at"]))
         except FutureTimeout:
             logger.warning("settling step %d took longer than %.0f s; the next checkpoint settles it", step, DEADLINE_S)
         except Exception as error:  # the controller's loop must go on; the ledger loses nothing

@@ -1,123 +1,14 @@
-"""Whole runs through the command line, at a documented reduced size, in processes of their own."""
+"""Whole runs at a documented reduced size."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-ROOT = Path(__file__).parents[2]
-RUN_DEADLINE_S = 420.0
-
-# The demo's recipe, smaller in every direction that costs time; the same code runs.
-REDUCED = (
-    "updates=4",
-    "checkpoint_every=2",
-    "rollout.group_size=4",
-    "rollout.groups_per_step=4",
-    "evaluation.every=2",
-    "evaluation.test_prompts=24",
-    "evaluation.dev_prompts=8",
-    "evaluation.loss_points=32",
-    "evaluation.diversity_prompts=4",
-    "evaluation.diversity_samples=4",
-    "evaluation.grid_prompts=8",
-)
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "trainer", *arguments]
-
-
-def settings(*values: str) -> list[str]:
-    return [part for value in values for part in ("--set", value)]
-
-
-class Run:
-    """A `ddrl train` process.
-
-    Args:
-        folder: its run folder.
-        arguments: further arguments.
-        environment: variables beside this process's own.
-    """
-
-    def __init__(self, folder: Path, *arguments: str, recipe: str = "recipes/glyph-ocr.yaml", environment: dict[str, str] | None = None) -> None:
-        self.folder = folder
-        self.process = subprocess.Popen(
-            command("train", recipe, "--run-dir", str(folder), *arguments),
-            cwd=ROOT,
-            env=os.environ | (environment or {}),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self.family: list[psutil.Process] = []
-
-    def updates(self) -> int:
-        """Updates in metrics.jsonl so far."""
-        file = self.folder / "metrics.jsonl"
-        return file.read_text().count('"kind": "update"') if file.exists() else 0
-
-    def wait_for(self, condition: Callable[[], bool], what: str, deadline_s: float = RUN_DEADLINE_S) -> None:
-        """Wait until `condition`, or fail with the run's output."""
-        end = time.monotonic() + deadline_s
-        while not condition():
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.process.send_signal(signal.SIGINT)
-                out, err = self.process.communicate(timeout=60)
-                pytest.fail(f"{what} did not come about; exit {self.process.returncode}\n{out[-3000:]}\n{err[-3000:]}")
-            self.remember_family()
-            time.sleep(0.2)
-
-    def remember_family(self) -> None:
-        """Note every process of the run, so that `leftovers` can look for them afterwards."""
-        known = {p.pid for p in self.family}
-        try:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return
-        self.family.extend(p for p in children if p.pid not in known)
-
-    def kill(self, title: str) -> int:
-        """SIGKILL one process of the run whose title contains `title`; returns its pid."""
-        self.remember_family()
-        for process in self.family:
-            try:
-                name = " ".join(process.cmdline())
-                if title in name:
-                    os.kill(process.pid, signal.SIGKILL)
-                    return process.pid
-            except psutil.NoSuchProcess:
-                continue
-        pytest.fail(f"no process titled {title} in the run")
-
-    def finish(self) -> tuple[int, str, str]:
-        """Exit status, standard output, standard error."""
-        end = time.monotonic() + RUN_DEADLINE_S
-        while self.process.poll() is None and time.monotonic() < end:
-            self.remember_family()
-            try:
-                out, err = self.process.communicate(timeout=1)
-                return self.process.returncode, out, err
-            except subprocess.TimeoutExpired:
-                continue
-        out, err = self.process.communicate(timeout=30)
-        return self.process.returncode, out, err
-
-    def leftovers(self, patience_s: float = 20.0) -> list[str]:
-        """Processes of the run that outlive it by more than `patience_s`."""
-        _, alive = psutil.wait_procs(self.family, timeout=patience_s)
-        return [f"{p.pid} {p.name()}" for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+from tests.pipeline import REDUCED, Run, settings
 
 
 @pytest.fixture
@@ -132,10 +23,4 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
     yield make
     for run in runs:
-        if run.process.poll() is None:
-            run.remember_family()
-            run.process.kill()
-            run.process.wait(10)
-        for process in run.family:
-            if process.is_running():
-                process.kill()
+        run.end()

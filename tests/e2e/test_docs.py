@@ -20,7 +20,7 @@ import pytest
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis
-from tests.e2e.conftest import REDUCED, ROOT, command, settings
+from tests.pipeline import REDUCED, ROOT, command, settings
 from trainer.config import load_config
 from trainer.runfolder import RunFolder
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Run, command
+from tests.pipeline import ROOT, Run, command
 
 
 def refuse(run: Run, status: int, *words: str) -> None:

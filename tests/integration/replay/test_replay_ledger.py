@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import redis
 
-from replay.buffer import BufferSettings, ReplayBuffer
+from replay.buffer import BufferSettings, ReplayBuffer, staleness
 from replay.errors import (
     BudgetExceeded,
     CheckpointConflict,
@@ -271,6 +271,30 @@ def test_window_passes_a_straggler_but_not_far(make_driver: Make) -> None:
         driver.claim(2, epoch)
     driver.commit(leases[0], 0)
     assert driver.claim(2, epoch) == [0, 3]
+
+
+def test_a_slow_straggler_is_never_trained_beyond_the_bound(make_driver: Make) -> None:
+    """The schedule of the unit test that reaches staleness 2 without eviction; here S = 1 holds at every claim."""
+    driver = make_driver(groups_per_step=2, max_staleness=1, window=3, checkpoint_interval=4)
+    buffer = driver.buffer
+    epoch = buffer.rollback(0)
+    straggler = None
+    measured = []
+    for step in (1, 2, 3):
+        while (lease := driver.lease()) is not None:
+            if lease.group == 3 and straggler is None:
+                straggler = lease
+            else:
+                driver.commit(lease, max(lease.min_version, step - 2))
+        if step == 3:
+            with pytest.raises(ClaimTimeout):
+                driver.claim(3, epoch)
+            assert driver.commit(straggler, straggler.min_version)
+        claim = buffer.claim(step, epoch, 0)
+        measured.append([(group.group, staleness(step, group.header.version)) for group in claim.groups])
+        buffer.publish(step, epoch)
+    assert measured == [[(0, 0), (1, 0)], [(2, 1), (4, 0)], [(5, 1), (6, 0)]]
+    assert driver.count("evicted:stale") == 1, "group 3 would have been 2 versions old"
 
 
 def test_stale_groups_are_evicted_at_claim_and_replaced(make_driver: Make) -> None:

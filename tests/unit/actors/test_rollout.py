@@ -146,9 +146,16 @@ class Generator(RolloutGenerator):
         self.held = (LINEAGE, least)
 
 
-def run(folder: Path, ledger: Ledger, scorer: Scorer, sampler: SamplerConfig = SAMPLER, prompts: PromptConfig | None = None) -> int:
+def run(
+    folder: Path,
+    ledger: Ledger,
+    scorer: Scorer,
+    sampler: SamplerConfig = SAMPLER,
+    prompts: PromptConfig | None = None,
+    rollout: RolloutConfig = ROLLOUT,
+) -> int:
     model = ModelConfig(path=str(folder), init=True)
-    spec = RolloutSpec(SEED, model, sampler, ROLLOUT, prompts or PromptConfig(), ledger, NOWHERE)  # type: ignore[arg-type]
+    spec = RolloutSpec(SEED, model, sampler, rollout, prompts or PromptConfig(), ledger, NOWHERE)  # type: ignore[arg-type]
     ledger.generator = Generator(spec, None, 0)
     ledger.generator.client = scorer  # type: ignore[assignment]
     for parameter in ledger.generator.policy.transformer.parameters():
@@ -207,8 +214,26 @@ def test_a_member_without_a_score_fails_its_group_and_no_other(policy_folder: Pa
     assert run(policy_folder, ledger, Scorer(broken)) == 1
     assert [c[0] for c in ledger.committed] == [6]
     assert [g for g, _ in ledger.failed] == [4, 5]
-    assert ledger.failed[0][1].startswith("scoring: ScoringFailed: member 1: engine_error: OCR crashed")
+    assert ledger.failed[0][1].startswith("scoring: ScoringFailed: 2 of 3 members have a reward, 3 are needed; member 1: engine_error: OCR crashed")
     assert ledger.failed[1][1].startswith("scoring: TimeoutError: no answer within 1 s")
+
+
+def test_a_group_large_enough_without_its_failed_members_is_trained_on_the_rest(policy_folder: Path) -> None:
+    whole, partial = Ledger([4]), Ledger([4])
+    run(policy_folder, whole, Scorer())
+    broken = {prompt(4): ScoreFailure("engine_error", "OCR crashed")}
+    assert run(policy_folder, partial, Scorer(broken), rollout=ROLLOUT.model_copy(update={"min_group_size": 2})) == 1
+    (_, all_of_it, rewards, _, meta), (_, rest, left, _, rest_meta) = whole.committed[0], partial.committed[0]
+    assert left == [rewards[0], rewards[2]]
+    for name in ("x", "x_next", "log_prob"):
+        torch.testing.assert_close(getattr(rest, name), getattr(all_of_it, name)[[0, 2]], atol=0, rtol=0)
+    assert "failed_members" not in meta
+    assert rest_meta["failed_members"] == 1
+
+
+def test_a_group_cannot_need_more_members_than_it_has() -> None:
+    with pytest.raises(ValueError, match=r"min_group_size 4 is larger than rollout\.group_size 3"):
+        RolloutConfig(group_size=3, min_group_size=4)
 
 
 def test_a_prompt_that_cannot_be_sampled_goes_back_with_its_reason(policy_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -38,6 +39,11 @@ def test_config_is_strict_and_described() -> None:
         ReplayConfig(max_stalenes=1)  # type: ignore[call-arg]
     with pytest.raises(ValidationError):
         RedisConfig(url="localhost:6379")
+    with pytest.raises(ValidationError):
+        RedisConfig(fsync="no")  # type: ignore[arg-type]
+    with pytest.raises(ValidationError):
+        ReplayConfig(payloads="relative/folder")
+    assert ReplayConfig(payloads="/shared/payloads", drop_zero_variance=True).payloads == "/shared/payloads"
     for model in (ReplayConfig, RedisConfig):
         assert all(info.description for info in model.model_fields.values())
 
@@ -91,6 +97,8 @@ def test_folder_store_writes_whole_files_and_sweeps_old_strangers(tmp_path: Path
     store.delete([kept, kept])
     with pytest.raises(PayloadMissing, match="g1-a"):
         store.read(kept)
+    with pytest.raises(PayloadMissing, match="vanished"):
+        store.refresh(kept, batch)
 
 
 def test_checksum_is_xxh3() -> None:
@@ -104,6 +112,14 @@ def test_every_script_states_its_contract() -> None:
         header = (folder / f"{name}.lua").read_text()
         for part in (f"-- {name}: ", "Uses: ", "ARGV: ", "Effect: ", "Idempotent: ", "Reply: "):
             assert part in header, f"{name}.lua lacks {part}"
+
+
+def test_the_promises_of_the_readme_name_tests_that_exist() -> None:
+    text = (ROOT / "replay" / "README.md").read_text()
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("*/replay/*.py"))
+    named = set(re.findall(r"::(test_\w+)", text))
+    assert len(named) > 12
+    assert [name for name in sorted(named) if f"def {name}(" not in tests] == []
 
 
 def test_a_script_is_sent_with_the_parts_it_uses_and_no_more() -> None:
