@@ -147,10 +147,11 @@ class Run:
     def leftovers(self, patience_s: float = 20.0) -> list[str]:
         """Processes of the run that outlive it by more than `patience_s`.
 
-        After a SIGKILL of the driver, Ray's own agents try for more than a minute to tell a dead GCS about it; they do not count.
+        After a SIGKILL of the driver, Ray's own agents and workers that were just being born try for more than a minute to reach
+        the dead GCS before they give up; they do not count.
         """
         killed = self.process.returncode == -signal.SIGKILL
-        family = [p for p in self.family if not (killed and _is_ray_agent(p))]
+        family = [p for p in self.family if not (killed and _is_rays_own(p))]
         end = time.monotonic() + patience_s
         while (alive := list(filter(_is_alive, family))) and time.monotonic() < end:
             time.sleep(0.2)
@@ -182,8 +183,8 @@ def title_of(process: psutil.Process) -> str:
         return ""
 
 
-def _is_ray_agent(process: psutil.Process) -> bool:
-    return any(name in title_of(process) for name in ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent"))
+def _is_rays_own(process: psutil.Process) -> bool:
+    return any(name in title_of(process) for name in ("DashboardAgent", "RuntimeEnvAgent", "dashboard/agent.py", "runtime_env/agent", "default_worker.py"))
 
 
 def ledger(folder: Path, url: str | None = None) -> tuple[list[str], dict[str, int]]:
