@@ -6,9 +6,9 @@ scores through the Serve handle; set, scores come over REST from a fleet that so
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from services.schemas import StrictModel
 
@@ -31,6 +31,48 @@ class OcrConfig(StrictModel):
     )
     batch_items: int = Field(default=8, ge=1, le=256, description="Lines per engine call; bounds memory, not speed, on one thread.")
     detection_side_limit: int = Field(default=960, ge=32, le=4096, description="Longest side the detector sees; larger images are shrunk.")
+
+
+class Replicas(StrictModel):
+    """Autoscaling bounds of one reward; ``replicas: 2`` in a file is short for ``{min: 2, max: 2}``."""
+
+    min: int = Field(default=1, ge=1, le=1024, description="Replicas that always run.")
+    max: int = Field(default=1, ge=1, le=1024, description="Replicas under load.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
+class DeploymentConfig(StrictModel):
+    """How a reward runs: one Serve deployment. Scorer settings inherit this or stand beside it in the same entry."""
+
+    replicas: Replicas = Field(default_factory=Replicas, description="Autoscaling bounds; a number fixes both.")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the scorer computes; cuda reserves gpus.")
+    cpus: float = Field(default=1.0, ge=0, le=1024, description="Ray CPUs reserved per replica.")
+    gpus: float = Field(default=0.0, ge=0, le=64, description="GPUs reserved per replica; a fraction shares one.")
+    batch_cost: int = Field(default=4_000_000, ge=1, description="Largest batch in the scorer's own unit of cost, pixels unless it says otherwise.")
+    batch_items: int = Field(default=32, ge=1, le=4096, description="Most items of a batch.")
+    batch_wait_s: float = Field(default=0.002, ge=0, le=1, description="How long a replica waits for more requests to fill a batch.")
+    timeout_s: float = Field(default=30.0, gt=0, le=3600, description="Deadline of one request at this reward, repeats included.")
+    max_queued: int = Field(default=256, ge=1, description="Requests that may wait for a replica; more are refused (503).")
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _short_replicas(cls, value: Any) -> Any:
+        return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _device_and_gpus(self) -> Self:
+        if self.device == "cuda" and self.gpus == 0:
+            raise ValueError("device cuda needs gpus above 0 (a fraction shares one GPU)")
+        if self.device == "cpu" and self.gpus > 0:
+            raise ValueError("gpus is set but device is cpu; set device: cuda")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus is {self.gpus:g}: above 1 it must be a whole number")
+        return self
 
 
 class LimitsConfig(StrictModel):
