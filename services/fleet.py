@@ -26,14 +26,14 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
-from services.client.base import Image, ItemScore, ScoreFailure
+from services.client.base import ItemScore, Media, ScoreFailure
 from services.client.handle import APP_NAME, ScoreChunk, replica_loss_errors
 from services.client.retry import Backoff
 from services.config import RewardConfig
 from services.ingress import make_app
 from services.problems import ProblemError
 from services.replica import ScorerReplica
-from services.schemas import ModelInfo
+from services.schemas import ModelHealth, ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +58,22 @@ class ServeBackend:
     async def models(self) -> list[ModelInfo]:
         """See ``ScoreBackend.models``. The answer is kept: revisions change only with a new deployment."""
         if not self._infos:
-            self._infos = [await self._call(handle, "info") for handle in self._handles.values()]
+            self._infos = [await self._call(handle, self._timeout_s, "info") for handle in self._handles.values()]
         return self._infos
 
-    async def score(self, model: str, prompts: list[str], images: list[Image]) -> list[ItemScore | ScoreFailure]:
+    async def score(self, model: str, prompts: list[str], media: list[Media], deadline_s: float) -> list[ItemScore | ScoreFailure]:
         """See ``ScoreBackend.score``."""
-        results: list[ItemScore | ScoreFailure] = await self._call(self._handles[model], "score", ScoreChunk(prompts, images))
+        results: list[ItemScore | ScoreFailure] = await self._call(self._handles[model], deadline_s, "score", ScoreChunk(prompts, media))
         return results
 
-    async def _call(self, handle: Any, method: str, *args: Any) -> Any:
-        """One call, repeated when its replica dies, until the request's deadline."""
+    async def health(self) -> list[ModelHealth]:
+        """See ``ScoreBackend.health``."""
+        return [ModelHealth(name=info.name, status="ready") for info in await self.models()]
+
+    async def _call(self, handle: Any, timeout_s: float, method: str, *args: Any) -> Any:
+        """One call, repeated when its replica dies, until ``timeout_s`` have passed."""
         lost = replica_loss_errors()
-        backoff = Backoff(self._timeout_s)
+        backoff = Backoff(timeout_s)
         while True:
             response = getattr(handle, method).remote(*args)
             try:
@@ -79,7 +83,7 @@ class ServeBackend:
                 logger.warning("scorer replica lost mid-request (%s), trying again", type(error).__name__)
             except TimeoutError:
                 response.cancel()
-                detail = f"no score within {self._timeout_s:g} s"
+                detail = f"no score within {timeout_s:g} s"
                 raise ProblemError(504, "deadline_exceeded", detail) from None
             except BackPressureError as error:
                 raise ProblemError(503, "queue_full", "the scorer's queue is full", retry_after_s=1) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from anyio import to_thread
 from fastapi import FastAPI, Request
@@ -20,13 +20,13 @@ from starlette.datastructures import UploadFile
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import problems
-from services.client.base import Image, ItemScore, ScoreFailure
+from services.backend import ScoreBackend
+from services.client.base import Image, ItemScore, Media, ScoreFailure
 from services.config import LimitsConfig
 from services.media import decode_files
 from services.problems import ProblemError
 from services.schemas import (
     Health,
-    ModelInfo,
     ModelList,
     Problem,
     Score,
@@ -62,18 +62,6 @@ _SCORE_DOC: dict[str, Any] = {
         },
     }
 }
-
-
-class ScoreBackend(Protocol):
-    """The scorers behind the ingress. Both methods raise ``ProblemError`` when the fleet cannot answer."""
-
-    async def models(self) -> list[ModelInfo]:
-        """All reward models."""
-        ...
-
-    async def score(self, model: str, prompts: list[str], images: list[Image]) -> list[ItemScore | ScoreFailure]:
-        """Score within the service's deadline; ``model`` is one of ``models()``."""
-        ...
 
 
 class BodyLimit:
@@ -136,7 +124,8 @@ def make_app(backend: ScoreBackend, limits: LimitsConfig) -> FastAPI:
         images = await to_thread.run_sync(decode_files, files, limits)
         _check_prompts(prompts, images, limits)
         results = await _score_readable(backend, model, prompts, images)
-        return ScoreResponse(model=model, revision=known[model].revision, results=[as_wire(r) for r in results])
+        info = known[model]
+        return ScoreResponse(model=model, revision=info.revision, preprocessing_hash=info.preprocessing_hash, results=[as_wire(r) for r in results])
 
     # The handler reads the raw request, so the JSON form is put into the OpenAPI document by hand.
     def openapi() -> dict[str, Any]:
@@ -157,7 +146,7 @@ async def _score_readable(backend: ScoreBackend, model: str, prompts: list[str],
     readable = [(i, image) for i, image in enumerate(images) if not isinstance(image, ScoreFailure)]
     scored: list[ItemScore | ScoreFailure] = []
     if readable:
-        scored = await backend.score(model, [prompts[i] for i, _ in readable], [image for _, image in readable])
+        scored = await backend.score(model, [prompts[i] for i, _ in readable], [Media.image(image) for _, image in readable], 60.0)
     by_index = dict(zip((i for i, _ in readable), scored, strict=True))
     return [image if isinstance(image, ScoreFailure) else by_index[i] for i, image in enumerate(images)]
 

@@ -43,7 +43,7 @@ class ScorerReplica:
     async def score(self, chunk: ScoreChunk) -> Results:
         """Score a chunk of any size; parts larger than a batch are cut."""
         starts = range(0, len(chunk), self._max_items)
-        parts = [ScoreChunk(chunk.prompts[s : s + self._max_items], chunk.images[s : s + self._max_items]) for s in starts]
+        parts = [ScoreChunk(chunk.prompts[s : s + self._max_items], chunk.media[s : s + self._max_items]) for s in starts]
         done = await asyncio.gather(*(self._gathered(part) for part in parts))
         return [result for part in done for result in part]
 
@@ -51,9 +51,9 @@ class ScorerReplica:
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002, batch_size_fn=_total_items)
     async def _gathered(self, chunks: list[ScoreChunk]) -> list[Results]:
         prompts = [prompt for chunk in chunks for prompt in chunk.prompts]
-        images = [image for chunk in chunks for image in chunk.images]
+        media = [item for chunk in chunks for item in chunk.media]
         loop = asyncio.get_running_loop()
-        results = await loop.run_in_executor(self._thread, self._scorer.score, prompts, images)
+        results = await loop.run_in_executor(self._thread, self._scorer.score, prompts, media)
         out, start = [], 0
         for chunk in chunks:
             out.append(results[start : start + len(chunk)])

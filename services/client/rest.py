@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 from pydantic import ValidationError
 
-from services.client.base import Image, ItemScore, RewardUnavailable, ScoreFailure, probe, require_batch
+from services.client.base import Batch, Image, ItemScore, RewardUnavailable, ScoreFailure, as_media, probe
 from services.client.retry import Backoff, retry_after_seconds
 from services.schemas import ModelInfo, ModelList, Problem, Score, ScoreResponse
 
@@ -43,9 +43,12 @@ class RestRewardClient:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(headers=headers, follow_redirects=False)
 
-    def score(self, model: str, prompts: Sequence[str], images: Image, timeout_s: float) -> list[ItemScore | ScoreFailure]:
+    def score(self, model: str, prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None) -> list[ItemScore | ScoreFailure]:
         """See ``RewardClient.score``. Large batches go out as several requests under the one deadline."""
-        require_batch(prompts, images)
+        items = as_media(prompts, media, fps)
+        if not items:
+            return []
+        images = np.stack([item.pixels for item in items])
         backoff = Backoff(timeout_s)
         step = max(1, min(self._chunk_items, self._chunk_bytes // max(1, images[:1].nbytes)))
         out: list[ItemScore | ScoreFailure] = []
@@ -74,7 +77,7 @@ class RestRewardClient:
         if info is None:
             names = ", ".join(m.name for m in models) or "none"
             raise RewardUnavailable(self._url, f"it has no model {self._model!r}", f"Set reward.model to one of: {names}.", 200)
-        result = self.score(self._model, *probe(), self._check_timeout_s)[0]
+        result = self.score(self._model, *probe(info), self._check_timeout_s)[0]
         if isinstance(result, ScoreFailure):
             raise self._unavailable(f"the test image failed ({result.code}): {result.message}", 200)
         return info

@@ -24,7 +24,7 @@ from PIL import ImageDraw, ImageFont
 from rapidocr import RapidOCR
 from rapidocr.ch_ppocr_rec import TextRecInput
 
-from services.client.base import Image, ItemScore, ScoreFailure
+from services.client.base import Image, ItemScore, Media, ScoreFailure
 from services.config import OcrConfig
 from services.scorers.base import Scorer, ScorerUnfit
 from services.scorers.text import NO_QUOTED_TEXT, SUB_SCORES, quoted_target, score_text
@@ -74,11 +74,17 @@ class OcrScorer(Scorer):
         side = f"-side{c.detection_side_limit}" if c.mode == "detection" else ""
         return f"flow_grpo-1;rapidocr-{version('rapidocr')};{'+'.join(names)};{c.mode}{side};upscale-{c.upscale}-cubic;confidence-{c.min_confidence:g}"
 
-    def score(self, prompts: Sequence[str], images: Sequence[Image]) -> list[ItemScore | ScoreFailure]:
+    @property
+    def preprocessing(self) -> str:
+        c = self._config
+        side = f";longest-side-{c.detection_side_limit}" if c.mode == "detection" else f";line-height-{LINE_HEIGHT}"
+        return f"bgr;upscale-{c.upscale}-cubic{side}"
+
+    def score(self, prompts: Sequence[str], media: Sequence[Media]) -> list[ItemScore | ScoreFailure]:
         """See ``Scorer.score``. Prompts without a target are refused before any pixel is read."""
         targets = [quoted_target(prompt) for prompt in prompts]
         wanted = [i for i, target in enumerate(targets) if isinstance(target, str)]
-        lines = dict(zip(wanted, self.read([images[i] for i in wanted]), strict=True))
+        lines = dict(zip(wanted, self.read([media[i].pixels for i in wanted]), strict=True))
         results: list[ItemScore | ScoreFailure] = []
         for i, target in enumerate(targets):
             found = target if isinstance(target, ScoreFailure) else lines[i]
@@ -103,7 +109,7 @@ class OcrScorer(Scorer):
     def self_test(self) -> None:
         """Read a drawn '407': 1 when asked for it, less when asked for '862', a failure without quotes."""
         image = _drawn("407", scale=1 if self._config.mode == "recognition" else 4)
-        right, wrong, none = self.score(['a "407"', 'a "862"', "a 407"], [image] * 3)
+        right, wrong, none = self.score(['a "407"', 'a "862"', "a 407"], [Media.image(image)] * 3)
         if not (isinstance(right, ItemScore) and right.reward == 1.0):
             raise ScorerUnfit(f"{self.revision}: a clean '407' scored {right}, not 1.0")
         if not (isinstance(wrong, ItemScore) and wrong.reward < 1.0):

@@ -13,11 +13,11 @@ import pytest
 from anyio import to_thread
 from PIL import Image as PILImage
 
-from services.client.base import Image, ItemScore, ScoreFailure
+from services.client.base import Image, ItemScore, Media, ScoreFailure
 from services.client.rest import RestRewardClient
 from services.config import LimitsConfig, OcrConfig
 from services.ingress import make_app
-from services.schemas import ModelInfo, Problem, ScoreResponse
+from services.schemas import ModelHealth, ModelInfo, Problem, ScoreResponse
 from services.scorers.ocr import OcrScorer
 
 LIMITS = LimitsConfig(max_body_bytes=65_536, max_items=8, max_pixels=10_000, max_total_pixels=40_000, max_prompt_chars=100)
@@ -32,10 +32,13 @@ class InProcess:
     async def models(self) -> list[ModelInfo]:
         return [self.scorer.info()]
 
-    async def score(self, model: str, prompts: list[str], images: list[Image]) -> list[ItemScore | ScoreFailure]:
+    async def health(self) -> list[ModelHealth]:
+        return [ModelHealth(name="ocr", status="ready", replicas=1)]
+
+    async def score(self, model: str, prompts: list[str], media: list[Media], deadline_s: float) -> list[ItemScore | ScoreFailure]:
         if prompts[0] == 'crash "now"':
             raise RuntimeError("secret detail in /srv/internal.py")
-        return await to_thread.run_sync(self.scorer.score, prompts, images)
+        return await to_thread.run_sync(self.scorer.score, prompts, media)
 
 
 @pytest.fixture(scope="module")

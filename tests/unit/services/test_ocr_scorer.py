@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from services.client.base import Image, ItemScore, ScoreFailure
+from services.client.base import Image, ItemScore, Media, ScoreFailure
 from services.config import OcrConfig
 from services.scorers.ocr import ENGINE_ERROR, OcrScorer
 from services.scorers.text import NO_QUOTED_TEXT
@@ -18,6 +18,10 @@ Draw = Callable[..., Image]
 @pytest.fixture(scope="module")
 def scorer() -> OcrScorer:
     return OcrScorer(OcrConfig())
+
+
+def score(scorer: OcrScorer, prompts: list[str], images: list[Image]) -> list[ItemScore | ScoreFailure]:
+    return scorer.score(prompts, [Media.image(image) for image in images])
 
 
 def rewards(results: list[ItemScore | ScoreFailure]) -> list[float]:
@@ -33,14 +37,14 @@ def test_clean_text_is_read_perfectly(scorer: OcrScorer, draw: Draw) -> None:
     ]
     words = ["407", "862", "175", "039"]
     cases = [(w, draw(w, px, *style)) for w in words for px in (11, 12, 13, 14) for style in styles]
-    results = scorer.score([f'the number "{w}"' for w, _ in cases], [image for _, image in cases])
+    results = score(scorer, [f'the number "{w}"' for w, _ in cases], [image for _, image in cases])
     assert rewards(results) == [1.0] * len(cases)
 
 
 def test_wrong_blank_and_noisy_pictures(scorer: OcrScorer, draw: Draw) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (16, 48, 3), dtype=np.uint8)
     blank = np.full((16, 48, 3), 255, np.uint8)
-    results = scorer.score(['"862"', '"409"', '"407"', '"407"'], [draw("407"), draw("407"), noise, blank])
+    results = score(scorer, ['"862"', '"409"', '"407"', '"407"'], [draw("407"), draw("407"), noise, blank])
     assert rewards(results) == [0.0, pytest.approx(2 / 3), 0.0, 0.0]
 
 
@@ -48,15 +52,15 @@ def test_results_do_not_depend_on_the_batch(scorer: OcrScorer, draw: Draw) -> No
     narrow, wide = draw("407"), np.hstack([draw("407"), draw("862")])
     images = [narrow, wide, draw("13"), narrow] * 5
     prompts = ['"407"', '"407862"', '"13"', '"40"'] * 5
-    together = scorer.score(prompts, images)
-    alone = [scorer.score([p], [i])[0] for p, i in zip(prompts[:4], images[:4], strict=True)]
+    together = score(scorer, prompts, images)
+    alone = [score(scorer, [p], [i])[0] for p, i in zip(prompts[:4], images[:4], strict=True)]
     assert together == alone * 5
     assert rewards(alone) == [1.0] * 4
 
 
 def test_failures_stay_with_their_item(scorer: OcrScorer, draw: Draw) -> None:
     unreadable = np.zeros((0, 48, 3), np.uint8)  # makes the engine raise
-    results = scorer.score(['"407"', "no quotes", '"407"', '"407"'], [draw("407"), draw("407"), unreadable, draw("407")])
+    results = score(scorer, ['"407"', "no quotes", '"407"', '"407"'], [draw("407"), draw("407"), unreadable, draw("407")])
     first, unquoted, broken, last = results
     assert rewards([first, last]) == [1.0, 1.0]
     assert isinstance(unquoted, ScoreFailure)
@@ -82,4 +86,4 @@ def test_self_test_passes(config: OcrConfig) -> None:
 
 def test_detection_finds_two_lines(draw: Draw) -> None:
     big = np.kron(np.vstack([draw("407"), draw("862")]), np.ones((4, 4, 1), np.uint8)).astype(np.uint8)
-    assert rewards(OcrScorer(OcrConfig(mode="detection", upscale=1)).score(['"407862"'], [big])) == [1.0]
+    assert rewards(score(OcrScorer(OcrConfig(mode="detection", upscale=1)), ['"407862"'], [big])) == [1.0]
