@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from services.limits import LimitsConfig
 from services.schemas import StrictModel
 
 LOCAL_MODELS = ("ocr",)
@@ -86,16 +87,6 @@ class JobsConfig(StrictModel):
     max_bytes: int = Field(default=1 << 30, ge=1024, description="Bytes of their bodies in Redis.")
     max_lost: int = Field(default=3, ge=1, description="Workers that may die on one job before it fails.")
     poll_s: float = Field(default=0.25, gt=0, le=60, description="How often an idle worker looks for jobs of other ingress replicas.")
-
-
-class LimitsConfig(StrictModel):
-    """What one REST request may ask for. All limits are checked before pixels are allocated."""
-
-    max_body_bytes: int = Field(default=33_554_432, ge=1024, description="Largest request body in bytes.")
-    max_items: int = Field(default=256, ge=1, description="Most images in one request.")
-    max_pixels: int = Field(default=4_194_304, ge=1, description="Most pixels (height x width) of one image.")
-    max_total_pixels: int = Field(default=33_554_432, ge=1, description="Most pixels of all images together.")
-    max_prompt_chars: int = Field(default=4096, ge=1, description="Longest prompt in characters.")
 
 
 class RewardConfig(StrictModel):

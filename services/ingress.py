@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services import problems
 from services.backend import ScoreBackend
 from services.client.base import Image, ItemScore, Media, ScoreFailure
-from services.config import LimitsConfig
+from services.limits import LimitsConfig
 from services.media import decode_files
 from services.problems import ProblemError
 from services.schemas import (

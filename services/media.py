@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from services.client.base import Image, ScoreFailure
-from services.config import LimitsConfig
+from services.limits import LimitsConfig
 from services.problems import ProblemError
 
 IMAGE_INVALID = "image_invalid"

@@ -15,7 +15,8 @@ from PIL import Image as PILImage
 
 from services.client.base import Image, ItemScore, Media, ScoreFailure
 from services.client.rest import RestRewardClient
-from services.config import LimitsConfig, OcrConfig
+from services.config import OcrConfig
+from services.limits import LimitsConfig
 from services.ingress import make_app
 from services.schemas import ModelHealth, ModelInfo, Problem, ScoreResponse
 from services.scorers.ocr import OcrScorer

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from services.client.base import ScoreFailure
-from services.config import LimitsConfig
+from services.limits import LimitsConfig
 from services.media import IMAGE_INVALID, decode_files
 from services.problems import ProblemError
 
