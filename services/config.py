@@ -17,9 +17,13 @@ LOCAL_MODELS = ("ocr",)
 
 
 class OcrConfig(StrictModel):
-    """How the OCR scorer reads an image."""
+    """How the OCR scorer reads a picture, and which of its sub-scores is the reward."""
 
-    mode: Literal["recognition", "detection"] = Field(
+    mode: Literal["flow_grpo", "cosmos", "strict"] = Field(
+        default="flow_grpo",
+        description="Sub-score that is the reward: flow_grpo and cosmos forgive text beyond the target, strict does not. All are always computed.",
+    )
+    reading: Literal["recognition", "detection"] = Field(
         default="recognition",
         description="recognition: the image is one line of text; detection: find the lines first (needs letters of about 20 px or more after the upscale).",
     )
@@ -30,8 +34,9 @@ class OcrConfig(StrictModel):
         le=1.0,
         description="Lines read with less confidence than this count as not read.",
     )
-    batch_items: int = Field(default=8, ge=1, le=256, description="Lines per engine call; bounds memory, not speed, on one thread.")
+    lines_per_call: int = Field(default=8, ge=1, le=256, description="Lines per engine call; bounds memory, not speed, on one thread.")
     detection_side_limit: int = Field(default=960, ge=32, le=4096, description="Longest side the detector sees; larger images are shrunk.")
+    frame_stride: int = Field(default=4, ge=1, le=1024, description="Every how many-th frame of a clip is read, from the first.")
 
 
 class Replicas(StrictModel):

@@ -36,7 +36,7 @@ def test_an_impossible_fleet_says_so_and_leaves_nothing(ray_cluster: None) -> No
 
 
 def test_a_scorer_that_fails_its_self_test_never_serves(ray_cluster: None) -> None:
-    shrunk = OcrConfig(mode="detection", detection_side_limit=32)
+    shrunk = OcrConfig(reading="detection", detection_side_limit=32)
     with pytest.raises(FleetError, match=r"ocr is DEPLOY_FAILED: .*ScorerUnfit.*scored ItemScore"):
         start_fleet(RewardConfig(ocr=shrunk))
     assert "rewards" not in serve.status().applications

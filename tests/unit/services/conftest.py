@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,3 +62,32 @@ def draw_glyphs(
 def draw() -> Callable[..., NDArray[np.uint8]]:
     """See ``draw_glyphs``."""
     return draw_glyphs
+
+
+def draw_text_line(text: str, px: int = 32, font: str = "DejaVuSans") -> NDArray[np.uint8]:
+    """``text`` in black on white with a margin all around, [H, W, 3]."""
+    pen, face = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.truetype(str(FONTS / f"{font}.ttf"), px)
+    left, top, right, bottom = pen.textbbox((0, 0), text, font=face)
+    picture = Image.new("RGB", (round(right - left) + 2 * px, round(bottom - top) + 2 * px), "white")
+    ImageDraw.Draw(picture).text((px - round(left), px - round(top)), text, font=face, fill="black")
+    return np.asarray(picture, np.uint8)
+
+
+@pytest.fixture(scope="session")
+def draw_line() -> Callable[..., NDArray[np.uint8]]:
+    """See ``draw_text_line``."""
+    return draw_text_line
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Path of a third-party file kept beside the repository, or at DDRL_SHARED_DATA; skips the test without it."""
+    root = Path(os.environ.get("DDRL_SHARED_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
+
+    def find(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            pytest.skip(f"{path} is not there; set DDRL_SHARED_DATA to a folder that has {name}")
+        return path
+
+    return find

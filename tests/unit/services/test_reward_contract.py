@@ -59,7 +59,7 @@ def test_scores_are_finite(bad: float) -> None:
 def test_defaults_fit_one_line_of_glyphs() -> None:
     config = RewardConfig()
     assert (config.url, config.model, config.port) == (None, "ocr", "auto")
-    assert (config.ocr.mode, config.ocr.upscale) == ("recognition", 3)
+    assert (config.ocr.mode, config.ocr.reading, config.ocr.upscale) == ("flow_grpo", "recognition", 3)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,8 @@ def test_defaults_fit_one_line_of_glyphs() -> None:
         ({"port": 70000}, "65535"),
         ({"port": "http"}, "auto"),
         ({"url": "127.0.0.1:8000"}, "pattern"),
-        ({"ocr": {"mode": "detect"}}, "recognition"),
+        ({"ocr": {"reading": "detect"}}, "recognition"),
+        ({"ocr": {"mode": "recognition"}}, "flow_grpo"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, object], says: str) -> None:
