@@ -30,6 +30,7 @@ class Kind:
 
 BUILT_IN = {
     "ocr": Kind("services.scorers.settings:OcrReward", "services.scorers.ocr:OcrScorer"),
+    "videoalign": Kind("services.scorers.videoalign.config:VideoAlignConfig", "services.scorers.videoalign.scorer:VideoAlignScorer"),
 }
 
 

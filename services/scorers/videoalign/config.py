@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from services.config import DeploymentConfig
+from services.scorers.settings import RewardSettings
 
 # Of `DETAILED_PROMPT_WITH_SPECIAL_TOKEN` in VideoAlign's prompt_template.py, UTF-8, before the prompt is filled in.
 PUBLIC_TEMPLATE_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
@@ -14,18 +15,18 @@ PUBLIC_TEMPLATE_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2
 SubScore = Literal["overall", "overall_mean", "vq", "mq", "ta"]
 
 
-class VideoAlignConfig(DeploymentConfig):
+class VideoAlignConfig(RewardSettings):
     """One VideoAlign reward: which weights, which template, which precision, which number to train on."""
 
-    kind: Literal["videoalign"] = "videoalign"
-    path: str = Field(description="Folder of the checkpoint: as published (checkpoint-N/model.pth), as VideoAlign's trainer saves it, or converted.")
+    kind: Literal["videoalign"] = Field(default="videoalign", description="VideoAlign: quality, motion and prompt alignment of a clip.")
+    path: Path = Field(description="Folder of the checkpoint: as published (checkpoint-N/model.pth), as VideoAlign's trainer saves it, or converted.")
     checkpoint: int | None = Field(default=None, ge=0, description="Which checkpoint-N of path; null takes the highest. Meaningless for a converted folder.")
-    base: str | None = Field(
+    base: Path | None = Field(
         default=None,
         description="Folder of the base Qwen2-VL model. Its config.json describes a base other than the 2B; its weights complete an adapter checkpoint.",
     )
-    tokenizer: str | None = Field(default=None, description="tokenizer.json or its folder; null looks beside the checkpoint, then in base.")
-    template: str | None = Field(
+    tokenizer: Path | None = Field(default=None, description="tokenizer.json or its folder; null looks beside the checkpoint, then in base.")
+    template: Path | None = Field(
         default=None,
         description="VideoAlign's prompt_template.py, or a text file with the template alone; null looks for prompt_template.txt and .py in path.",
     )
