@@ -30,6 +30,8 @@ class Kind:
 
 BUILT_IN = {
     "ocr": Kind("services.scorers.settings:OcrReward", "services.scorers.ocr:OcrScorer"),
+    "jpeg": Kind("services.scorers.settings:JpegReward", "services.scorers.jpeg:JpegScorer"),
+    "scene": Kind("services.scorers.settings:SceneReward", "services.scorers.scene:SceneScorer"),
     "videoalign": Kind("services.scorers.videoalign.config:VideoAlignConfig", "services.scorers.videoalign.scorer:VideoAlignScorer"),
 }
 

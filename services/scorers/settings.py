@@ -22,3 +22,20 @@ class OcrReward(OcrConfig, RewardSettings):
     """How much of the quoted text of the prompt can be read in the picture."""
 
     kind: Literal["ocr"] = Field(default="ocr", description="OCR against the quoted text of the prompt.")
+
+
+class JpegReward(RewardSettings):
+    """How large the picture is as a JPEG file."""
+
+    kind: Literal["jpeg"] = Field(default="jpeg", description="Size as a JPEG file.")
+    reward: Literal["compressibility", "incompressibility"] = Field(default="compressibility", description="Sub-score that is the reward.")
+    quality: int = Field(default=95, ge=1, le=100, description="JPEG quality; the references use 95.")
+
+
+class SceneReward(RewardSettings):
+    """Plain statistics of a picture or clip."""
+
+    kind: Literal["scene"] = Field(default="scene", description="Plain statistics of a picture or clip.")
+    reward: Literal[
+        "brightness", "dark_share", "clipped_share", "contrast", "colourfulness", "colour_entropy", "edge_density", "sharpness", "motion", "flicker"
+    ] = Field(default="colour_entropy", description="Sub-score that is the reward; motion and flicker are for clips only.")
