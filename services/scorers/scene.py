@@ -24,6 +24,7 @@ Compare a run with its own start, not with fixed limits.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import cv2
@@ -93,7 +94,7 @@ def clip_statistics(frames: NDArray[np.uint8]) -> dict[str, float]:
     b = np.array([s["brightness"] for s in each])
     return {
         **{name: float(np.mean([s[name] for s in each])) for name in PICTURE},
-        "motion": float(np.mean([cv2.absdiff(a, c).mean() for a, c in zip(lumas, lumas[1:], strict=False)])) / 255,
+        "motion": float(np.mean([cv2.absdiff(a, c).mean() for a, c in itertools.pairwise(lumas)])) / 255,
         "flicker": float(np.abs(b[1:-1] - (b[:-2] + b[2:]) / 2).mean()),
     }
 

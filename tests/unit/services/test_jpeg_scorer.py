@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from services.client.base import Image, ItemScore, Media, ScoreFailure
+from services.client.base import ItemScore, Media, ScoreFailure
 from services.scorers.jpeg import ENCODE_FAILED, JpegScorer
 from services.scorers.settings import JpegReward
 
