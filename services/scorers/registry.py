@@ -32,6 +32,10 @@ BUILT_IN = {
     "ocr": Kind("services.scorers.settings:OcrReward", "services.scorers.ocr:OcrScorer"),
     "jpeg": Kind("services.scorers.settings:JpegReward", "services.scorers.jpeg:JpegScorer"),
     "scene": Kind("services.scorers.settings:SceneReward", "services.scorers.scene:SceneScorer"),
+    "clipscore": Kind("services.scorers.settings:ClipScoreReward", "services.scorers.clip.scorers:ClipScorer"),
+    "pickscore": Kind("services.scorers.settings:PickScoreReward", "services.scorers.clip.scorers:PickScorer"),
+    "hpsv2": Kind("services.scorers.settings:Hpsv2Reward", "services.scorers.clip.scorers:Hpsv2Scorer"),
+    "aesthetic": Kind("services.scorers.settings:AestheticReward", "services.scorers.clip.aesthetic:AestheticScorer"),
     "videoalign": Kind("services.scorers.videoalign.config:VideoAlignConfig", "services.scorers.videoalign.scorer:VideoAlignScorer"),
 }
 
