@@ -66,8 +66,16 @@ def settings_class(kind: str) -> type[RewardSettings]:
 
 
 def scorer_class(kind: str) -> type[Scorer]:
-    """The scorer class of ``kind``; imports its engine. Raises ``UnknownKind``."""
-    found: type[Scorer] = _load(BUILT_IN[kind].scorer) if kind in BUILT_IN else _own(kind)
+    """The scorer class of ``kind``; imports its engine. Raises ``UnknownKind``, ``ModuleNotFoundError`` with advice."""
+    if kind not in BUILT_IN:
+        own: type[Scorer] = _own(kind)
+        return own
+    try:
+        found: type[Scorer] = _load(BUILT_IN[kind].scorer)
+    except ModuleNotFoundError as error:
+        if error.name not in ("transformers", "tokenizers"):
+            raise
+        raise ModuleNotFoundError(f"the reward {kind!r} needs {error.name}: pip install 'ddrl[models]'", name=error.name) from error
     return found
 
 

@@ -12,7 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("diffusion", "replay", "services", "actors", "trainer")
 FILES = sorted(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))
-LIGHT = [*(f"{room}.config" for room in ROOMS), "services.schemas", "trainer.cli", "trainer.environment"]
+LIGHT = [
+    *(f"{room}.config" for room in ROOMS),
+    "services.schemas",
+    "services.scorers.registry",
+    "services.scorers.settings",
+    "trainer.cli",
+    "trainer.environment",
+]
 HEAVY = ("torch", "ray", "redis")
 
 
