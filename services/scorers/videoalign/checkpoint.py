@@ -27,7 +27,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from services.schemas import StrictModel
 from services.scorers.videoalign.errors import CheckpointError
-from services.scorers.videoalign.layout import UNUSED, expected, known_base, require_exact, stock_name, style_of
+from services.scorers.videoalign.layout import EMBEDDING, UNUSED, expected, known_base, require_exact, stock_name, style_of
 from services.scorers.videoalign.settings import ModelSettings, read_settings
 from services.scorers.videoalign.weights import Weights, sort_out
 
@@ -111,7 +111,7 @@ def read(found: Found, model: Qwen2VLModel) -> Weights:
         tensors = {name: tensor for file in found.files for name, tensor in _load_safetensors(file).items()}
         slots = expected(model, found.settings, "plain", lora=found.manifest.lora == "beside")
         require_exact(str(found.folder), slots, tensors)
-    return sort_out(slots, tensors, scale)
+    return sort_out(slots, tensors, scale, tied=bool(found.architecture.get("tie_word_embeddings", False)))
 
 
 def fingerprint(*files: Path) -> str:
@@ -207,7 +207,7 @@ def _from_base(found: Found, places: Mapping[str, str], model: Qwen2VLModel) -> 
             stock = stock_name(name)
             if stock == UNUSED:
                 continue
-            if stock == "language_model.embed_tokens.weight":
+            if stock == EMBEDDING:
                 tensor = tensor[: model.language_model.config.vocab_size]
             # An unknown name stays as it is and is listed as unexpected.
             tensors[source_of.get(stock, name)] = tensor

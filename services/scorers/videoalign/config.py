@@ -43,6 +43,10 @@ class VideoAlignConfig(RewardSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Precision of weights and activations; auto: float32 on cpu, bfloat16 on cuda."
     )
+    rotary: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16",
+        description="Precision of the rotary frequencies; bfloat16 is what the published model was trained and is used with, whatever the dtype.",
+    )
     fold_lora: bool = Field(default=True, description="Add the LoRA update into the weights, in float32. false computes it beside them, as the reference does.")
     max_tokens: int = Field(default=32768, ge=64, description="Longest sequence of video and text tokens; longer items fail alone.")
     batch_cost: int = Field(

@@ -32,10 +32,12 @@ Role = Literal["weight", "lora_a", "lora_b", "head", "unused"]
 PEFT_PREFIX = "base_model.model."
 HEAD = "rm_head.weight"
 UNUSED = "lm_head.weight"
+EMBEDDING = "language_model.embed_tokens.weight"
 
 # The config.json values of Qwen/Qwen2-VL-2B-Instruct that shape its weights and its arithmetic.
 QWEN2_VL_2B: dict[str, Any] = {
     "model_type": "qwen2_vl",
+    "tie_word_embeddings": True,
     "text_config": {
         "hidden_size": 1536,
         "intermediate_size": 8960,
@@ -129,7 +131,7 @@ def expected(model: Qwen2VLModel, settings: ModelSettings, style: Style, lora: b
     hidden = model.language_model.config.hidden_size
     slots[prefix + HEAD] = Slot("head", HEAD, (settings.head_dim, hidden))
     if not plain:
-        slots[prefix + UNUSED] = Slot("unused", UNUSED, shapes["language_model.embed_tokens.weight"])
+        slots[prefix + UNUSED] = Slot("unused", UNUSED, shapes[EMBEDDING])
     return slots
 
 

@@ -15,6 +15,7 @@ from services.scorers.videoalign.config import VideoAlignConfig
 from services.scorers.videoalign.errors import CheckpointError
 from services.scorers.videoalign.layout import empty_model, updated_layers
 from services.scorers.videoalign.model import LoraLinear, RewardModel
+from services.scorers.videoalign.rotary import fill_rotary
 from services.scorers.videoalign.settings import ModelSettings
 from services.scorers.videoalign.template import FILE_NAMES, read_template
 from services.scorers.videoalign.tokens import RewardTokenizer
@@ -50,11 +51,17 @@ def load(config: VideoAlignConfig) -> Loaded:
     weights = read(found, qwen)
     if not fold and not weights.lora_a:
         raise CheckpointError(f"{found.folder} was converted with its updates folded; convert it with fold=False, or set fold_lora: true")
-    model = fill(qwen, weights, found.settings, tokenizer, dtype, fold=fold).to(device).eval()
+    model = fill(qwen, weights, found.settings, tokenizer, dtype, fold=fold)
+    fill_rotary(qwen, rounded=config.rotary == "bfloat16")
+    hollow = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if hollow:
+        raise CheckpointError(f"this version of transformers has tensors that the loader does not fill: {', '.join(hollow)}")
+    model.requires_grad_(False).to(device).eval()
     marks = (
         f"weights-{fingerprint(*found.files)}",
         f"tokenizer-{fingerprint(token_file)}",
         str(dtype).removeprefix("torch."),
+        f"rotary-{config.rotary}",
         "no-lora" if found.settings.lora is None else "lora-folded" if fold else "lora-beside",
         device.type,
     )
@@ -75,13 +82,7 @@ def fill(qwen: Qwen2VLModel, weights: Weights, settings: ModelSettings, tokenize
     updated = set() if fold else {name.removesuffix(".weight") for name in weights.lora_a}
     state = {_inner(name, updated): tensor for name, tensor in tensors}
     model.load_state_dict(state, strict=True, assign=True)
-    # Rotary frequencies are computed, not stored: made anew, since the empty model's hold nothing.
-    qwen.language_model.rotary_emb = type(qwen.language_model.rotary_emb)(qwen.language_model.config)
-    qwen.visual.rotary_pos_emb = type(qwen.visual.rotary_pos_emb)(qwen.visual.config)
-    hollow = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if hollow:
-        raise CheckpointError(f"this version of transformers has tensors that the loader does not fill: {', '.join(hollow)}")
-    return model.requires_grad_(False)
+    return model
 
 
 def tokenizer_file(found: Found, given: Path | None) -> Path:

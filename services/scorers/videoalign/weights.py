@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from services.scorers.videoalign.layout import HEAD, Slot
+from services.scorers.videoalign.layout import EMBEDDING, HEAD, Slot
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -24,15 +27,25 @@ class Weights:
     unused: tuple[str, ...] = ()
 
 
-def sort_out(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], scale: float) -> Weights:
-    """Put each tensor in its place; those of role ``unused`` are only named."""
-    weights = Weights(scale, len(tensors), unused=tuple(source for source, slot in slots.items() if slot.role == "unused"))
+def sort_out(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], scale: float, *, tied: bool) -> Weights:
+    """Put each tensor in its place. The language model's own output layer is not needed, except for its rows when ``tied``.
+
+    A model with tied embeddings has one matrix under two names, and a checkpoint holds it twice. The reference loads both
+    into the one matrix, the output layer last: should they ever differ, that one is in use.
+    """
+    weights = Weights(scale, len(tensors))
     places = {"weight": weights.dense, "lora_a": weights.lora_a, "lora_b": weights.lora_b}
+    output: Tensor | None = None
     for source, slot in slots.items():
         if slot.role == "head":
             weights.head = tensors[source]
-        elif slot.role != "unused":
+        elif slot.role == "unused":
+            output, weights.unused = tensors[source], (source,)
+        else:
             places[slot.role][slot.name] = tensors[source]
+    if tied and output is not None and not torch.equal(output, weights.dense[EMBEDDING]):
+        logger.warning("the checkpoint's tied embeddings differ; using lm_head's rows, as the reference does")
+        weights.dense[EMBEDDING] = output
     return weights
 
 
