@@ -110,7 +110,7 @@ def test_batches_are_checked_before_they_are_sent() -> None:
     ],
 )
 def test_media_is_one_image_or_one_clip(shape: tuple[int, ...], dtype: type, fps: float | None) -> None:
-    with pytest.raises(ValueError, match="frames|fps"):
+    with pytest.raises(ValueError, match=r"frames|fps"):
         Media(np.zeros(shape, dtype), fps)  # type: ignore[arg-type]
 
 
@@ -138,6 +138,9 @@ def test_connect_picks_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
         "services.config",
         "services.client.base",
         "services.client.rest",
+        "services.client.aio",
+        "services.limits",
+        "services.frames",
         "services.client.connect",
     ],
 )
