@@ -64,6 +64,7 @@ class DeploymentConfig(StrictModel):
     batch_wait_s: float = Field(default=0.002, ge=0, le=1, description="How long a replica waits for more requests to fill a batch.")
     timeout_s: float = Field(default=30.0, gt=0, le=3600, description="Deadline of one request at this reward, repeats included.")
     max_queued: int = Field(default=256, ge=1, description="Requests that may wait for a replica; more are refused (503).")
+    target_ongoing: float = Field(default=4.0, gt=0, description="Requests per replica, waiting ones included, above which replicas are added.")
 
     @field_validator("replicas", mode="before")
     @classmethod
@@ -90,7 +91,7 @@ class JobsConfig(StrictModel):
     concurrency: int = Field(default=4, ge=1, le=256, description="Jobs that one ingress replica works on at a time.")
     max_unfinished: int = Field(default=256, ge=1, description="Jobs that may wait or run; more are refused (503).")
     max_bytes: int = Field(default=1 << 30, ge=1024, description="Bytes of their bodies in Redis.")
-    max_lost: int = Field(default=3, ge=1, description="Workers that may die on one job before it fails.")
+    max_tries: int = Field(default=3, ge=1, description="Times a job is begun when its worker dies or its reward is late; then it ends as it is.")
     poll_s: float = Field(default=0.25, gt=0, le=60, description="How often an idle worker looks for jobs of other ingress replicas.")
 
 

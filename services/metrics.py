@@ -6,7 +6,7 @@ what a client sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -35,6 +35,8 @@ class FleetMetrics:
         self._replicas = Gauge("ddrl_reward_model_replicas", "Running replicas.", ("model",), registry=self.registry)
         self._queued = Gauge("ddrl_reward_model_queued", "Requests that wait.", ("model",), registry=self.registry)
         self._ongoing = Gauge("ddrl_reward_model_ongoing", "Requests being scored.", ("model",), registry=self.registry)
+        self._jobs = Gauge("ddrl_reward_jobs", "Jobs that have not ended, by state.", ("state",), registry=self.registry)
+        self._job_bytes = Gauge("ddrl_reward_job_bytes", "Bytes that unfinished jobs hold in Redis.", registry=self.registry)
 
     def request(self, scope: Scope, status: int, seconds: float) -> None:
         """One finished request; ``status`` 0 when the client left before an answer."""
@@ -68,6 +70,12 @@ class FleetMetrics:
             self._replicas.labels(model.name).set(model.replicas)
             self._queued.labels(model.name).set(model.queued)
             self._ongoing.labels(model.name).set(model.ongoing)
+
+    def jobs(self, counts: Mapping[str, int]) -> None:
+        """The jobs now, as ``JobStore.counts`` gives them."""
+        for state in ("queued", "running"):
+            self._jobs.labels(state).set(counts[state])
+        self._job_bytes.set(counts["bytes"])
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

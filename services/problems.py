@@ -46,10 +46,15 @@ def invalid_request(error: ValidationError | RequestValidationError, where: str 
     return ProblemError(422, "invalid_request", f"{path}: {first['msg']}"[:500])
 
 
+def as_problem(error: ProblemError, request_id: str = "") -> Problem:
+    """The document for ``error``."""
+    title = _TITLES.get(error.status) or HTTPStatus(error.status).phrase
+    return Problem(title=title, status=error.status, code=error.code, detail=error.detail, request_id=request_id)
+
+
 def problem_response(error: ProblemError, request_id: str = "") -> Response:
     """The document for ``error``, with ``Retry-After`` when waiting helps."""
-    title = _TITLES.get(error.status) or HTTPStatus(error.status).phrase
-    body = Problem(title=title, status=error.status, code=error.code, detail=error.detail, request_id=request_id)
+    body = as_problem(error, request_id)
     headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

@@ -20,7 +20,7 @@ class StrictModel(BaseModel):
 
 
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
-Base64 = Annotated[str, Field(min_length=4, pattern=r"^[A-Za-z0-9+/]+={0,2}$", json_schema_extra={"contentEncoding": "base64"})]
+Base64 = Annotated[str, Field(min_length=4, pattern=r"^[A-Za-z0-9+/]+={0,2}$", json_schema_extra={"format": "byte", "contentEncoding": "base64"})]
 Fps = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 TimeoutS = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 
@@ -266,3 +266,22 @@ class Problem(StrictModel):
     code: str = Field(description="Stable machine-readable code.")
     detail: str = Field(description="What was wrong with this request, and the limit it hit.")
     request_id: str = Field(default="", description="Repeats the header X-Request-ID.")
+
+
+class JobStatus(StrictModel):
+    """Answer of ``POST /v1/jobs`` (202) and ``GET /v1/jobs/{id}``: ``result`` once it succeeded, ``error`` once it failed."""
+
+    id: str = Field(description="Name of the job.")
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"] = Field(description="Where it is; an expired job answers 410.")
+    created_at: Finite = Field(description="When it was accepted, in seconds since the epoch.")
+    finished_at: Finite | None = Field(default=None, description="When it ended.")
+    expires_at: Finite = Field(description="When it expires: a job that has not ended by then never will, an ended one is forgotten.")
+    result: ScoreResponse | MultiScoreResponse | None = Field(default=None, description="What POST /v1/score would have answered.")
+    error: Problem | None = Field(default=None, description="The problem POST /v1/score would have answered.")
+
+
+class FleetStatus(StrictModel):
+    """Answer of ``GET /v1/status``: the figures of the page."""
+
+    models: list[ModelHealth] = Field(description="Every reward model.")
+    jobs: dict[str, int] | None = Field(default=None, description="Queued and running jobs and their bytes; null where there are no jobs.")

@@ -59,6 +59,13 @@ class Scoring:
         self._backend, self._limits, self._metrics, self._decoder = backend, limits, metrics, decoder
         self._decoding = CapacityLimiter(limits.decode_threads)
 
+    async def check(self, call: ScoreCall) -> None:
+        """Refuse a call that cannot be answered whatever the media hold. Raises ``ProblemError``."""
+        infos = self._chosen(call, {info.name: info for info in await self._backend.models()})
+        if call.options.combine is not None:
+            terms(call.options.combine, infos)
+        check(call.plans, self._limits)
+
     async def answer(self, call: ScoreCall, timeout_s: float, request_id: str = "") -> ScoreResponse | MultiScoreResponse:
         """The whole answer within ``timeout_s``. Raises ``ProblemError``."""
         deadline = time.monotonic() + timeout_s

@@ -1,5 +1,5 @@
--- ARGV: token, lease ms, most lost leases, problem of a job that lost them, ttl ms, tombstone ms
--- → {id, kind, meta, payload, expires} or nothing
+-- ARGV: token, lease ms, most tries, problem of a job that used them up, ttl ms, tombstone ms
+-- → {id, kind, meta, payload, ms until it expires, earlier tries that came to nothing} or nothing
 local now = now_ms()
 expire_late(now)
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', p .. 'running', '-inf', now)) do
@@ -18,5 +18,5 @@ redis.call('ZREM', p .. 'queue', id)
 redis.call('ZADD', p .. 'running', now + tonumber(ARGV[2]), id)
 redis.call('HSET', job_key(id), 'state', 'running', 'token', ARGV[1])
 redis.call('HINCRBY', job_key(id), 'attempts', 1)
-local found = redis.call('HMGET', job_key(id), 'kind', 'meta', 'expires')
-return {id, found[1], found[2], redis.call('GET', p .. 'in:' .. id), found[3] - now}
+local found = redis.call('HMGET', job_key(id), 'kind', 'meta', 'expires', 'lost')
+return {id, found[1], found[2], redis.call('GET', p .. 'in:' .. id), found[3] - now, tonumber(found[4])}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -26,19 +27,24 @@ def is_npy(data: bytes) -> bool:
 
 def plan_npy(upload: Upload) -> Plan:
     """Raises ``Refused`` unless the header is one of the accepted forms and the file holds exactly its bytes."""
-    stream = io.BytesIO(upload.data)
+    return plan_pixels(view_npy(upload.data, ("uint8",)), upload.fps, upload.selected)
+
+
+def view_npy(data: bytes | memoryview, dtypes: Collection[str]) -> np.ndarray[Any, Any]:
+    """The array of an npy file, without a copy. Raises ``Refused`` for other dtypes, and unless the file holds exactly its bytes."""
+    stream = io.BytesIO(data[: _HEADER_BYTES + 16])
     version = np.lib.format.read_magic(stream)
     readers: dict[tuple[int, int], Any] = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise Refused(f"npy format version {version[0]}.{version[1]} is not accepted")
     shape, fortran, dtype = readers[version](stream, max_header_size=_HEADER_BYTES)
     offset = stream.tell()
-    if dtype != np.uint8 or fortran:
-        raise Refused("npy must be uint8 in C order")
-    size = math.prod(shape)
-    if len(upload.data) - offset != size:
-        raise Refused(f"the npy header promises {size} bytes of pixels, the file holds {len(upload.data) - offset}")
-    return plan_pixels(np.frombuffer(upload.data, np.uint8, offset=offset).reshape(shape), upload.fps, upload.selected)
+    if dtype.name not in dtypes or not dtype.isnative or fortran:
+        raise Refused(f"npy must be {' or '.join(dtypes)} in C order")
+    size = math.prod(shape) * dtype.itemsize
+    if len(data) - offset != size:
+        raise Refused(f"the npy header promises {size} bytes, the file holds {len(data) - offset}")
+    return np.frombuffer(data, dtype, offset=offset).reshape(shape)
 
 
 def plan_pixels(pixels: np.ndarray[Any, np.dtype[np.uint8]], fps: float | None, selected: bool) -> Plan:

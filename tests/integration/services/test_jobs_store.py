@@ -12,7 +12,9 @@ import redis
 
 from replay.embedded import EmbeddedRedis
 from services.config import JobsConfig
-from services.jobs import JobConflict, JobsFull, JobStore, JobStoreError
+from services.idempotency import Kept
+from services.jobs import JobConflict, JobsFull, JobStore, JobStoreError, RedisIdempotency
+from services.problems import ProblemError
 
 LOST = b'{"code": "worker_lost"}'
 NAMES = itertools.count()
@@ -88,7 +90,7 @@ def test_first_come_first_served(run: Callable[[Body], None]) -> None:
 
 def test_a_silent_worker_loses_the_job_and_its_late_answer_changes_nothing(run: Callable[[Body], None]) -> None:
     async def body(make: Callable[..., JobStore]) -> None:
-        store = make(lease_s=0.05, max_lost=2)
+        store = make(lease_s=0.05, max_tries=2)
         job_id, _ = await store.submit("score", {}, b"x")
         first = await store.claim(LOST)
         assert first is not None
@@ -114,7 +116,7 @@ def test_released_jobs_come_back_after_their_delay(run: Callable[[Body], None]) 
         await store.submit("score", {}, b"x")
         claim = await store.claim(LOST)
         assert claim is not None
-        assert await store.release(claim, 0.1)
+        assert await store.release(claim, 0.1, counted=False)
         assert not await store.renew(claim)
         assert await store.claim(LOST) is None
         await asyncio.sleep(0.15)
@@ -153,7 +155,7 @@ def test_expiry_then_oblivion(run: Callable[[Body], None], server: EmbeddedRedis
         held, _ = await store.submit("score", {}, b"y")
         answered, _ = await store.submit("score", {}, b"z")
         claims = {claim.id: claim for claim in [await store.claim(LOST) for _ in range(3)] if claim}
-        await store.release(claims[waiting], 0)
+        await store.release(claims[waiting], 0, counted=True)
         await store.finish(claims[answered], "succeeded", b"{}")
         await asyncio.sleep(0.14)
         for job_id in (waiting, held, answered):
@@ -191,15 +193,15 @@ def test_bounds(run: Callable[[Body], None]) -> None:
 def test_idempotency_keys(run: Callable[[Body], None]) -> None:
     async def body(make: Callable[..., JobStore]) -> None:
         store = make(max_unfinished=1)
-        job_id, _ = await store.submit("score", {"a": "b"}, b"x", "key")
-        assert await store.submit("score", {"a": "b"}, b"x", "key") == (job_id, False), "a replay needs no room"
+        job_id, _ = await store.submit("score", {"a": "b"}, b"x", ("key", "1"))
+        assert await store.submit("score", {"a": "b"}, b"x", ("key", "1")) == (job_id, False), "a replay needs no room"
         with pytest.raises(JobConflict):
-            await store.submit("score", {"a": "b"}, b"y", "key")
+            await store.submit("score", {"a": "b"}, b"y", ("key", "2"))
         claim = await store.claim(LOST)
         assert claim is not None
         await store.finish(claim, "succeeded", b"{}")
-        assert await store.submit("score", {"a": "b"}, b"x", "key") == (job_id, False)
-        assert (await store.submit("score", {"a": "b"}, b"x", "another"))[1]
+        assert await store.submit("score", {"a": "b"}, b"x", ("key", "1")) == (job_id, False)
+        assert (await store.submit("score", {"a": "b"}, b"x", ("another", "1")))[1]
 
     run(body)
 
@@ -231,6 +233,60 @@ def test_an_unreachable_server_is_named_without_its_password() -> None:
         with pytest.raises(JobStoreError, match=r"127\.0\.0\.1:1") as error:
             await store.get("x")
         assert "secret" not in str(error.value)
+        await store.close()
+
+    asyncio.run(body())
+
+
+def test_idempotency_keys_of_requests(server: EmbeddedRedis) -> None:
+    async def body() -> None:
+        one, two = (RedisIdempotency(server.url, 60, 1000, "test-idem{x}:") for _ in range(2))
+        answer = Kept(b'{"a": 1}\x00', "application/json")
+        assert await one.begin("alice", "k", "f1") is None
+        for store in (one, two):
+            with pytest.raises(ProblemError, match="being worked on"):
+                await store.begin("alice", "k", "f1")
+            with pytest.raises(ProblemError, match="another request"):
+                await store.begin("alice", "k", "f2")
+        assert await two.begin("bob", "k", "f2") is None, "keys belong to their owner"
+        await one.finish("alice", "k", "f1", answer)
+        assert await two.begin("alice", "k", "f1") == answer
+        with pytest.raises(ProblemError, match="another request"):
+            await two.begin("alice", "k", "f2")
+        await two.abandon("bob", "k", "f2")
+        assert await one.begin("bob", "k", "f3") is None, "an abandoned key is free"
+        await one.finish("bob", "k", "f3", Kept(b"x" * 1001, "text/plain"))
+        assert await one.begin("bob", "k", "f4") is None, "too large to keep"
+        await one.close()
+        await two.close()
+
+    asyncio.run(body())
+
+
+def test_a_dead_process_frees_its_idempotency_keys_and_a_living_one_keeps_them(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        monkeypatch.setattr(RedisIdempotency, "LEASE_S", 0.15)
+        dead, alive, other = (RedisIdempotency(server.url, 60, 1000, "test-lease{x}:") for _ in range(3))
+        assert await dead.begin("a", "dead", "f") is None
+        assert await alive.begin("a", "alive", "f") is None
+        await dead.close()  # as a kill would: nothing is abandoned
+        await asyncio.sleep(0.4)
+        assert await other.begin("a", "dead", "f") is None
+        with pytest.raises(ProblemError, match="being worked on"):
+            await other.begin("a", "alive", "f")
+        await alive.close()
+        await other.close()
+
+    asyncio.run(body())
+
+
+def test_without_redis_a_request_with_a_key_is_refused_and_an_answer_is_still_given() -> None:
+    async def body() -> None:
+        store = RedisIdempotency("redis://127.0.0.1:1/0", 60, 1000)
+        with pytest.raises(ProblemError) as error:
+            await store.begin("a", "k", "f")
+        assert error.value.code == "idempotency_unavailable"
+        await store.finish("a", "k", "f", Kept(b"", "text/plain"))
         await store.close()
 
     asyncio.run(body())
