@@ -36,6 +36,7 @@ BUILT_IN = {
     "pickscore": Kind("services.scorers.settings:PickScoreReward", "services.scorers.clip.scorers:PickScorer"),
     "hpsv2": Kind("services.scorers.settings:Hpsv2Reward", "services.scorers.clip.scorers:Hpsv2Scorer"),
     "aesthetic": Kind("services.scorers.settings:AestheticReward", "services.scorers.clip.aesthetic:AestheticScorer"),
+    "imagereward": Kind("services.scorers.settings:ImageRewardReward", "services.scorers.clip.imagereward:ImageRewardScorer"),
     "videoalign": Kind("services.scorers.videoalign.config:VideoAlignConfig", "services.scorers.videoalign.scorer:VideoAlignScorer"),
 }
 

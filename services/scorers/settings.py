@@ -78,3 +78,11 @@ class AestheticReward(TowerReward):
 
     kind: Literal["aesthetic"] = Field(default="aesthetic", description="LAION aesthetic predictor v2.")
     head: Path = Field(description="sac+logos+ava1-l14-linearMSE.pth, or its tensors as safetensors.")
+
+
+class ImageRewardReward(TowerReward):
+    """Human preference, by ImageReward's BLIP."""
+
+    kind: Literal["imagereward"] = Field(default="imagereward", description="ImageReward v1.0.")
+    path: Path = Field(description="Local folder with ImageReward.pt and med_config.json.")
+    processor: Path | None = Field(default=None, description="Folder with the tokenizer.json of bert-base-uncased; null: path.")

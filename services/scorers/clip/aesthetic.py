@@ -15,11 +15,10 @@ from torch import Tensor
 
 from services.client.base import Image, ScoreFailure
 from services.scorers.clip.errors import ModelFolderError
+from services.scorers.clip.head import apply_head, linear_head
 from services.scorers.clip.pictures import PictureScorer
 from services.scorers.clip.scorers import folder_fingerprint, load_folder
 from services.scorers.settings import AestheticReward
-
-LAYERS = (0, 2, 4, 6, 7)  # places in the published Sequential; dropouts in between
 
 
 class AestheticScorer(PictureScorer):
@@ -41,25 +40,15 @@ class AestheticScorer(PictureScorer):
 
     def judge(self, images: Sequence[Image], prompts: Sequence[tuple[int, ...]]) -> Mapping[str, Sequence[float]]:
         """See ``PictureScorer.judge``."""
-        x = self._towers.pictures(images)
-        for weight, bias in self._head:
-            x = torch.nn.functional.linear(x, weight, bias)
-        return {"aesthetic": x.squeeze(-1).tolist()}
+        return {"aesthetic": apply_head(self._head, self._towers.pictures(images)).tolist()}
 
 
 def read_head(file: Path, width: int) -> list[tuple[Tensor, Tensor]]:
-    """Weights and biases of the five layers, float32, for embeddings of ``width``. Raises ``ModelFolderError``."""
+    """The head of ``file`` for embeddings of ``width``; see ``linear_head``. Raises ``ModelFolderError``."""
     try:
         tensors: Mapping[str, Tensor] = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelFolderError(f"there is no aesthetic head at {file}") from None
     except Exception as error:  # torch.load raises many kinds on a file that is not a checkpoint
         raise ModelFolderError(f"{file} does not hold tensors only ({type(error).__name__}: {str(error)[:200]})") from error
-    expected = {f"layers.{i}.{part}" for i in LAYERS for part in ("weight", "bias")}
-    if set(tensors) != expected:
-        raise ModelFolderError(f"{file} holds {sorted(tensors)[:12]}, the aesthetic head is {sorted(expected)}")
-    head = [(tensors[f"layers.{i}.weight"].float(), tensors[f"layers.{i}.bias"].float()) for i in LAYERS]
-    widths = [width, *(int(weight.shape[0]) for weight, _ in head)]
-    if [tuple(weight.shape) for weight, _ in head] != list(zip(widths[1:], widths, strict=False)) or widths[-1] != 1:
-        raise ModelFolderError(f"{file} does not fit embeddings of width {width}: layers {[tuple(w.shape) for w, _ in head]}")
-    return head
+    return linear_head(str(file), tensors, width)

@@ -20,7 +20,8 @@ PROMPT_INVALID = "prompt_invalid"
 class PromptTokenizer:
     """Fixed-length ids; what does not fit is cut off at the end, as the reference scorers do."""
 
-    def __init__(self, folder: Path, length: int, pad_token: str) -> None:
+    def __init__(self, folder: Path, length: int, pad_token: str, unknown_token: str | None = None) -> None:
+        """Read ``tokenizer.json``. ``unknown_token`` stands for words outside the vocabulary and is no reason to refuse."""
         file = folder / "tokenizer.json"
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
@@ -31,7 +32,8 @@ class PromptTokenizer:
             raise ModelFolderError(f"{file} has no token {pad_token!r}; is it another model's?")
         self.pad_id: int = pad
         self.length = length
-        self._special = frozenset(i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special and token.content != unknown_token)
         self._tokenizer.enable_truncation(length)
         self._tokenizer.no_padding()
 

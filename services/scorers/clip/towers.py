@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import CLIPConfig
 
 from services.client.base import Image
 from services.scorers.clip.errors import ModelFolderError
+from services.scorers.clip.loading import stock_model
 from services.scorers.clip.preparation import Preparation
 from services.scorers.clip.tokens import PromptTokenizer
 
 END_TOKEN = "<|endoftext|>"
-# Buffers that old checkpoints store and today's model computes.
-_COMPUTED = ("embeddings.position_ids",)
 
 
 class Towers:
@@ -71,40 +71,16 @@ def load_towers(
 
     ``prepare`` makes the preparation for the vision tower's side in pixels. Raises ``ModelFolderError``.
     """
-    from transformers import CLIPConfig, CLIPModel
-    from transformers.utils import logging
-
-    # Process-wide: what a load leaves out is refused below, in one line.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise ModelFolderError(f"{folder} has no config.json; it must be a local folder of a CLIP model")
     try:
         config: Any = CLIPConfig.from_pretrained(folder, local_files_only=True)
-        options: dict[str, Any] = {
-            "config": config,
-            "dtype": getattr(torch, dtype),
-            "local_files_only": True,
-            "output_loading_info": True,
-            "ignore_mismatched_sizes": True,
-        }
-        source = folder if state is None else None
-        model, found = CLIPModel.from_pretrained(source, use_safetensors=True if state is None else None, state_dict=state, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelFolderError(f"{folder} cannot be loaded as a CLIPModel: {error}") from error
-    require_complete(folder, found)
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{folder / 'config.json'} is not the config of a CLIP model: {error}") from error
+    model = stock_model("CLIPModel", folder, config, dtype, device, state)
     words = PromptTokenizer(tokenizer, config.text_config.max_position_embeddings, END_TOKEN)
     _require_same_words(config, words, tokenizer)
-    return Towers(model.eval().requires_grad_(False).to(device), prepare(config.vision_config.image_size), words)
-
-
-def require_complete(folder: Path, found: Mapping[str, Any]) -> None:
-    """Refuse a load that left tensors of the model to chance or tensors of the files unused."""
-    unexpected = [key for key in found["unexpected_keys"] if not key.endswith(_COMPUTED)]
-    wrong = {"missing": found["missing_keys"], "unexpected": unexpected, "of the wrong shape": [str(key) for key in found.get("mismatched_keys", ())]}
-    lists = [f"{len(keys)} {what} ({', '.join(sorted(map(str, keys))[:8])})" for what, keys in wrong.items() if keys]
-    if lists:
-        raise ModelFolderError(f"{folder} does not hold exactly the tensors of this model: {'; '.join(lists)}")
+    return Towers(model, prepare(config.vision_config.image_size), words)
 
 
 def _require_same_words(config: Any, words: PromptTokenizer, folder: Path) -> None:
