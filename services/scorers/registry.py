@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from services.config import RewardConfig
-
 if TYPE_CHECKING:
     from services.scorers.base import Scorer
     from services.scorers.settings import RewardSettings
@@ -37,6 +35,7 @@ BUILT_IN = {
     "hpsv2": Kind("services.scorers.settings:Hpsv2Reward", "services.scorers.clip.scorers:Hpsv2Scorer"),
     "aesthetic": Kind("services.scorers.settings:AestheticReward", "services.scorers.clip.aesthetic:AestheticScorer"),
     "imagereward": Kind("services.scorers.settings:ImageRewardReward", "services.scorers.clip.imagereward:ImageRewardScorer"),
+    "http": Kind("services.scorers.settings:HttpReward", "services.scorers.http:HttpScorer"),
     "videoalign": Kind("services.scorers.videoalign.config:VideoAlignConfig", "services.scorers.videoalign.scorer:VideoAlignScorer"),
 }
 
@@ -85,15 +84,6 @@ def build_scorer(settings: RewardSettings) -> Scorer:
     make: Any = scorer_class(settings.kind)
     scorer: Scorer = make(settings)
     return scorer
-
-
-def make_scorer(model: str, config: RewardConfig) -> Scorer:
-    """Load the scorer ``model`` of a run that starts a fleet of one reward."""
-    from services.scorers.settings import OcrReward
-
-    if model == "ocr":
-        return build_scorer(OcrReward(**config.ocr.model_dump()))
-    raise UnknownKind(f"unknown reward model {model!r}")
 
 
 def _own(kind: str) -> Any:

@@ -86,3 +86,12 @@ class ImageRewardReward(TowerReward):
     kind: Literal["imagereward"] = Field(default="imagereward", description="ImageReward v1.0.")
     path: Path = Field(description="Local folder with ImageReward.pt and med_config.json.")
     processor: Path | None = Field(default=None, description="Folder with the tokenizer.json of bert-base-uncased; null: path.")
+
+
+class HttpReward(RewardSettings):
+    """A reward of another service with the same REST contract, as one of ours."""
+
+    kind: Literal["http"] = Field(default="http", description="A reward that another service computes.")
+    url: str = Field(pattern=r"^https?://[^@/]+", description="Base URL of the other service, without /v1 and without a password in it.")
+    model: str = Field(description="Its name there.")
+    api_key_env: str | None = Field(default=None, description="Environment variable of the replicas that holds its bearer key.")
