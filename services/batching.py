@@ -69,7 +69,7 @@ class Batcher:
     """A queue in front of ``work``. Use it from one event loop; it starts working at the first ``add``."""
 
     def __init__(self, work: Work, max_items: int, max_cost: int, wait_s: float, name: str = "batch") -> None:
-        self._work, self._max_items, self._max_cost, self._wait_s = work, max_items, max_cost, wait_s
+        self._work, self.max_items, self.max_cost, self._wait_s = work, max_items, max_cost, wait_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
@@ -117,7 +117,7 @@ class Batcher:
         items = cost = 0
         for waiting in self._queue:
             items, cost = items + len(waiting.part), cost + waiting.part.cost
-            if items >= self._max_items or cost >= self._max_cost:
+            if items >= self.max_items or cost >= self.max_cost:
                 return True
         return False
 
@@ -129,7 +129,7 @@ class Batcher:
             if self._queue[0].answer.cancelled():
                 self._queue.popleft()
                 continue
-            if batch and (items + len(part) > self._max_items or cost + part.cost > self._max_cost):
+            if batch and (items + len(part) > self.max_items or cost + part.cost > self.max_cost):
                 break
             items, cost = items + len(part), cost + part.cost
             batch.append(self._queue.popleft())

@@ -102,7 +102,7 @@ def _scorer_deployment(name: str, reward: RewardSettings, config: FleetConfig) -
     scale: dict[str, Any] = {"num_replicas": low}
     if high > low:
         bounds = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": reward.target_ongoing}
-        scale = {"autoscaling_config": {**bounds, "upscale_delay_s": 5, "downscale_delay_s": 120, "look_back_period_s": 10}}
+        scale = {"autoscaling_config": {**bounds, "upscale_delay_s": 5, "downscale_delay_s": 120, "look_back_period_s": 20}}
     deployment = serve.deployment(
         name=name,
         ray_actor_options={"num_cpus": reward.cpus, "num_gpus": reward.gpus, "runtime_env": _runtime_env(max(1, int(reward.cpus)))},

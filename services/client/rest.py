@@ -16,7 +16,7 @@ from services.client import wire
 from services.client.base import Batch, ItemScore, Media, ScoreFailure, as_media, probe
 from services.client.retry import Backoff
 from services.client.wire import Encoding, MultiScores, Settings
-from services.schemas import Combine, ModelInfo, ScoreOptions
+from services.schemas import Combine, ModelInfo, MultiScoreResponse, ScoreOptions
 
 
 class RestRewardClient:
@@ -57,6 +57,11 @@ class RestRewardClient:
             for part in wire.parts(wire.options_for(rewards, combine), prompts, items, self._settings)
         ]
         return wire.joined(answers) if answers else MultiScores({name: [] for name in rewards}, None if combine is None else [])
+
+    def score_files(self, rewards: Sequence[str], prompts: Sequence[str], files: Sequence[tuple[str, bytes]], timeout_s: float) -> MultiScoreResponse:
+        """Score files, (name, bytes) each, as they are; one prompt per file. Raises ``RewardUnavailable``."""
+        part = wire.file_part(rewards, prompts, files)
+        return wire.read_answer(self._url, self._send("POST", "/v1/score", Backoff(timeout_s), timeout_s, part))
 
     def models(self, timeout_s: float) -> dict[str, ModelInfo]:
         """What the service offers, by name. Raises ``RewardUnavailable``."""

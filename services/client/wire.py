@@ -184,6 +184,18 @@ def read_multi(where: str, answer: httpx.Response, count: int) -> MultiScores:
     return MultiScores(results, totals, {name: reward.revision for name, reward in found.rewards.items()})
 
 
+def file_part(rewards: Sequence[str], prompts: Sequence[str], files: Sequence[tuple[str, bytes]]) -> Part:
+    """One request with files as they are: (name, bytes) of PNG, JPEG, WebP, npy or mp4."""
+    form: dict[str, Any] = {"prompt": list(prompts), "reward": list(rewards)}
+    uploads = [("file", (name, data, "application/octet-stream")) for name, data in files]
+    return Part(len(files), {"headers": {"Idempotency-Key": uuid.uuid4().hex}, "data": form, "files": uploads})
+
+
+def read_answer(where: str, answer: httpx.Response) -> MultiScoreResponse:
+    """The whole answer to a request for several rewards. Raises ``RewardUnavailable`` for another form."""
+    return _parsed(where, answer, MultiScoreResponse)
+
+
 def joined(answers: Sequence[MultiScores]) -> MultiScores:
     """The answers of a batch's requests as one."""
     results = {name: [r for a in answers for r in a.results[name]] for name in answers[0].results}
