@@ -137,6 +137,7 @@ def _write(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
     for number, shard in enumerate(_shards(tensors, shard_bytes), start=1):
         file = folder / f"model-{number:05d}.safetensors"
         save_file(shard, file)
+        file.chmod(0o644)  # the library writes for its owner only; the service may be another user
         files[file.name] = Written(bytes=file.stat().st_size, xxh3=fingerprint(file))
         count += len(shard)
     return files, count
