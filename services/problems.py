@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from services.schemas import Problem
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 _TITLES = {413: "Content Too Large", 422: "Unprocessable Content", 499: "Client Closed Request"}
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _FRAMEWORK_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -78,8 +80,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _FRAMEWORK_CODES.get(error.status_code, "http_error")
     response = problem_response(ProblemError(error.status_code, code, str(error.detail)), request_id_of(request))
-    response.headers.update(error.headers or {})  # Allow, on a 405
+    if error.status_code == 405:
+        response.headers["Allow"] = ", ".join(_allowed(request))
     return response
+
+
+def _allowed(request: Request) -> list[str]:
+    """Every method of the path; the framework names those of the first route that has it."""
+    scope = {**request.scope, "path_params": {}}
+    return [m for m in _METHODS if any(route.matches({**scope, "method": m})[0] is Match.FULL for route in request.app.router.routes)]
 
 
 async def _on_validation(request: Request, error: Exception) -> Response:
