@@ -26,7 +26,7 @@ from services.scorers.videoalign.frames import TEMPORAL_PATCH, UnusableSize, fra
 from services.scorers.videoalign.loader import load
 from services.scorers.videoalign.pixels import patchify, resize
 
-MEDIA_UNSUPPORTED = "media_unsupported"
+MEDIA_NOT_SUPPORTED = "media_not_supported"
 TOO_FEW_FRAMES = "too_few_frames"
 UNUSABLE_SIZE = "unusable_size"
 VIDEO_TOO_LONG = "video_too_long"
@@ -121,7 +121,7 @@ class VideoAlignScorer(Scorer):
 
     def _prepare(self, prompt: str, media: Media) -> Prepared | ScoreFailure:
         if not media.is_video:
-            return ScoreFailure(MEDIA_UNSUPPORTED, "videoalign scores clips; this is an image")
+            return ScoreFailure(MEDIA_NOT_SUPPORTED, "videoalign scores clips; this is an image")
         try:
             frames = take(self._spec, media).frames
             size = self._size(media)

@@ -103,7 +103,7 @@ def test_video_tokens_must_match_the_patches(raw_scorer: VideoAlignScorer) -> No
 @pytest.mark.parametrize(
     ("media", "code"),
     [
-        (Media.image(np.zeros((64, 64, 3), np.uint8)), "media_unsupported"),
+        (Media.image(np.zeros((64, 64, 3), np.uint8)), "media_not_supported"),
         (Media(np.zeros((1, 64, 64, 3), np.uint8), 16.0), "too_few_frames"),
         (Media(np.zeros((0, 64, 64, 3), np.uint8), 16.0), "too_few_frames"),
         (Media(np.zeros((3, 64, 64, 3), np.uint8), 16.0, selected=True), "too_few_frames"),
