@@ -32,11 +32,11 @@ def patchify(planes: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """uint8 [T, 3, h, w], T even and h, w multiples of 28 → float32 [patches, 1176] and the grid (t, h, w).
 
     Rows run over time, blocks of 2x2 patches down and across, then down and across within the block; columns over
-    channel, time, y, x. This is the order of Qwen2-VL's own processor.
+    channel, time, y, x. This is the order of Qwen2-VL's own processor. Computed where ``planes`` are.
     """
     frames, channels, height, width = planes.shape
     t, h, w = grid(frames, height, width)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(values, device=planes.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     values = (planes.float() * (1 / 255) - mean) / std
     blocks = values.reshape(t, TEMPORAL_PATCH, channels, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
     return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, PATCH_VALUES), (t, h, w)

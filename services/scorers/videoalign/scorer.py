@@ -38,10 +38,9 @@ SELF_TEST_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 @dataclass(frozen=True)
 class Prepared:
-    """One item ready for the model: patches float32 [P, 1176], their grid (t, h, w), and token ids."""
+    """One item ready for the model: resized frames uint8 [T, 3, h, w], a quarter of their patches' size, and token ids."""
 
-    patches: Tensor
-    grid: tuple[int, int, int]
+    planes: Tensor
     ids: list[int]
     cost: int
 
@@ -105,9 +104,12 @@ class VideoAlignScorer(Scorer):
         This exercises every weight, the padding and the causal order; there is no public clip with a known score.
         """
         frames = np.random.default_rng(0).integers(0, 256, (TEMPORAL_PATCH, 56, 56, 3), np.uint8)
-        patches, patch_grid = patchify(resize(frames, (56, 56)))
-        ids = [self._loaded.tokenizer.encode(prompt, video_tokens(patch_grid)) for prompt in ("a cat", "a long walk through a quiet town in the rain")]
-        items = [Prepared(patches, patch_grid, i, 0) for i in ids if not isinstance(i, ScoreFailure)]
+        planes = resize(frames, (56, 56))
+        ids = [
+            self._loaded.tokenizer.encode(prompt, video_tokens(grid(TEMPORAL_PATCH, 56, 56)))
+            for prompt in ("a cat", "a long walk through a quiet town in the rain")
+        ]
+        items = [Prepared(planes, i, 0) for i in ids if not isinstance(i, ScoreFailure)]
         if len(items) != len(ids):
             raise ScorerUnfit("videoalign: the tokenizer refuses a plain prompt")
         first, second = self._raw(items)
@@ -137,8 +139,7 @@ class VideoAlignScorer(Scorer):
             return ids
         if len(ids) > self._config.max_tokens:
             return ScoreFailure(VIDEO_TOO_LONG, f"clip and prompt make {len(ids)} tokens; this service takes {self._config.max_tokens}")
-        patches, patch_grid = patchify(resize(frames, size))
-        return Prepared(patches, patch_grid, ids, len(frames) * size[0] * size[1])
+        return Prepared(resize(frames, size), ids, len(frames) * size[0] * size[1])
 
     def _batches(self, items: Sequence[tuple[int, Prepared]]) -> Iterator[list[tuple[int, Prepared]]]:
         """Cut by items and cost; items of like length together, so that little padding is computed."""
@@ -157,8 +158,8 @@ class VideoAlignScorer(Scorer):
         tokenizer, device = self._loaded.tokenizer, self._loaded.device
         longest = max(len(item.ids) for item in items)
         ids = torch.tensor([item.ids + [tokenizer.pad_id] * (longest - len(item.ids)) for item in items])
-        patches, grids = torch.cat([item.patches for item in items]), torch.tensor([item.grid for item in items])
-        raw: Any = self._loaded.model(ids.to(device), patches.to(device), grids.to(device))
+        patches, grids = zip(*(patchify(item.planes.to(device)) for item in items), strict=True)
+        raw: Any = self._loaded.model(ids.to(device), torch.cat(patches), torch.tensor(grids, device=device))
         rows: list[list[float]] = raw.float().cpu().tolist()
         return rows
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from services.scorers.registry import parse_reward
@@ -15,8 +20,10 @@ from services.scorers.videoalign import convert as module
 from services.scorers.videoalign.config import VideoAlignConfig
 from services.scorers.videoalign.scorer import VideoAlignScorer
 from tests.unit.services.videoalign import tiny
+from tests.unit.services.videoalign.conftest import DIMS
 
-PAGE = (Path(__file__).resolve().parents[4] / "docs" / "rewards" / "videoalign.md").read_text()
+ROOT = Path(__file__).resolve().parents[4]
+PAGE = (ROOT / "docs" / "rewards" / "videoalign.md").read_text()
 
 
 def block(language: str) -> str:
@@ -48,4 +55,17 @@ def test_the_python_converts(tmp_path: Path, published: Path, base: Path, monkey
     monkeypatch.setattr(module, "convert", lambda *paths: whole(*paths, base=base, template_sha256=tiny.TEMPLATE_SHA256))
     exec(block("python"), {})
     assert "113 tensors" in capsys.readouterr().out
+    assert (tmp_path / "videoreward-bf16" / "videoalign.json").is_file()
+
+
+def test_the_command_converts(tmp_path: Path, base: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """With the tiny checkpoint, hence its base; without a template beside it, which is not the public one."""
+    tiny.write_checkpoint(tmp_path / "VideoReward", DIMS, tensors)
+    (tmp_path / "VideoReward" / "prompt_template.txt").unlink()
+    program, *arguments = shlex.split(block("sh"))
+    assert program == "ddrl"
+    command = [sys.executable, "-m", "trainer", *arguments, "--base", str(base)]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "70 tensors" in done.stdout
     assert (tmp_path / "videoreward-bf16" / "videoalign.json").is_file()

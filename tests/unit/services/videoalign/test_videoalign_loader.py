@@ -19,6 +19,7 @@ from services.client.base import ItemScore, Media
 from services.scorers.videoalign.checkpoint import find, read
 from services.scorers.videoalign.errors import CheckpointError, KeyMismatch
 from services.scorers.videoalign.layout import empty_model, stock_name
+from services.scorers.videoalign.pixels import patchify
 from services.scorers.videoalign.scorer import Prepared, VideoAlignScorer
 from tests.unit.services.videoalign import oracle, tiny
 from tests.unit.services.videoalign.conftest import DIMS
@@ -104,7 +105,7 @@ def test_the_arithmetic_written_out_agrees(make_scorer: Make, tensors: dict[str,
     tokenizer, ours = scorer._loaded.tokenizer, raw(scorer)
     for i in range(2):
         p = prepare(scorer, i)
-        item = oracle.Item(p.ids, p.patches, p.grid, tokenizer.video_id, tokenizer.reward_ids)
+        item = oracle.Item(p.ids, *patchify(p.planes), tokenizer.video_id, tokenizer.reward_ids)
         close(ours[i], oracle.raw_scores(tensors, DIMS, item, coarse=rotary == "bfloat16"))
 
 
@@ -133,12 +134,13 @@ def _outer(scorer: VideoAlignScorer, tensors: dict[str, Tensor]) -> Qwen2VLForCo
 
 def _through_outer(scorer: VideoAlignScorer, tensors: dict[str, Tensor], i: int, **positions: Any) -> Tensor:
     item, outer = prepare(scorer, i), _outer(scorer, tensors)
-    ids, grid = torch.tensor([item.ids]), torch.tensor([item.grid])
+    patches, grid = patchify(item.planes)
+    ids, grids = torch.tensor([item.ids]), torch.tensor([grid])
     if positions.pop("three_d", False):
         kinds = (ids == scorer._loaded.tokenizer.video_id).int() * 2
         positions = {"mm_token_type_ids": kinds}
     with torch.inference_mode():
-        out = outer(input_ids=ids, pixel_values_videos=item.patches, video_grid_thw=grid, output_hidden_states=True, use_cache=False, **positions)
+        out = outer(input_ids=ids, pixel_values_videos=patches, video_grid_thw=grids, output_hidden_states=True, use_cache=False, **positions)
     places = [item.ids.index(token) for token in scorer._loaded.tokenizer.reward_ids]
     return (out.hidden_states[-1][0, places] @ tensors["base_model.model.rm_head.weight"].T)[:, 0]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from services.scorers.registry import build_scorer, parse_reward
 from services.scorers.videoalign.config import VideoAlignConfig
 from services.scorers.videoalign.errors import CheckpointError
 from services.scorers.videoalign.model import RewardModel, pool, reward_places
+from services.scorers.videoalign.pixels import patchify
 from services.scorers.videoalign.scorer import VideoAlignScorer
 from tests.unit.services.videoalign import tiny
 from tests.unit.services.videoalign.conftest import DIMS
@@ -65,8 +68,8 @@ def test_acceptance_4_neither_padding_nor_company_nor_order_changes_a_score(raw_
 def test_acceptance_4_what_stands_in_the_padding_is_not_read(raw_scorer: VideoAlignScorer) -> None:
     item = raw_scorer._prepare(PROMPTS[0], CLIPS[0])
     assert not isinstance(item, ScoreFailure)
-    model, pad = raw_scorer._loaded.model, raw_scorer._loaded.tokenizer.pad_id
-    rows = [model(torch.tensor([item.ids + [filler] * 40]), item.patches, torch.tensor([item.grid])) for filler in (pad, 65)]
+    model, pad, (patches, grid) = raw_scorer._loaded.model, raw_scorer._loaded.tokenizer.pad_id, patchify(item.planes)
+    rows = [model(torch.tensor([item.ids + [filler] * 40]), patches, torch.tensor([grid])) for filler in (pad, 65)]
     assert torch.equal(rows[0], rows[1])
 
 
@@ -95,9 +98,9 @@ def test_three_head_outputs_are_read_on_the_diagonal() -> None:
 def test_video_tokens_must_match_the_patches(raw_scorer: VideoAlignScorer) -> None:
     item = raw_scorer._prepare(PROMPTS[0], CLIPS[0])
     assert not isinstance(item, ScoreFailure)
-    ids = [raw_scorer._loaded.tokenizer.video_id, *item.ids]
+    ids, (patches, grid) = [raw_scorer._loaded.tokenizer.video_id, *item.ids], patchify(item.planes)
     with pytest.raises(ValueError, match="281 video tokens for 280 merged patches"):
-        raw_scorer._loaded.model(torch.tensor([ids]), item.patches, torch.tensor([item.grid]))
+        raw_scorer._loaded.model(torch.tensor([ids]), patches, torch.tensor([grid]))
 
 
 @pytest.mark.parametrize(
@@ -252,3 +255,8 @@ def test_it_is_a_kind_of_reward_in_rewards_yaml(published: Path, base: Path) -> 
 def test_settings_are_strict(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         VideoAlignConfig.model_validate({"kind": "videoalign", **({"path": "x"} if wrong else {}), **wrong})
+
+
+def test_its_settings_are_a_light_import() -> None:
+    code = "import sys, services.scorers.videoalign.config; print([m for m in ('torch', 'transformers', 'ray', 'redis', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout == "[]\n"
