@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import xxhash
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,6 +25,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from services.schemas import StrictModel
+from services.scorers.fingerprint import fingerprint
 from services.scorers.videoalign.errors import CheckpointError
 from services.scorers.videoalign.layout import EMBEDDING, UNUSED, expected, known_base, require_exact, stock_name, style_of
 from services.scorers.videoalign.settings import ModelSettings, read_settings
@@ -112,16 +112,6 @@ def read(found: Found, model: Qwen2VLModel) -> Weights:
         slots = expected(model, found.settings, "plain", lora=found.manifest.lora == "beside")
         require_exact(str(found.folder), slots, tensors)
     return sort_out(slots, tensors, scale, tied=bool(found.architecture.get("tie_word_embeddings", False)))
-
-
-def fingerprint(*files: Path) -> str:
-    """xxh3 (64 bit, hex) of the files' bytes, in order."""
-    digest = xxhash.xxh3_64()
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _find_converted(path: Path) -> Found:

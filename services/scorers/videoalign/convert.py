@@ -16,7 +16,8 @@ from typing import Literal
 from safetensors.torch import save_file
 from torch import Tensor
 
-from services.scorers.videoalign.checkpoint import MANIFEST, Layout, Manifest, Written, find, fingerprint, read
+from services.scorers.fingerprint import fingerprint
+from services.scorers.videoalign.checkpoint import MANIFEST, Layout, Manifest, Written, find, read
 from services.scorers.videoalign.config import PUBLIC_TEMPLATE_SHA256
 from services.scorers.videoalign.errors import CheckpointError
 from services.scorers.videoalign.layout import empty_model

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-from services.scorers.videoalign.checkpoint import Found, find, fingerprint, read
+from services.scorers.fingerprint import fingerprint
+from services.scorers.videoalign.checkpoint import Found, find, read
 from services.scorers.videoalign.config import VideoAlignConfig
 from services.scorers.videoalign.errors import CheckpointError
 from services.scorers.videoalign.layout import empty_model, updated_layers
