@@ -15,7 +15,7 @@ class ScoreBackend(Protocol):
     """The scorers of a fleet. Every method raises ``ProblemError`` when the fleet cannot answer."""
 
     async def models(self) -> list[ModelInfo]:
-        """All reward models."""
+        """All reward models; one that has not come up yet is left out, and ``health`` knows of it."""
         ...
 
     async def score(self, model: str, prompts: list[str], media: list[Media], deadline_s: float) -> list[ItemScore | ScoreFailure]:

@@ -29,6 +29,7 @@ from services.schemas import ModelHealth, ModelInfo
 logger = logging.getLogger(__name__)
 
 WINDOW = 1024  # calls per reward that latency figures look back on
+INFO_TIMEOUT_S, ASK_AGAIN_S = 5.0, 2.0  # a reward that is down must not hold up requests for the others
 HEALTH_TTL_S = 1.0
 HEALTH_TIMEOUT_S = 2.0
 
@@ -40,6 +41,7 @@ class ServeBackend:
         self._config, self._app, self._metrics = config, app, metrics
         self._handles = {name: serve.get_deployment_handle(name, app_name=app) for name in config.rewards}
         self._infos: dict[str, ModelInfo] = {}
+        self._info_lock, self._ask_again_at = asyncio.Lock(), 0.0
         self._in_flight: dict[str, int] = defaultdict(int)
         self._latencies: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in config.rewards}
         self._health: list[ModelHealth] = []
@@ -48,12 +50,13 @@ class ServeBackend:
 
     async def models(self) -> list[ModelInfo]:
         """See ``ScoreBackend.models``. Answers are kept: revisions change only with a new deployment."""
-        missing = [name for name in self._handles if name not in self._infos]
-        for name, info in zip(
-            missing, await asyncio.gather(*(self._call(name, "info", self._config.rewards[name].timeout_s) for name in missing)), strict=True
-        ):
-            self._infos[name] = info
-        return [self._infos[name] for name in self._handles]
+        async with self._info_lock:  # the first requests come all at once, and must not fill each other's queues
+            missing = [name for name in self._handles if name not in self._infos]
+            if missing and time.monotonic() >= self._ask_again_at:
+                found = await asyncio.gather(*(self._call(name, "info", INFO_TIMEOUT_S) for name in missing), return_exceptions=True)
+                self._infos.update({name: info for name, info in zip(missing, found, strict=True) if isinstance(info, ModelInfo)})
+                self._ask_again_at = time.monotonic() + ASK_AGAIN_S
+        return [self._infos[name] for name in self._handles if name in self._infos]
 
     async def score(self, model: str, prompts: list[str], media: list[Media], deadline_s: float) -> list[ItemScore | ScoreFailure]:
         """See ``ScoreBackend.score``."""
