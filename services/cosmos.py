@@ -21,7 +21,7 @@ from fastapi import APIRouter, Form, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.fleet_config import FleetConfig
-from services.ingress import RequestId, Services, has_retryable, owner_of, services_of
+from services.ingress import RequestId, Services, has_retryable, owner_of, read_body, services_of
 from services.job_worker import Outcome
 from services.jobs import Claim
 from services.jobs_api import Jobs
@@ -192,13 +192,13 @@ def cosmos_router(jobs: Jobs, config: FleetConfig) -> APIRouter:
     @router.post(
         "/enqueue",
         openapi_extra={"requestBody": {**binary, "description": "One line of JSON (prompts, reward_fn, media_type, video_infos), a newline, an npy file."}},
-        responses=documented(400, 401, 403, 404, 413, 415, 422, 431, 500, 503),
+        responses=documented(400, 401, 403, 404, 408, 413, 415, 422, 431, 500, 503),
     )
     async def enqueue(request: Request, _: RequestId = None) -> dict[str, str]:
         """Accept arrays to score; answers the uuid to pull with."""
         limits = services_of(request).limits
         jobs.require()
-        body = await request.body()
+        body = await read_body(request, limits)
         line, array = await to_thread.run_sync(parse_enqueue, body, limits)
         call = await to_thread.run_sync(as_call, line, array, list(dict.fromkeys(chosen(line.reward_fn, config).values())), limits)
         await services_of(request).scoring.check(call)

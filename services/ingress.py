@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
+from starlette.requests import ClientDisconnect
 
 from services import problems
 from services.auth import Key, Keyring
@@ -129,7 +130,7 @@ async def model(request: Request, name: Name) -> ModelInfo:
     for info in await services_of(request).backend.models():
         if info.name == name:
             return info
-    raise ProblemError(404, "model_not_found", f"no model {name!r}")
+    raise await services_of(request).scoring.missing(name)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **documented(401, 403, 503)})
@@ -145,7 +146,7 @@ async def metrics_text(request: Request) -> Response:
     response_model=ScoreResponse | MultiScoreResponse,
     response_model_exclude_none=True,
     openapi_extra=SCORE_BODY,
-    responses=documented(400, 401, 403, 404, 409, 413, 415, 422, 431, 500, 503, 504),
+    responses=documented(400, 401, 403, 404, 408, 409, 413, 415, 422, 431, 500, 503, 504),
 )
 async def score(request: Request, _: RequestId = None, x_timeout_s: TimeoutHeader = None, idempotency_key: KeyHeader = None) -> Response:
     """Score images and clips against their prompts, with one reward or several."""
@@ -165,9 +166,20 @@ async def score(request: Request, _: RequestId = None, x_timeout_s: TimeoutHeade
     return Response(kept.body, media_type=kept.media_type, headers={"Idempotency-Replayed": "true"} if replayed else None)
 
 
+async def read_body(request: Request, limits: LimitsConfig) -> bytes:
+    """The whole body. Raises ``ProblemError`` 408 when it comes too slowly, 499 when the client leaves."""
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            return await request.body()
+    except TimeoutError:
+        raise ProblemError(408, "body_timeout", f"the body did not arrive within {limits.body_timeout_s:g} s") from None
+    except ClientDisconnect:
+        raise ProblemError(499, "client_closed", "the client left") from None
+
+
 async def read_call(request: Request, limits: LimitsConfig) -> ScoreCall:
     """The request's body, parsed in a thread. Raises ``ProblemError``."""
-    body = await request.body()
+    body = await read_body(request, limits)
     return await to_thread.run_sync(parse_call, request.headers.get("content-type", ""), body, limits)
 
 

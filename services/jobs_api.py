@@ -162,7 +162,7 @@ def jobs_router(jobs: Jobs) -> APIRouter:
         openapi_extra=SCORE_BODY,
         responses={
             202: {"headers": {"Location": {"description": "Where to ask for the job.", "schema": {"type": "string"}}}},
-            **documented(400, 401, 403, 404, 413, 415, 422, 431, 500, 503),
+            **documented(400, 401, 403, 404, 408, 413, 415, 422, 431, 500, 503),
         },
     )
     async def post(

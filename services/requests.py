@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import re
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from services.json_bounds import JsonTooLarge, check_json
 from services.limits import LimitsConfig
 from services.media.arrays import plan_pixels
 from services.media.decode import plan
@@ -37,7 +37,6 @@ JSON, MULTIPART = "application/json", "multipart/form-data"
 TENSORS = ("application/vnd.safetensors", "application/octet-stream")
 _FIELDS = ("model", "reward", "combine", "timeout_s", "prompt", "fps", "file")
 _HEADER_BYTES = 4 << 20
-_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -75,16 +74,11 @@ def parse_call(content_type: str, body: bytes, limits: LimitsConfig) -> ScoreCal
 
 
 def parse_json(text: bytes, schema: type[Schema], limits: LimitsConfig, where: str = "") -> Schema:
-    """``text`` as ``schema``, nested no deeper than the limit. Raises ``ProblemError`` 413 or 422."""
-    depth = deepest = 0
-    for mark in _MARKS.finditer(text):
-        if mark[0] in (b"[", b"{"):
-            depth += 1
-            deepest = max(deepest, depth)
-        elif mark[0] in (b"]", b"}"):
-            depth -= 1
-    if deepest > limits.max_json_depth:
-        raise ProblemError(413, "json_too_deep", f"the JSON is nested {deepest} deep, at most {limits.max_json_depth}")
+    """``text`` as ``schema``, within the limits of depth and size. Raises ``ProblemError`` 413 or 422."""
+    try:
+        check_json(text, limits.max_json_depth)
+    except JsonTooLarge as error:
+        raise ProblemError(413, "json_too_large", str(error)) from None
     try:
         return schema.model_validate_json(text)
     except ValidationError as error:

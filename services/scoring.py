@@ -19,8 +19,9 @@ from anyio import CapacityLimiter, to_thread
 from numpy.typing import NDArray
 
 from services.backend import ScoreBackend
+from services.budget import PixelBudget
 from services.client.base import ItemScore, Media, ScoreFailure
-from services.combining import combine_items, terms
+from services.combining import Term, combine_items, terms
 from services.limits import LimitsConfig
 from services.media.clips import Clip, look
 from services.media.decode import Decoded, MediaDecoder, check
@@ -57,11 +58,12 @@ class Scoring:
 
     def __init__(self, backend: ScoreBackend, limits: LimitsConfig, metrics: FleetMetrics, decoder: LatentDecoder | None = None) -> None:
         self._backend, self._limits, self._metrics, self._decoder = backend, limits, metrics, decoder
+        self._pixels = PixelBudget(limits.max_inflight_pixels)
         self._decoding = CapacityLimiter(limits.decode_threads)
 
     async def check(self, call: ScoreCall) -> None:
         """Refuse a call that cannot be answered whatever the media hold. Raises ``ProblemError``."""
-        infos = self._chosen(call, {info.name: info for info in await self._backend.models()})
+        infos = await self._chosen(call)
         if call.options.combine is not None:
             terms(call.options.combine, infos)
         check(call.plans, self._limits)
@@ -76,10 +78,23 @@ class Scoring:
             raise ProblemError(504, "deadline_exceeded", f"no answer within {timeout_s:g} s") from None
 
     async def _answer(self, call: ScoreCall, deadline: float, request_id: str) -> ScoreResponse | MultiScoreResponse:
-        infos = self._chosen(call, {info.name: info for info in await self._backend.models()})
+        infos = await self._chosen(call)
         combine = call.options.combine
         parts = None if combine is None else terms(combine, infos)
-        media = await self._decoded(call, list(infos.values()))
+        async with self._pixels.hold(self._most_pixels(call)) as held:
+            media = await self._decoded(call, list(infos.values()))
+            held.shrink(sum(m.frames.size // 3 for m in media if not isinstance(m, ScoreFailure)))
+            return await self._looked_at(call, infos, media, parts, deadline, request_id)
+
+    def _most_pixels(self, call: ScoreCall) -> int:
+        """Pixels that decoding may take; what is in an mp4 file or a latent is not known before."""
+        unknown = bool(call.latents) or any(p.clip is not None for p in call.plans)
+        return self._limits.max_total_pixels if unknown else sum(p.pixels for p in call.plans)
+
+    async def _looked_at(
+        self, call: ScoreCall, infos: dict[str, ModelInfo], media: list[Decoded], parts: dict[str, Term] | None, deadline: float, request_id: str
+    ) -> ScoreResponse | MultiScoreResponse:
+        combine = call.options.combine
         _check_count(call.prompts, media)
         results = await self._scored(call.prompts, media, infos, deadline)
         if call.options.rewards is None:
@@ -94,28 +109,38 @@ class Scoring:
         combined = None if combine is None or parts is None else combine_items(combine, parts, results, len(media))
         return MultiScoreResponse(request_id=request_id, rewards=answers, combined=combined)
 
-    def _chosen(self, call: ScoreCall, known: dict[str, ModelInfo]) -> dict[str, ModelInfo]:
-        names = call.options.rewards or ([call.options.model] if call.options.model is not None else list(known))
-        if call.options.rewards is None and len(names) != 1:
-            raise ProblemError(422, "invalid_request", f"name a model or rewards; there is {', '.join(known)}")
+    async def _chosen(self, call: ScoreCall) -> dict[str, ModelInfo]:
+        known = {info.name: info for info in await self._backend.models()}
+        names = call.options.rewards or ([] if call.options.model is None else [call.options.model])
+        if not names:  # the only one of the fleet, not the only one that is up
+            names = [health.name for health in await self._backend.health()]
+            if len(names) != 1:
+                raise ProblemError(422, "invalid_request", f"name a model or rewards; there is {', '.join(names)}")
         for name in names:
             if name not in known:
-                raise ProblemError(404, "model_not_found", f"no model {name[:64]!r}; there is {', '.join(known)}")
+                raise await self.missing(name)
         return {name: known[name] for name in names}
+
+    async def missing(self, name: str) -> ProblemError:
+        """Why there is no model ``name``: it has not come up yet, or nobody knows it."""
+        names = [health.name for health in await self._backend.health()]
+        if name in names:
+            return ProblemError(503, "scorer_unavailable", f"{name} has not come up yet", retry_after_s=5)
+        return ProblemError(404, "model_not_found", f"no model {name[:64]!r}; there is {', '.join(names)}")
 
     async def _decoded(self, call: ScoreCall, infos: Sequence[ModelInfo]) -> list[Decoded]:
         specs = [info.frame_spec for info in infos if "video" in info.media]
         decoder = MediaDecoder(self._limits)
         if call.latents and self._decoder is None:
             raise ProblemError(422, "decoder_not_configured", "this fleet takes no latents: it has no decoder")
-        work = functools.partial(self._pixels, call.latents) if call.latents else functools.partial(decoder.decode, call.plans, specs)
+        work = functools.partial(self._from_latents, call.latents) if call.latents else functools.partial(decoder.decode, call.plans, specs)
         try:
             return await to_thread.run_sync(work, limiter=self._decoding, abandon_on_cancel=True)
         except asyncio.CancelledError:
             decoder.cancel()
             raise
 
-    def _pixels(self, latents: Sequence[Latent]) -> list[Decoded]:
+    def _from_latents(self, latents: Sequence[Latent]) -> list[Decoded]:
         """Pixels of latents by the fleet's decoder; the limits apply to what it makes."""
         assert self._decoder is not None
         out: list[Decoded] = []

@@ -17,15 +17,20 @@ from services.problems import ProblemError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _MODES = ("1", "L", "P", "RGB")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+# Far beyond what encoders write. Every part of a file costs the reader time, every scan of a JPEG a pass over the picture.
+_MAX_CHUNKS, _MAX_MARKERS, _MAX_SCANS = 20_000, 65_536, 64
 
 
 def is_picture(data: bytes) -> bool:
     """By magic bytes; the name and the declared type of a file mean nothing."""
-    return data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+    return data.startswith((_PNG, _JPEG)) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
 
 
 def plan_picture(data: bytes) -> Plan:
     """Raises ``Refused`` for what is readable and not accepted, ``ProblemError`` for a decompression bomb."""
+    _check_structure(data)
     try:
         picture = PILImage.open(io.BytesIO(data), formats=_FORMATS)
     except PILImage.DecompressionBombError:
@@ -41,3 +46,21 @@ def plan_picture(data: bytes) -> Plan:
         return [Media.image(np.asarray(picture.convert("RGB"), np.uint8))]
 
     return Plan(1, 1, picture.height, picture.width, decode)
+
+
+def _check_structure(data: bytes) -> None:
+    """Refuse a PNG of countless chunks and a JPEG of countless markers or scans. Raises ``Refused``."""
+    if data.startswith(_PNG):
+        at, count = len(_PNG), 0
+        while at + 8 <= len(data):
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+            count += 1
+            if count > _MAX_CHUNKS:
+                raise Refused(f"a PNG may have {_MAX_CHUNKS} chunks")
+    elif data.startswith(_JPEG):
+        # In a scan 0xff is followed by 0x00 or a restart marker, so 0xffda counts scans. The reader's every step outside of
+        # them takes a 0xff, of which compressed pixels hold less than one in a hundred bytes.
+        if data.count(b"\xff\xda") > _MAX_SCANS:
+            raise Refused(f"a JPEG may have {_MAX_SCANS} scans")
+        if data.count(b"\xff") > _MAX_MARKERS + len(data) // 64:
+            raise Refused("the JPEG has too many markers")

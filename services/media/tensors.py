@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from services.json_bounds import JsonTooLarge, check_json
 from services.media.plan import Refused
 
 _WIDTHS = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
@@ -58,12 +59,13 @@ def parse(body: bytes, max_header_bytes: int, max_tensors: int) -> tuple[dict[st
         raise Refused(f"the safetensors header has {length} bytes, at most {max_header_bytes}")
     data = memoryview(body)[8 + length :]
     try:
+        check_json(body[8 : 8 + length], max_depth=4)
         header = _HEADER.validate_json(body[8 : 8 + length])
         metadata = _METADATA.validate_python(header.pop("__metadata__", {}))
         if len(header) > max_tensors:
             raise Refused(f"{len(header)} tensors, at most {max_tensors}")
         entries = {name: _Entry.model_validate(entry) for name, entry in header.items()}
-    except ValidationError:
+    except (ValidationError, JsonTooLarge):
         raise Refused("the safetensors header is not valid; tensors are U8, F16, BF16 or F32 with at most 6 dimensions") from None
     end = 0
     for entry in sorted(entries.values(), key=lambda e: e.data_offsets):

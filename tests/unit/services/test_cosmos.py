@@ -85,7 +85,7 @@ class Bomb:
 def test_what_is_refused() -> None:
     assert refused(b'{"prompts": []') == (422, "invalid_request")
     assert refused(b"\n") == (422, "invalid_request")
-    assert refused(b"[" * 500 + b"\n") == (413, "json_too_deep")
+    assert refused(b"[" * 500 + b"\n") == (413, "json_too_large")
     assert refused(body(IMAGES, media_type="image")[:-1]) == (422, "invalid_request")
     assert refused(body(IMAGES, media_type="image", prompts=["a"])) == (422, "invalid_request")
     assert refused(body(IMAGES, media_type="sound")) == (422, "invalid_request")

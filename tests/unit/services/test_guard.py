@@ -278,12 +278,12 @@ class TestBodies:
     def test_nesting_is_bounded_in_every_form(self, url: str) -> None:
         deep = "[" * 5000 + "]" * 5000
         json_body = '{"model": "ocr", "items": ' + deep + "}"
-        problem(httpx.post(f"{url}/v1/score", content=json_body, headers={"content-type": "application/json"}), 413, "json_too_deep")
+        problem(httpx.post(f"{url}/v1/score", content=json_body, headers={"content-type": "application/json"}), 413, "json_too_large")
         form = {"reward": "ocr", "combine": deep}
-        problem(httpx.post(f"{url}/v1/score", data=form, files={"file": b"x"}), 413, "json_too_deep")
+        problem(httpx.post(f"{url}/v1/score", data=form, files={"file": b"x"}), 413, "json_too_large")
         header = json.dumps({"__metadata__": {"request": deep}}).encode()
         body = len(header).to_bytes(8, "little") + header
-        problem(httpx.post(f"{url}/v1/score", content=body, headers={"content-type": "application/octet-stream"}), 413, "json_too_deep")
+        problem(httpx.post(f"{url}/v1/score", content=body, headers={"content-type": "application/octet-stream"}), 413, "json_too_large")
         body = len(deep).to_bytes(8, "little") + deep.encode()
         problem(httpx.post(f"{url}/v1/score", content=body, headers={"content-type": "application/octet-stream"}), 422, "invalid_request")
 

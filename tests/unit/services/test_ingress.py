@@ -122,7 +122,7 @@ def test_wrong_requests(url: str, png: bytes) -> None:
     problem(httpx.post(f"{url}/v1/score", json=bad), 422, "invalid_request")
     headers = {"content-type": "application/json"}
     deep = httpx.post(f"{url}/v1/score", content=b"[" * 50_000, headers=headers)
-    problem(deep, 413, "json_too_deep")
+    problem(deep, 413, "json_too_large")
     headers = {"content-type": "multipart/form-data; boundary=x"}
     problem(httpx.post(f"{url}/v1/score", content=b"junk", headers=headers), 400, "invalid_request")
     problem(httpx.get(f"{url}/v1/score"), 405, "method_not_allowed")
