@@ -14,7 +14,7 @@ from services.guard import ADMIN_PATHS, OPEN_PATHS
 from services.schemas import Combine, Problem, ScoreRequest, TensorRequest
 
 _REF = "#/components/schemas/{model}"
-_TEXTS = {
+_TEXTS: dict[str, dict[str, Any]] = {
     "model": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$", "maxLength": 64, "description": "The one reward to score with."},
     "reward": {
         "type": "array",
@@ -26,6 +26,7 @@ _TEXTS = {
     "prompt": {"type": "array", "items": {"type": "string"}, "description": "One per item, in order; repeat the field."},
     "fps": {"type": "number", "exclusiveMinimum": 0, "maximum": 1000, "description": "Makes npy files clips: uint8 [T, H, W, 3] or [B, T, H, W, 3]."},
 }
+_TEXTS["selected"] = {"type": "boolean", "description": "The frames of npy clips are already those of the reward's frame spec."}
 _FILES = {
     "type": "array",
     "minItems": 1,

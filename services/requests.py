@@ -35,7 +35,7 @@ from services.schemas import Combine, Fps, ScoreOptions, ScoreRequest, TensorReq
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
 TENSORS = ("application/vnd.safetensors", "application/octet-stream")
-_FIELDS = ("model", "reward", "combine", "timeout_s", "prompt", "fps", "file")
+_FIELDS = ("model", "reward", "combine", "timeout_s", "prompt", "fps", "selected", "file")
 _HEADER_BYTES = 4 << 20
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -147,25 +147,25 @@ def _form(form: FormData, limits: LimitsConfig) -> ScoreCall:
             files.append(value.file.read())
         else:
             texts.setdefault(name, []).append(value)
-    for name in ("model", "combine", "timeout_s", "fps"):
+    for name in ("model", "combine", "timeout_s", "fps", "selected"):
         if len(texts.get(name, [])) > 1:
             raise ProblemError(422, "invalid_request", f"{name} is there twice")
     combine = parse_json(texts["combine"][0].encode("utf-8", "replace"), Combine, limits, "combine") if "combine" in texts else None
-    plain = {name: texts[name][0] for name in ("model", "timeout_s", "fps") if name in texts}
+    plain = {name: texts[name][0] for name in ("model", "timeout_s", "fps", "selected") if name in texts}
     try:
         options = _FormOptions.model_validate({**plain, "rewards": texts.get("reward"), "combine": combine})
     except ValidationError as error:
         raise invalid_request(error) from None
-    fps = options.fps
+    fps, selected = options.fps, options.selected
     prompts = texts.get("prompt", [])
     if not files:
         raise ProblemError(422, "invalid_request", "give at least one 'file'")
     _check(options, prompts, len(files), limits)
-    plans = [plan(Upload(data, None, fps)) for data in files]
+    plans = [plan(Upload(data, None, fps, selected)) for data in files]
     items = sum(p.items for p in plans)
     if not prompts:
         prompts = [""] * min(items, limits.max_items)
-    return _call(options, prompts, plans, files, repr(fps))
+    return _call(options, prompts, plans, files, repr((fps, selected)))
 
 
 def _tensors(body: bytes, limits: LimitsConfig) -> ScoreCall:
@@ -237,3 +237,4 @@ class _FormOptions(ScoreOptions):
     """The text fields of a form that are not prompts."""
 
     fps: Fps | None = None
+    selected: bool = False

@@ -27,7 +27,7 @@ class AsyncRewardClient:
         url: str,
         api_key: str | None = None,
         model: str = "ocr",
-        encoding: Encoding = "safetensors",
+        encoding: Encoding = "npy",
         chunk_items: int = 64,
         chunk_bytes: int = 16 * 2**20,
         concurrency: int = 8,

@@ -138,5 +138,5 @@ def as_media(prompts: Sequence[str], media: Batch, fps: float | None = None) -> 
 
 def probe(info: ModelInfo) -> tuple[list[str], list[Media]]:
     """The start-up test request: one blank image or clip with a quoted target; any finite score will do."""
-    blank = np.full((8, 64, 64, 3), 255, np.uint8)
-    return ['a sign that says "0"'], [Media(blank[:1]) if "image" in info.media else Media(blank, fps=8.0)]
+    image, clip = np.full((1, 16, 48, 3), 255, np.uint8), np.full((8, 64, 64, 3), 255, np.uint8)
+    return ['a sign that says "0"'], [Media(image) if "image" in info.media else Media(clip, fps=8.0)]

@@ -1,4 +1,4 @@
-"""Scoring over REST from anywhere: needs httpx, numpy and safetensors, neither Ray nor torch.
+"""Scoring over REST from anywhere: needs httpx and numpy (safetensors and Pillow for those encodings), neither Ray nor torch.
 
 408, 409, 429, 5xx and transport errors are tried again with jittered backoff until the deadline, honouring
 ``Retry-After`` and repeating the idempotency key; any other refusal, or an answer that is not the contract's, ends the
@@ -27,7 +27,7 @@ class RestRewardClient:
         url: str,
         api_key: str | None = None,
         model: str = "ocr",
-        encoding: Encoding = "safetensors",
+        encoding: Encoding = "npy",
         chunk_items: int = 64,
         chunk_bytes: int = 16 * 2**20,
         check_timeout_s: float = 20.0,

@@ -1,7 +1,13 @@
 """What a REST client sends and how it reads the answer: no sockets here, shared by the sync and the async client.
 
-Media travel as safetensors (exact, cheap on both sides), or images as PNG files in a form (exact, smaller, slower to
-encode). A batch is cut into requests by items and bytes; each carries an idempotency key that its repeats share.
+| encoding | media travel as | |
+|---|---|---|
+| npy | a form with one npy array, or one per item where sizes differ | exact; any service can read it |
+| safetensors | one body of tensors | exact, cheapest on both sides |
+| png | a form of PNG files, images only | exact, smaller, slower to encode |
+
+What a form cannot say (clips of different frame rates, images beside clips) goes as safetensors. A batch is cut into
+requests by items and bytes; each carries an idempotency key that its repeats share.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from services.client.base import ItemScore, Media, RewardUnavailable, ScoreFailure
@@ -33,8 +40,9 @@ from services.schemas import (
     TensorRequest,
 )
 
+Upload = tuple[str, tuple[str, bytes, str]]
 Schema = TypeVar("Schema", bound=BaseModel)
-Encoding = Literal["safetensors", "png"]
+Encoding = Literal["npy", "safetensors", "png"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Part:
 class Settings:
     """How a client cuts and encodes. ``chunk_bytes`` counts pixels at 3 bytes each."""
 
-    encoding: Encoding = "safetensors"
+    encoding: Encoding = "npy"
     chunk_items: int = 64
     chunk_bytes: int = 16 << 20
 
@@ -92,10 +100,48 @@ def parts(options: ScoreOptions, prompts: Sequence[str], media: Sequence[Media],
 
 def _part(options: ScoreOptions, prompts: Sequence[str], media: Sequence[Media], settings: Settings) -> Part:
     headers = {"Idempotency-Key": uuid.uuid4().hex}
-    if settings.encoding == "png" and not any(item.is_video for item in media):
-        return Part(len(media), {"headers": headers, **_form(options, prompts, media)})
+    files = _files(media, settings.encoding)
+    if files is not None:
+        return Part(len(media), {"headers": headers, "data": _fields(options, prompts, media[0]), "files": files})
     headers["Content-Type"] = "application/vnd.safetensors"
     return Part(len(media), {"headers": headers, "content": _tensors(options, prompts, media)})
+
+
+def _files(media: Sequence[Media], encoding: Encoding) -> list[Upload] | None:
+    """The media as files of a form; None when they must go as tensors."""
+    if encoding == "png" and not any(item.is_video for item in media):
+        return [("file", (f"{i}.png", _png(item), "image/png")) for i, item in enumerate(media)]
+    if encoding == "safetensors" or any((item.fps, item.selected) != (media[0].fps, media[0].selected) for item in media):
+        return None
+    pixels = _pixels(media)
+    arrays = [np.stack(pixels)] if all(p.shape == pixels[0].shape for p in pixels) else pixels
+    return [("file", (f"{i}.npy", _npy(array), "application/octet-stream")) for i, array in enumerate(arrays)]
+
+
+def _pixels(media: Sequence[Media]) -> list[NDArray[np.uint8]]:
+    """Images as [H, W, 3], clips as [T, H, W, 3]."""
+    return [item.frames if item.is_video else item.pixels for item in media]
+
+
+def _fields(options: ScoreOptions, prompts: Sequence[str], first: Media) -> dict[str, Any]:
+    data: dict[str, Any] = {"prompt": list(prompts), "model": options.model, "reward": options.rewards, "fps": first.fps}
+    data["combine"] = None if options.combine is None else options.combine.model_dump_json()
+    data["selected"] = "true" if first.is_video and first.selected else None
+    return {name: value for name, value in data.items() if value is not None}
+
+
+def _npy(array: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _png(item: Media) -> bytes:
+    from PIL import Image as PILImage
+
+    buffer = io.BytesIO()
+    PILImage.fromarray(item.pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _tensors(options: ScoreOptions, prompts: Sequence[str], media: Sequence[Media]) -> bytes:
@@ -103,25 +149,12 @@ def _tensors(options: ScoreOptions, prompts: Sequence[str], media: Sequence[Medi
 
     items = [TensorItem(prompt=p, fps=m.fps, selected=m.selected and m.is_video) for p, m in zip(prompts, media, strict=True)]
     request = TensorRequest(**_given(options), items=items)
-    pixels = [m.frames if m.is_video else m.pixels for m in media]
+    pixels = _pixels(media)
     one = all(p.shape == pixels[0].shape for p in pixels)
     tensors = {"media": np.stack(pixels)} if one else {f"media.{i}": p for i, p in enumerate(pixels)}
     # `save` writes an array's memory as it lies, whatever its strides: only C order arrives as it was.
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     return save(tensors, {"request": request.model_dump_json(exclude_none=True)})
-
-
-def _form(options: ScoreOptions, prompts: Sequence[str], media: Sequence[Media]) -> dict[str, Any]:
-    from PIL import Image as PILImage
-
-    files: list[tuple[str, tuple[str, bytes, str]]] = []
-    for i, item in enumerate(media):
-        buffer = io.BytesIO()
-        PILImage.fromarray(item.pixels).save(buffer, "PNG", compress_level=1)
-        files.append(("file", (f"{i}.png", buffer.getvalue(), "image/png")))
-    data: dict[str, Any] = {"prompt": list(prompts), "model": options.model, "reward": options.rewards}
-    data["combine"] = None if options.combine is None else options.combine.model_dump_json()
-    return {"data": {name: value for name, value in data.items() if value is not None}, "files": files}
 
 
 def _given(options: ScoreOptions) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_failures_are_typed_per_item(url: str, png: bytes) -> None:
     assert all("reward" not in item and "scores" not in item for item in items[1:])
 
 
-@pytest.mark.parametrize("encoding", ["safetensors", "png"])
+@pytest.mark.parametrize("encoding", ["npy", "safetensors", "png"])
 def test_the_client_agrees_with_the_service(url: str, draw: Callable[..., Image], encoding: Any) -> None:
     client = RestRewardClient(url, encoding=encoding, chunk_items=3)
     try:

@@ -202,9 +202,10 @@ def test_repeats_share_their_idempotency_key_and_say_the_deadline(make: Make, ur
     assert all(0 < float(headers["x-timeout-s"]) <= 30 for headers in script.seen)
 
 
-def test_only_the_frames_of_the_frame_spec_travel(make: Make, url: str, script: Script) -> None:
+@pytest.mark.parametrize("encoding", ["npy", "safetensors"])
+def test_only_the_frames_of_the_frame_spec_travel(make: Make, url: str, script: Script, encoding: str) -> None:
     clips = np.arange(10, dtype=np.uint8)[None, :, None, None, None].repeat(3, -1)
-    client = make(url)
+    client = make(url, encoding=encoding)
     client.score("ocr", PROMPTS[:1], clips, 30, fps=8.0)
     client.score_many(["ocr", "all"], PROMPTS[:1], clips, 30, fps=8.0)
     reduced, whole = ([m for plan in call.plans for m in plan.decode()] for call in script.calls)
@@ -214,7 +215,7 @@ def test_only_the_frames_of_the_frame_spec_travel(make: Make, url: str, script: 
         client.score("other", PROMPTS[:1], clips, 30, fps=8.0)
 
 
-@pytest.mark.parametrize("encoding", ["safetensors", "png"])
+@pytest.mark.parametrize("encoding", ["npy", "safetensors", "png"])
 def test_several_rewards(make: Make, url: str, script: Script, encoding: str) -> None:
     client = make(url, encoding=encoding, chunk_items=2)
     combine = Combine(weights={"ocr": 1.0, "all.flow_grpo": 0.5}, total_clip=(-1, 1))
@@ -225,16 +226,23 @@ def test_several_rewards(make: Make, url: str, script: Script, encoding: str) ->
     assert client.score_many(["ocr"], [], IMAGES[:0], 30).results == {"ocr": []}
 
 
-def test_images_of_many_sizes(make: Make, url: str, script: Script) -> None:
-    media = [Media(np.full((1, 4 + i, 5, 3), i, np.uint8)) for i in range(3)]
-    make(url).score("ocr", PROMPTS, media, 30)
-    assert [(p.height, p.width) for p in script.calls[0].plans] == [(4, 5), (5, 5), (6, 5)]
+@pytest.mark.parametrize("encoding", ["npy", "safetensors", "png"])
+def test_items_of_many_kinds(make: Make, url: str, script: Script, encoding: str) -> None:
+    client = make(url, encoding=encoding)
+    sizes = [Media(np.full((1, 4 + i, 5, 3), i, np.uint8)) for i in range(3)]
+    client.score("ocr", PROMPTS, sizes, 30)
+    kinds = [sizes[0], Media(np.zeros((2, 4, 5, 3), np.uint8), 8.0), Media(np.zeros((3, 4, 5, 3), np.uint8), 16.0)]
+    client.score("all", PROMPTS, kinds, 30)
+    first, second = ([m for plan in call.plans for m in plan.decode()] for call in script.calls)
+    assert [m.frames.shape for m in first] == [m.frames.shape for m in sizes]
+    assert [(m.frames.shape, m.fps) for m in second] == [(m.frames.shape, m.fps) for m in kinds]
 
 
-def test_arrays_of_any_memory_layout_arrive_as_they_are(make: Make, url: str, script: Script) -> None:
+@pytest.mark.parametrize("encoding", ["npy", "safetensors"])
+def test_arrays_of_any_memory_layout_arrive_as_they_are(make: Make, url: str, script: Script, encoding: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 4, 5), dtype=np.uint8).transpose(0, 2, 3, 1)
-    make(url).score("ocr", PROMPTS, pixels, 30)
-    make(url).score("ocr", PROMPTS[:2], [Media.image(pixels[0]), Media.image(pixels[1, :3])], 30)
+    make(url, encoding=encoding).score("ocr", PROMPTS, pixels, 30)
+    make(url, encoding=encoding).score("ocr", PROMPTS[:2], [Media.image(pixels[0]), Media.image(pixels[1, :3])], 30)
     same, mixed = ([m.pixels for plan in call.plans for m in plan.decode()] for call in script.calls)
     assert np.array_equal(np.stack(same), pixels)
     assert np.array_equal(mixed[0], pixels[0])
