@@ -101,7 +101,7 @@ class ServeBackend:
         """Requests inside the running replicas; those that do not answer in time count as empty."""
         try:
             found = await self._handles[name].broadcast("load").results_async(timeout_s=HEALTH_TIMEOUT_S, return_exceptions=True)
-        except TimeoutError:
+        except (TimeoutError, DeploymentUnavailableError):  # the latter when no replica is up
             return Load(0, 0)
         loads = [load for load in found if isinstance(load, Load)]
         return Load(sum(load.waiting for load in loads), sum(load.scoring for load in loads))
