@@ -6,10 +6,12 @@ Every reward has a thread and a batcher of its own, as a replica has; there is n
 from __future__ import annotations
 
 import asyncio
+import time
 
 from services.batching import Batcher, Results
 from services.client.base import ItemScore, Media, ScoreFailure
 from services.judging import judge, score_apart
+from services.latency import Latency
 from services.problems import ProblemError
 from services.schemas import ModelHealth, ModelInfo
 from services.scorers.base import Scorer
@@ -25,6 +27,7 @@ class LocalReward:
         self.scorer: Scorer = build_scorer(settings)
         self.scorer.self_test()
         self.info: ModelInfo = self.scorer.info(name)
+        self.latency = Latency()
         self.batcher = Batcher(self._work, settings.batch_items, settings.batch_cost, settings.batch_wait_s, f"score-{name}")
 
     async def score(self, prompts: list[str], media: list[Media]) -> Results:
@@ -49,13 +52,19 @@ class LocalBackend:
         """See ``ScoreBackend.score``."""
         if model not in self._rewards:
             raise ProblemError(404, "model_not_found", f"no model {model[:64]!r}; there is {', '.join(self._rewards)}")
+        started = time.monotonic()
         try:
             async with asyncio.timeout(deadline_s):
-                return await self._rewards[model].score(prompts, media)
+                results = await self._rewards[model].score(prompts, media)
         except TimeoutError:
             raise ProblemError(504, "deadline_exceeded", f"no score from {model} within {deadline_s:g} s") from None
+        self._rewards[model].latency.add(time.monotonic() - started)
+        return results
 
     async def health(self) -> list[ModelHealth]:
         """See ``ScoreBackend.health``."""
-        loads = {name: reward.batcher.load() for name, reward in self._rewards.items()}
-        return [ModelHealth(name=name, status="ready", replicas=1, queued=load.waiting, ongoing=load.scoring) for name, load in loads.items()]
+        return [self._describe(name, reward) for name, reward in self._rewards.items()]
+
+    def _describe(self, name: str, reward: LocalReward) -> ModelHealth:
+        load = reward.batcher.load()
+        return ModelHealth(name=name, status="ready", replicas=1, queued=load.waiting, ongoing=load.scoring, **reward.latency.quantiles())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from typing import Any
 
 from ray import serve
@@ -22,13 +22,13 @@ from services.client.base import ItemScore, Media, ScoreFailure
 from services.client.handle import APP_NAME, ScoreChunk, replica_loss_errors
 from services.client.retry import Backoff
 from services.fleet_config import FleetConfig
+from services.latency import Latency
 from services.metrics import FleetMetrics
 from services.problems import ProblemError
 from services.schemas import ModelHealth, ModelInfo
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 1024  # calls per reward that latency figures look back on
 INFO_TIMEOUT_S, ASK_AGAIN_S = 5.0, 2.0  # a reward that is down must not hold up requests for the others
 HEALTH_TTL_S = 1.0
 HEALTH_TIMEOUT_S = 2.0
@@ -43,7 +43,7 @@ class ServeBackend:
         self._infos: dict[str, ModelInfo] = {}
         self._info_lock, self._ask_again_at = asyncio.Lock(), 0.0
         self._in_flight: dict[str, int] = defaultdict(int)
-        self._latencies: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in config.rewards}
+        self._latencies = {name: Latency() for name in config.rewards}
         self._health: list[ModelHealth] = []
         self._health_until = 0.0
         self._health_lock = asyncio.Lock()
@@ -74,7 +74,7 @@ class ServeBackend:
             raise error from None
         seconds = time.monotonic() - started
         results: list[ItemScore | ScoreFailure] = [result for task in tasks for result in task.result()]
-        self._latencies[model].append(seconds)
+        self._latencies[model].add(seconds)
         self._metrics.scored(model, seconds, results)
         return results
 
@@ -115,7 +115,6 @@ class ServeBackend:
         else:
             starting = deployment.status.value in ("UPDATING", "UPSCALING")
             status, message = ("starting", None) if starting else ("unhealthy", "no replica runs; see the replicas' log")
-        ordered = sorted(self._latencies[name])
         return ModelHealth.model_validate(
             {
                 "name": name,
@@ -124,8 +123,7 @@ class ServeBackend:
                 # what this process has sent and no replica has taken yet waits in the router
                 "queued": load.waiting + max(0, self._in_flight[name] - load.waiting - load.scoring),
                 "ongoing": load.scoring,
-                "p50_s": quantile(ordered, 0.5),
-                "p99_s": quantile(ordered, 0.99),
+                **self._latencies[name].quantiles(),
                 "message": message,
             }
         )
@@ -160,8 +158,3 @@ class ServeBackend:
                 await asyncio.sleep(wait)
         finally:
             self._in_flight[name] -= method == "score"
-
-
-def quantile(ordered: list[float], q: float) -> float | None:
-    """The nearest-rank quantile of ascending values; None of none."""
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None

@@ -21,7 +21,7 @@ class MeanSettings(RewardSettings):
 
 
 class Mean(Scorer):
-    """The mean of all pixels. The prompt 'fail' has no score; 'raise' breaks the scorer; 'busy' is worth a retry."""
+    """The mean of all pixels. The prompt 'fail' has no score; 'raise' breaks the scorer; 'busy' is worth a retry; 'say …' is read back."""
 
     Settings = MeanSettings
     name, media, reward, sub_scores = "mean", ("image", "video"), "mean", ("mean", "frames")
@@ -42,7 +42,7 @@ class Mean(Scorer):
         if prompt in ("fail", "busy"):
             return ScoreFailure(prompt, "as asked", retryable=prompt == "busy")
         mean = float(item.frames.mean())
-        return ItemScore(mean, {"mean": mean, "frames": float(len(item.frames))})
+        return ItemScore(mean, {"mean": mean, "frames": float(len(item.frames))}, prompt.removeprefix("say ") if prompt.startswith("say ") else None)
 
     def self_test(self) -> None:
         """Nothing can be wrong."""
