@@ -1,131 +1,74 @@
 """The fleet as a Ray Serve application named ``rewards``, and how to start and stop it inside a running Ray.
 
-Lifecycle: ``start_fleet`` (Serve up on 127.0.0.1 → deployments up, self-tests passed → ``/healthz`` answers)
-→ scores → ``stop_fleet``, which removes this application only. Invariant: ``start_fleet`` either returns the
-URL of a fleet that answers, or raises ``FleetError`` naming the part that failed and leaves no application
-behind.
-
-A replica that dies mid-request costs a repeat inside the ingress, not an error to the client: scoring has no
-effects.
+Lifecycle: ``start_fleet`` (Serve up → deployments up, self-tests passed → ``/healthz`` answers) → scores → ``drain_fleet``
+(nothing new is taken, what was accepted gets its answer) → ``stop_fleet``, which removes this application only. Invariant:
+``start_fleet`` either returns the URL of a fleet that answers, or raises ``FleetError`` naming the part that failed and leaves
+no application behind.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
-from services.client.base import Image, ItemScore, ScoreFailure
-from services.client.handle import APP_NAME, ScoreChunk, replica_loss_errors
-from services.client.retry import Backoff
-from services.config import RewardConfig
-from services.ingress import make_app
-from services.problems import ProblemError
+from services.client.handle import APP_NAME
+from services.fleet_config import FleetConfig
+from services.ingress_replica import Ingress
 from services.replica import ScorerReplica
-from services.schemas import ModelInfo
+from services.scorers.settings import RewardSettings
 
 logger = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 INGRESS = "ingress"
-# One thread per engine, whatever library it uses: replicas are the unit of parallelism.
-THREAD_CAPS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT"), "1")
+QUIET = LoggingConfig(enable_access_log=False)
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 
 
 class FleetError(RuntimeError):
     """The fleet could not be started."""
 
 
-class ServeBackend:
-    """``ScoreBackend`` over Serve handles; used by the ingress replica."""
-
-    def __init__(self, models: list[str], timeout_s: float, app: str = APP_NAME) -> None:
-        self._handles = {name: serve.get_deployment_handle(name, app_name=app) for name in models}
-        self._timeout_s = timeout_s
-        self._infos: list[ModelInfo] = []
-
-    async def models(self) -> list[ModelInfo]:
-        """See ``ScoreBackend.models``. The answer is kept: revisions change only with a new deployment."""
-        if not self._infos:
-            self._infos = [await self._call(handle, "info") for handle in self._handles.values()]
-        return self._infos
-
-    async def score(self, model: str, prompts: list[str], images: list[Image]) -> list[ItemScore | ScoreFailure]:
-        """See ``ScoreBackend.score``."""
-        results: list[ItemScore | ScoreFailure] = await self._call(self._handles[model], "score", ScoreChunk(prompts, images))
-        return results
-
-    async def _call(self, handle: Any, method: str, *args: Any) -> Any:
-        """One call, repeated when its replica dies, until the request's deadline."""
-        lost = replica_loss_errors()
-        backoff = Backoff(self._timeout_s)
-        while True:
-            response = getattr(handle, method).remote(*args)
-            try:
-                async with asyncio.timeout(backoff.remaining()):
-                    return await response
-            except lost as error:
-                logger.warning("scorer replica lost mid-request (%s), trying again", type(error).__name__)
-            except TimeoutError:
-                response.cancel()
-                detail = f"no score within {self._timeout_s:g} s"
-                raise ProblemError(504, "deadline_exceeded", detail) from None
-            except BackPressureError as error:
-                raise ProblemError(503, "queue_full", "the scorer's queue is full", retry_after_s=1) from error
-            except DeploymentUnavailableError as error:
-                detail = "the scorer failed to start"
-                raise ProblemError(503, "scorer_unavailable", detail, retry_after_s=10) from error
-            wait = backoff.next_wait()
-            if wait is None:
-                detail = "the scorer's replicas keep dying"
-                raise ProblemError(503, "scorer_unavailable", detail, retry_after_s=5)
-            await asyncio.sleep(wait)
-
-
-def build_app(config: RewardConfig) -> serve.Application:
-    """The Serve application: one deployment per reward model behind one ingress."""
-    models = [config.model]
-    scorers = [_scorer_deployment(model, config) for model in models]
+def build_app(config: FleetConfig) -> serve.Application:
+    """The Serve application: one deployment per reward behind one ingress."""
+    scorers = [_scorer_deployment(name, reward, config) for name, reward in config.rewards.items()]
     ingress = serve.deployment(
         name=INGRESS,
-        ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=64,
-        graceful_shutdown_timeout_s=5,
+        num_replicas=config.ingress.replicas,
+        ray_actor_options={"num_cpus": config.ingress.cpus, "runtime_env": _runtime_env(1)},
+        max_ongoing_requests=config.ingress.max_ongoing,
+        max_queued_requests=config.ingress.max_queued,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=config.drain_s,
         graceful_shutdown_wait_loop_s=0.1,
-        max_queued_requests=config.max_queued_requests,
-        logging_config=LoggingConfig(enable_access_log=False),
-    )(serve.ingress(_asgi_builder(models, config))())
+        logging_config=QUIET,
+    )(serve.ingress()(Ingress))
     # Binding the scorers makes them part of the application; the ingress finds them by name.
-    application: serve.Application = ingress.bind(*scorers)
+    application: serve.Application = ingress.bind(config.model_dump(mode="json"), *scorers)
     return application
 
 
-def start_fleet(config: RewardConfig) -> str:
-    """Deploy the fleet and wait until it scores. Ray must be initialised. Returns the base URL of the REST
-    ingress.
+def start_fleet(config: FleetConfig) -> str:
+    """Deploy the fleet and wait until it scores. Ray must be initialised. Returns the base URL of the REST ingress.
 
-    If Serve already runs in this cluster its own HTTP address is used and ``config.port`` has no effect.
+    If Serve already runs in this cluster its own HTTP address is used; ``config.host`` and ``config.port`` have no effect.
     """
     if not ray.is_initialized():
         raise FleetError("Ray is not initialised; call ray.init() before start_fleet()")
     deadline = time.monotonic() + config.start_timeout_s
-    port = config.port if config.port not in (0, "auto") else _free_port()
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
-        # The ingress keeps the deadline; the proxy's is a backstop behind it.
-        http_options=HTTPOptions(host=HOST, port=int(port), request_timeout_s=config.timeout_s + 10),
-        logging_config=LoggingConfig(enable_access_log=False),
+        # The ingress keeps the deadlines; the proxy's is a backstop behind them.
+        http_options=HTTPOptions(host=config.host, port=config.port or _free_port(), request_timeout_s=config.limits.max_timeout_s + 10),
+        logging_config=QUIET,
     )
     try:
         serve.run_many(
@@ -133,12 +76,19 @@ def start_fleet(config: RewardConfig) -> str:
             wait_for_applications_running=False,
         )
         _wait_running(deadline, config)
-        url = _address()
+        url = _address(config)
         _wait_answering(url, deadline)
     except BaseException:
         stop_fleet()
         raise
     return url
+
+
+def drain_fleet(timeout_s: float) -> bool:
+    """Let the ingress finish what it has accepted and take nothing new; False when some of it was still open at the end."""
+    handle = serve.get_deployment_handle(INGRESS, app_name=APP_NAME)
+    finished: list[bool] = handle.broadcast("drain", timeout_s).results(timeout_s=timeout_s + 10)
+    return all(finished)
 
 
 def stop_fleet() -> None:
@@ -147,39 +97,38 @@ def stop_fleet() -> None:
         serve.delete(APP_NAME)
 
 
-def _scorer_deployment(model: str, config: RewardConfig) -> serve.Application:
+def _scorer_deployment(name: str, reward: RewardSettings, config: FleetConfig) -> serve.Application:
+    low, high = reward.replicas.min, reward.replicas.max
+    scale: dict[str, Any] = {"num_replicas": low}
+    if high > low:
+        bounds = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": reward.target_ongoing}
+        scale = {"autoscaling_config": {**bounds, "upscale_delay_s": 5, "downscale_delay_s": 120, "look_back_period_s": 20}}
     deployment = serve.deployment(
-        name=model,
-        num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": config.replica_cpus, "runtime_env": _runtime_env()},
-        # A request holds at least one image, so a batch of max_batch_items can always fill.
-        max_ongoing_requests=2 * config.max_batch_items,
-        max_queued_requests=config.max_queued_requests,
+        name=name,
+        ray_actor_options={"num_cpus": reward.cpus, "num_gpus": reward.gpus, "runtime_env": _runtime_env(max(1, int(reward.cpus)))},
+        # One batch at work and the next one waiting beside it; everything else waits where any free replica can take it.
+        max_ongoing_requests=2 * reward.batch_items,
+        max_queued_requests=reward.max_queued,
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=5,  # what is cut off is repeated on another replica
         graceful_shutdown_wait_loop_s=0.1,
         # A scorer whose self-test fails will fail again.
         max_constructor_retry_count=2,
-        logging_config=LoggingConfig(enable_access_log=False),
+        logging_config=QUIET,
+        **scale,
     )(ScorerReplica)
-    application: serve.Application = deployment.bind(model, config)
+    application: serve.Application = deployment.bind(name, reward.model_dump(mode="json"))
     return application
 
 
-def _runtime_env() -> dict[str, Any]:
-    """The job's runtime environment plus thread caps; Serve by itself would keep only its working_dir."""
+def _runtime_env(threads: int) -> dict[str, Any]:
+    """The job's runtime environment plus thread caps, as replicas are the unit of parallelism; Serve by itself would keep
+    only its working_dir."""
     job: dict[str, Any] = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
-    return {**job, "env_vars": {**job.get("env_vars", {}), **THREAD_CAPS}}
+    return {**job, "env_vars": {**job.get("env_vars", {}), **dict.fromkeys(THREAD_VARIABLES, str(threads))}}
 
 
-def _asgi_builder(models: list[str], config: RewardConfig) -> Callable[[], FastAPI]:
-    def build() -> FastAPI:
-        return make_app(ServeBackend(models, config.timeout_s), config.limits)
-
-    return build
-
-
-def _wait_running(deadline: float, config: RewardConfig) -> None:
+def _wait_running(deadline: float, config: FleetConfig) -> None:
     """Wait for all deployments; raise with the failing one's name and message."""
     while True:
         app = serve.status().applications.get(APP_NAME)
@@ -189,13 +138,11 @@ def _wait_running(deadline: float, config: RewardConfig) -> None:
             raise FleetError(f"the reward fleet failed to start: {_describe(app)}")
         if time.monotonic() > deadline:
             state = _describe(app) if app is not None else "the application was never created"
-            need = config.replicas * config.replica_cpus + 0.1
-            resources: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-            free = resources.get("CPU", 0.0)
+            need = {kind: amount for kind, amount in config.needs().items() if amount}
+            free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+            wants = " and ".join(f"{amount:g} Ray {kind}s ({free.get(kind, 0):g} are free now)" for kind, amount in need.items())
             raise FleetError(
-                f"the reward fleet was not ready after {config.start_timeout_s:g} s: {state}. It needs "
-                f"{need:g} Ray CPUs ({free:g} are free now); lower reward.replicas "
-                "or raise reward.start_timeout_s"
+                f"the reward fleet was not ready after {config.start_timeout_s:g} s: {state}. It needs {wants}; ask for fewer replicas or raise start_timeout_s"
             )
         time.sleep(0.1)
 
@@ -225,18 +172,19 @@ def _wait_answering(url: str, deadline: float) -> None:
     raise FleetError(f"the reward fleet runs but its REST ingress at {url} does not answer: {last}")
 
 
-def _address() -> str:
+def _address(config: FleetConfig) -> str:
     """Where Serve's HTTP proxy really listens: Serve keeps the options of whoever started it first."""
     from ray.serve.context import _get_global_client
 
     client: Any = _get_global_client()
     options = client.http_config
-    if options.host not in (HOST, "localhost", "::1"):
-        logger.warning("Serve was started on %s: the reward ingress has no authentication", options.host)
-    return f"http://{HOST}:{options.port}"
+    if options.host not in LOOPBACK and config.keys_file is None:
+        raise FleetError(f"Serve listens on {options.host}, where others can reach it, and the fleet has no keys_file")
+    host = "127.0.0.1" if options.host in ("0.0.0.0", "localhost") else options.host
+    return f"http://[{host}]:{options.port}" if ":" in host else f"http://{host}:{options.port}"
 
 
 def _free_port() -> int:
     with socket.socket() as s:
-        s.bind((HOST, 0))
+        s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

@@ -1,218 +1,212 @@
-"""The REST face of the fleet: a thin FastAPI app that checks, decodes off the event loop, and asks the
-scorers.
+"""The REST face of the fleet: a thin FastAPI app that parses off the event loop and asks the scorers.
 
-Lifecycle of ``POST /v1/score``: body (bounded while it streams in) → prompts and images (bounded before
-pixels are allocated, decoded in a thread) → one call to the scorer deployment, repeated if its replica dies,
-within the request's deadline → per item scores or a typed error. The app knows its scorers only through
-``ScoreBackend``.
+Lifecycle of ``POST /v1/score``: guard (id, headers, key, size) → body → parsed in a thread → ``Scoring`` within the
+request's deadline → per item scores or a typed error. A client that leaves takes its work with it. The app knows its
+scorers only through ``ScoreBackend``. Other routes (jobs, the page) are routers that find ``scoring``, ``limits``,
+``idempotency`` and ``metrics`` in ``request.app.state.services``.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-from typing import Any, Protocol, cast
+import asyncio
+from collections.abc import Collection, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 from anyio import to_thread
-from fastapi import FastAPI, Request
-from pydantic import ValidationError
-from starlette.datastructures import UploadFile
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
+from starlette.requests import ClientDisconnect
 
 from services import problems
-from services.client.base import Image, ItemScore, ScoreFailure
-from services.config import LimitsConfig
-from services.media import decode_files
-from services.problems import ProblemError
-from services.schemas import (
-    Health,
-    ModelInfo,
-    ModelList,
-    Problem,
-    Score,
-    ScoreError,
-    ScoreRequest,
-    ScoreResponse,
-)
+from services.auth import Key, Keyring
+from services.backend import ScoreBackend
+from services.guard import Access, Guard
+from services.idempotency import Answer, IdempotencyStore, Kept, MemoryIdempotency, once
+from services.limits import LimitsConfig
+from services.metrics import CONTENT_TYPE, FleetMetrics
+from services.openapi import SCORE_BODY, install_openapi
+from services.problems import ProblemError, documented, request_id_of
+from services.requests import ScoreCall, parse_call
+from services.schemas import Health, ModelInfo, ModelList, MultiScoreResponse, Name, Readiness, ScoreResponse, TimeoutS
+from services.scoring import LatentDecoder, Scoring
 
-_SCORE_DOC: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["prompt", "file"],
-                    "properties": {
-                        "model": {"type": "string", "default": "ocr"},
-                        "prompt": {
-                            "type": "array",
-                            "items": {"type": "string"},
-                            "description": "One per image, in order; repeat the field.",
-                        },
-                        "file": {
-                            "type": "array",
-                            "items": {"type": "string", "format": "binary"},
-                            "description": "PNG, JPEG, WebP, or npy (uint8 [H, W, 3] or [B, H, W, 3] RGB).",
-                        },
-                    },
-                }
-            },
-            "application/json": {"schema": {"$ref": "#/components/schemas/ScoreRequest"}},
-        },
-    }
-}
+T = TypeVar("T")
+
+IDEMPOTENCY_KEY = r"^[\x21-\x7e]{1,128}$"
+RequestId = Annotated[
+    str | None, Header(alias="X-Request-ID", description="Your id for this request, [A-Za-z0-9._-]{1,128}; echoed. Another form is replaced by a new id.")
+]
+TimeoutHeader = Annotated[TimeoutS | None, Header(alias="X-Timeout-S", description="Deadline in seconds; the field timeout_s does the same and wins.")]
+KeyHeader = Annotated[
+    str | None, Header(alias="Idempotency-Key", pattern=IDEMPOTENCY_KEY, description="Sent again with the same request, gives the same answer again.")
+]
+
+router = APIRouter()
 
 
-class ScoreBackend(Protocol):
-    """The scorers behind the ingress. Both methods raise ``ProblemError`` when the fleet cannot answer."""
+@dataclass(frozen=True)
+class Services:
+    """What the routes work with."""
 
-    async def models(self) -> list[ModelInfo]:
-        """All reward models."""
-        ...
-
-    async def score(self, model: str, prompts: list[str], images: list[Image]) -> list[ItemScore | ScoreFailure]:
-        """Score within the service's deadline; ``model`` is one of ``models()``."""
-        ...
-
-
-class BodyLimit:
-    """ASGI middleware: refuse a body by its Content-Length, or as soon as more than the limit has arrived."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count request bytes on their way to the app."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        too_large = ProblemError(413, "body_too_large", f"the body exceeds {self._limit} bytes")
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self._limit:
-            await problems.problem_response(too_large)(scope, receive, send)
-            return
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._limit:
-                raise too_large
-            return message
-
-        await self._app(scope, counted, send)
+    backend: ScoreBackend
+    scoring: Scoring
+    limits: LimitsConfig
+    metrics: FleetMetrics
+    idempotency: IdempotencyStore
 
 
-def make_app(backend: ScoreBackend, limits: LimitsConfig) -> FastAPI:
-    """The REST app over ``backend``."""
-    app = FastAPI(
-        title="ddrl reward fleet",
-        version="1",
-        description="Scores generated images. A failure is a typed error per item, never a number.",
-        responses={code: {"model": Problem} for code in (404, 413, 415, 422, 503, 504)},
-    )
+def services_of(request: Request) -> Services:
+    """The services of the app that serves ``request``."""
+    found: Services = request.app.state.services
+    return found
+
+
+def owner_of(request: Request) -> str:
+    """Name of the caller's key; 'local' where no keys are in use."""
+    key: Key | None = getattr(request.state, "key", None)
+    return "local" if key is None else key.name
+
+
+def make_app(
+    backend: ScoreBackend,
+    limits: LimitsConfig,
+    *,
+    keyring: Keyring | None = None,
+    metrics: FleetMetrics | None = None,
+    idempotency: IdempotencyStore | None = None,
+    decoder: LatentDecoder | None = None,
+    routers: Sequence[APIRouter] = (),
+    open_paths: Collection[str] = (),
+    hosts: Collection[str] = (),
+) -> FastAPI:
+    """The REST app over ``backend``.
+
+    ``keyring``: keys that may call; None serves this machine only (see ``guard.Access``). ``routers`` are added as they
+    are; they need a key like every path outside ``open_paths``. ``hosts``: further names of this service for callers
+    without keys.
+    """
+    metrics = metrics or FleetMetrics()
+    app = FastAPI(title="ddrl reward fleet", version="1", description="Scores generated images and clips. A failure is a typed error per item, never a number.")
+    store = idempotency or MemoryIdempotency(limits.idempotency_ttl_s, limits.idempotency_bytes)
+    app.state.services = Services(backend, Scoring(backend, limits, metrics, decoder), limits, metrics, store)
     problems.install(app)
-    app.add_middleware(BodyLimit, limit=limits.max_body_bytes)
-
-    @app.get("/healthz")
-    async def healthz() -> Health:
-        """Whether the ingress is alive."""
-        return Health()
-
-    @app.get("/v1/models")
-    async def models() -> ModelList:
-        """The reward models of this fleet."""
-        return ModelList(models=await backend.models())
-
-    @app.post("/v1/score", response_model_exclude_none=True, openapi_extra=_SCORE_DOC)
-    async def score(request: Request) -> ScoreResponse:
-        """Score images against their prompts."""
-        model, prompts, files = await _read_request(request, limits)
-        known = {info.name: info for info in await backend.models()}
-        if model not in known:
-            raise ProblemError(404, "model_not_found", f"no model {model[:64]!r}; there is {', '.join(known)}")
-        images = await to_thread.run_sync(decode_files, files, limits)
-        _check_prompts(prompts, images, limits)
-        results = await _score_readable(backend, model, prompts, images)
-        return ScoreResponse(model=model, revision=known[model].revision, results=[as_wire(r) for r in results])
-
-    # The handler reads the raw request, so the JSON form is put into the OpenAPI document by hand.
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = FastAPI.openapi(app)
-            schema = ScoreRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas = document["components"]["schemas"]
-            schemas.update(schema.pop("$defs"))
-            schemas["ScoreRequest"] = schema
-        return cast(dict[str, Any], app.openapi_schema)
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    app.add_middleware(Guard, access=Access(keyring, open_paths, hosts), limits=limits, metrics=metrics)
+    app.include_router(router)
+    for extra in routers:
+        app.include_router(extra)
+    install_openapi(app, keyed=keyring is not None)
     return app
 
 
-async def _score_readable(backend: ScoreBackend, model: str, prompts: list[str], images: list[Image | ScoreFailure]) -> list[ItemScore | ScoreFailure]:
-    """Score what could be decoded; keep the failures in their places."""
-    readable = [(i, image) for i, image in enumerate(images) if not isinstance(image, ScoreFailure)]
-    scored: list[ItemScore | ScoreFailure] = []
-    if readable:
-        scored = await backend.score(model, [prompts[i] for i, _ in readable], [image for _, image in readable])
-    by_index = dict(zip((i for i, _ in readable), scored, strict=True))
-    return [image if isinstance(image, ScoreFailure) else by_index[i] for i, image in enumerate(images)]
+@router.get("/healthz", responses=documented(403))
+async def healthz() -> Health:
+    """Whether the ingress is alive."""
+    return Health()
 
 
-def as_wire(result: ItemScore | ScoreFailure) -> Score:
-    """A scorer's result in the form of the REST contract."""
-    if isinstance(result, ScoreFailure):
-        return Score(error=ScoreError(code=result.code, message=result.message, retryable=result.retryable))
-    return Score(reward=result.reward, scores=result.sub_scores, text=result.text)
+@router.get("/readyz", responses=documented(403, 404, 422, 503))
+async def readyz(request: Request, model: Annotated[list[Name] | None, Query(description="Models to ask about; all by default.")] = None) -> Readiness:
+    """Whether all models, or the named ones, can score."""
+    states = {health.name: health.status for health in await services_of(request).backend.health()}
+    for name in model or ():
+        if name not in states:
+            raise ProblemError(404, "model_not_found", f"no model {name!r}")
+    asked = model or list(states)
+    waiting = [name for name in asked if states[name] != "ready"]
+    if waiting:
+        raise ProblemError(503, "not_ready", f"not ready: {', '.join(waiting)}", retry_after_s=2)
+    return Readiness(models=asked)
 
 
-def _check_prompts(prompts: list[str], images: list[Image | ScoreFailure], limits: LimitsConfig) -> None:
-    if len(prompts) != len(images):
-        why = next((f"; one file failed: {i.message}" for i in images if isinstance(i, ScoreFailure)), "")
-        raise ProblemError(422, "invalid_request", f"{len(prompts)} prompts for {len(images)} images{why}")
-    longest = max(map(len, prompts))
-    if longest > limits.max_prompt_chars:
-        raise ProblemError(413, "prompt_too_long", f"a prompt has {longest} characters, at most {limits.max_prompt_chars}")
+@router.get("/v1/models", responses=documented(401, 403, 503, 504))
+async def models(request: Request) -> ModelList:
+    """The reward models of this fleet."""
+    return ModelList(models=await services_of(request).backend.models())
 
 
-async def _read_request(request: Request, limits: LimitsConfig) -> tuple[str, list[str], list[bytes]]:
-    """Model, prompts and files of a request in either form."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        return await _read_json(await request.body(), limits)
-    if kind != "multipart/form-data":
-        raise ProblemError(
-            415,
-            "unsupported_media_type",
-            "send multipart/form-data (prompt, file) or application/json (items)",
-        )
-    async with request.form(max_files=limits.max_items, max_fields=limits.max_items + 1, max_part_size=4 * limits.max_prompt_chars) as form:
-        prompts = [value for value in form.getlist("prompt") if isinstance(value, str)]
-        files = [await value.read() for value in form.getlist("file") if isinstance(value, UploadFile)]
-        model = form.get("model", "ocr")
-    if not prompts or not files or not isinstance(model, str):
-        raise ProblemError(422, "invalid_request", "give at least one 'prompt' field and one 'file'")
-    return model, prompts, files
+@router.get("/v1/models/{name}", responses=documented(401, 403, 404, 422, 503, 504))
+async def model(request: Request, name: Name) -> ModelInfo:
+    """One reward model: media, sub-scores, and the frames it looks at."""
+    for info in await services_of(request).backend.models():
+        if info.name == name:
+            return info
+    raise await services_of(request).scoring.missing(name)
 
 
-async def _read_json(body: bytes, limits: LimitsConfig) -> tuple[str, list[str], list[bytes]]:
-    def parse() -> tuple[str, list[str], list[bytes]]:
-        try:
-            request = ScoreRequest.model_validate_json(body)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(map(str, first["loc"])) or "body"
-            raise ProblemError(422, "invalid_request", f"{where}: {first['msg']}") from None
-        if len(request.items) > limits.max_items:
-            detail = f"{len(request.items)} images, at most {limits.max_items} per request"
-            raise ProblemError(413, "too_many_items", detail)
-        try:
-            files = [base64.b64decode(item.image, validate=True) for item in request.items]
-        except (binascii.Error, ValueError):
-            raise ProblemError(422, "invalid_request", "an image is not valid base64") from None
-        return request.model, [item.prompt for item in request.items], files
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **documented(401, 403, 503)})
+async def metrics_text(request: Request) -> Response:
+    """Figures for Prometheus; needs the scope admin where keys are in use."""
+    services = services_of(request)
+    services.metrics.health(await services.backend.health())
+    return Response(services.metrics.text(), media_type=CONTENT_TYPE)
 
-    return await to_thread.run_sync(parse)
+
+@router.post(
+    "/v1/score",
+    response_model=ScoreResponse | MultiScoreResponse,
+    response_model_exclude_none=True,
+    openapi_extra=SCORE_BODY,
+    responses=documented(400, 401, 403, 404, 408, 409, 413, 415, 422, 431, 500, 503, 504),
+)
+async def score(request: Request, _: RequestId = None, x_timeout_s: TimeoutHeader = None, idempotency_key: KeyHeader = None) -> Response:
+    """Score images and clips against their prompts, with one reward or several."""
+    services = services_of(request)
+    call = await read_call(request, services.limits)
+    timeout_s = deadline_of(call, x_timeout_s, services.limits)
+
+    async def work() -> Answer:
+        answer = await services.scoring.answer(call, timeout_s, request_id_of(request))
+        body = await to_thread.run_sync(lambda: answer.model_dump_json(exclude_none=True).encode())
+        return Answer(Kept(body, "application/json"), not has_retryable(answer))
+
+    done = await while_connected(request, once(services.idempotency, owner_of(request), idempotency_key, call.fingerprint, work))
+    if done is None:
+        return Response(status_code=499)  # nobody listens
+    kept, replayed = done
+    return Response(kept.body, media_type=kept.media_type, headers={"Idempotency-Replayed": "true"} if replayed else None)
+
+
+async def read_body(request: Request, limits: LimitsConfig) -> bytes:
+    """The whole body. Raises ``ProblemError`` 408 when it comes too slowly, 499 when the client leaves."""
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            return await request.body()
+    except TimeoutError:
+        raise ProblemError(408, "body_timeout", f"the body did not arrive within {limits.body_timeout_s:g} s") from None
+    except ClientDisconnect:
+        raise ProblemError(499, "client_closed", "the client left") from None
+
+
+async def read_call(request: Request, limits: LimitsConfig) -> ScoreCall:
+    """The request's body, parsed in a thread. Raises ``ProblemError``."""
+    body = await read_body(request, limits)
+    return await to_thread.run_sync(parse_call, request.headers.get("content-type", ""), body, limits)
+
+
+def deadline_of(call: ScoreCall, header: float | None, limits: LimitsConfig) -> float:
+    """Seconds this call may take."""
+    return min(call.options.timeout_s or header or limits.default_timeout_s, limits.max_timeout_s)
+
+
+def has_retryable(answer: ScoreResponse | MultiScoreResponse) -> bool:
+    """Whether an item failed in a way that asking again may mend."""
+    scores = answer.results if isinstance(answer, ScoreResponse) else [r for reward in answer.rewards.values() for r in reward.results]
+    return any(score.error is not None and score.error.retryable for score in scores)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``; None, with the work cancelled, when the client leaves first. The body must have been read."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,61 +1,59 @@
 """One Serve deployment per reward: a scorer behind a queue that gathers requests into batches.
 
-Lifecycle of a request: ``score(chunk)`` → waits for at most ``batch_wait_s`` for company → scored in one
-engine call → its own slice of the results goes back. Invariant: the scorer runs in one thread and never on
-the event loop, so a slow engine cannot delay health checks or the gathering of the next batch.
+Lifecycle of a request: ``score(chunk)`` → what the scorer cannot take is a typed failure at once → the rest is cut into parts
+that fit a batch → ``services.batching`` → results in the order of the request. Invariants: the scorer runs in one thread and
+never on the event loop, so a slow engine cannot delay health checks or the gathering of the next batch; an item on which the
+scorer fails is a typed failure of that item alone.
 """
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import time
+from typing import Any
 
-from ray import serve
+from ray.util import metrics
 
-from services.client.base import ItemScore, ScoreFailure
+from services.batching import Batcher, Load, Results
+from services.client.base import Media, ScoreFailure
 from services.client.handle import ScoreChunk
-from services.config import RewardConfig
+from services.judging import judge, score_apart
 from services.schemas import ModelInfo
-from services.scorers.registry import make_scorer
-
-Results = list[ItemScore | ScoreFailure]
-
-
-def _total_items(chunks: list[ScoreChunk]) -> int:
-    return sum(len(chunk) for chunk in chunks)
+from services.scorers.registry import build_scorer, parse_reward
 
 
 class ScorerReplica:
     """A loaded scorer. Construction fails, and with it the deployment, unless the self-test passes."""
 
-    def __init__(self, model: str, config: RewardConfig) -> None:
-        self._scorer = make_scorer(model, config)
+    def __init__(self, name: str, entry: dict[str, Any]) -> None:
+        settings = parse_reward(entry)
+        self._name = name
+        self._scorer = build_scorer(settings)
         self._scorer.self_test()
-        self._max_items = config.max_batch_items
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"score-{model}")
-        self._gathered.set_max_batch_size(config.max_batch_items)  # type: ignore[attr-defined]
-        self._gathered.set_batch_wait_timeout_s(config.batch_wait_s)  # type: ignore[attr-defined]
+        self._batcher = Batcher(self._work, settings.batch_items, settings.batch_cost, settings.batch_wait_s, f"score-{name}")
+        self._items = metrics.Counter("ddrl_reward_items", "Items scored, by outcome.", tag_keys=("reward", "outcome"))
+        self._batches = metrics.Counter("ddrl_reward_batches", "Calls of the scorer.", tag_keys=("reward",))
+        self._seconds = metrics.Counter("ddrl_reward_busy_seconds", "Seconds the scorer worked.", tag_keys=("reward",))
 
     async def info(self) -> ModelInfo:
         """Name, revision and sub-scores of the scorer."""
-        return self._scorer.info()
+        return self._scorer.info(self._name)
+
+    async def load(self) -> Load:
+        """What waits and what is being scored here."""
+        return self._batcher.load()
 
     async def score(self, chunk: ScoreChunk) -> Results:
-        """Score a chunk of any size; parts larger than a batch are cut."""
-        starts = range(0, len(chunk), self._max_items)
-        parts = [ScoreChunk(chunk.prompts[s : s + self._max_items], chunk.images[s : s + self._max_items]) for s in starts]
-        done = await asyncio.gather(*(self._gathered(part) for part in parts))
-        return [result for part in done for result in part]
+        """Score a chunk of any size."""
+        return await judge(self._scorer, self._batcher, chunk.prompts, chunk.media)
 
-    # Size and wait are replaced by the configured ones in __init__.
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002, batch_size_fn=_total_items)
-    async def _gathered(self, chunks: list[ScoreChunk]) -> list[Results]:
-        prompts = [prompt for chunk in chunks for prompt in chunk.prompts]
-        images = [image for chunk in chunks for image in chunk.images]
-        loop = asyncio.get_running_loop()
-        results = await loop.run_in_executor(self._thread, self._scorer.score, prompts, images)
-        out, start = [], 0
-        for chunk in chunks:
-            out.append(results[start : start + len(chunk)])
-            start += len(chunk)
-        return out
+    def _work(self, prompts: list[str], media: list[Media]) -> Results:
+        started = time.monotonic()
+        results = score_apart(self._scorer, prompts, media)
+        tag = {"reward": self._name}
+        self._seconds.inc(max(1e-9, time.monotonic() - started), tag)
+        self._batches.inc(1, tag)
+        failed = sum(isinstance(result, ScoreFailure) for result in results)
+        for outcome, count in (("failed", failed), ("scored", len(results) - failed)):
+            if count:
+                self._items.inc(count, {**tag, "outcome": outcome})
+        return results

@@ -12,6 +12,7 @@ from trainer.config import ConfigError, load_config, render_config
 from trainer.environment import prepare
 from trainer.exits import fail as _fail
 from trainer.replay_cli import app as replay
+from trainer.rewards_cli import add_to
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models."
@@ -114,6 +115,9 @@ def export(
         typer.echo(f"policy: {export_run(run, out, ema)}")
     except ExportError as error:
         _fail(str(error), 2)
+
+
+add_to(app)
 
 
 def main() -> None:

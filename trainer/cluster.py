@@ -91,12 +91,13 @@ def start_fleet(config: RewardConfig, stack: ExitStack) -> str:
     from ray import serve
 
     from services import fleet
+    from services.fleet_config import one_reward
 
     ours = not any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
     # what stands in a cluster that was joined outlives this driver: take down all of Serve only if this run started it
     stack.callback(_quietly, serve.shutdown if ours else fleet.stop_fleet)
     try:
-        return fleet.start_fleet(config)
+        return fleet.start_fleet(one_reward(config))
     except Exception as error:
         raise RunFailed("reward fleet", describe(error)) from error
 

@@ -1,8 +1,8 @@
 """What a trainer sees of a reward: one protocol, one score type, one failure type.
 
 Lifecycle: ``check()`` once at start, ``score()`` for every group, ``close()`` at the end.
-Invariant: ``score`` returns exactly one result per image, in order. A result is a finite ``ItemScore`` or a
-``ScoreFailure`` that says why this image has no score. When the service as a whole does not answer before the
+Invariant: ``score`` returns exactly one result per item, in order. A result is a finite ``ItemScore`` or a
+``ScoreFailure`` that says why this item has no score. When the service as a whole does not answer before the
 deadline, ``score`` raises ``RewardUnavailable``; nothing is ever turned into a number.
 """
 
@@ -18,12 +18,50 @@ from numpy.typing import NDArray
 
 from services.schemas import ModelInfo
 
-Image = NDArray[np.uint8]
+Image = NDArray[np.uint8]  # RGB [H, W, 3]
+
+
+@dataclass(frozen=True)
+class Media:
+    """One image or video: frames uint8 RGB [T, H, W, 3].
+
+    An image has T = 1 and no ``fps``; a video has ``fps`` > 0. ``selected`` says that the frames are already those of
+    the reward's frame spec, so that nobody picks among them again. Raises ``ValueError`` for anything else.
+    """
+
+    frames: NDArray[np.uint8]
+    fps: float | None = None
+    selected: bool = False
+
+    def __post_init__(self) -> None:
+        shape = self.frames.shape
+        if self.frames.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+            raise ValueError(f"frames must be uint8 [T, H, W, 3], got {self.frames.dtype} {list(shape)}")
+        if self.fps is None and shape[0] != 1:
+            raise ValueError(f"{shape[0]} frames need fps; an image has one frame")
+        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"fps must be a positive number, got {self.fps}")
+
+    @classmethod
+    def image(cls, pixels: Image) -> Media:
+        """An image from uint8 RGB [H, W, 3]."""
+        return cls(pixels[None])
+
+    @property
+    def is_video(self) -> bool:
+        """Whether this is a clip; a clip may have one frame."""
+        return self.fps is not None
+
+    @property
+    def pixels(self) -> Image:
+        """The first frame [H, W, 3]."""
+        first: Image = self.frames[0]
+        return first
 
 
 @dataclass(frozen=True)
 class ItemScore:
-    """Scores of one image. ``reward`` is the number to train on; all values are finite."""
+    """Scores of one item. ``reward`` is the number to train on; all values are finite."""
 
     reward: float
     sub_scores: dict[str, float]
@@ -36,7 +74,7 @@ class ItemScore:
 
 @dataclass(frozen=True)
 class ScoreFailure:
-    """Why one image has no score. ``code`` is stable; ``retryable`` says whether trying again can help."""
+    """Why one item has no score. ``code`` is stable; ``retryable`` says whether trying again can help."""
 
     code: str
     message: str
@@ -61,15 +99,21 @@ class RewardUnavailable(RewardError):
         return type(self), (self.where, self.what, self.advice, self.status)
 
 
+Batch = NDArray[np.uint8] | Sequence[Media]
+
+
 class RewardClient(Protocol):
     """A source of rewards. Implementations are thread-safe and may be used from several threads."""
 
-    def score(self, model: str, prompts: Sequence[str], images: Image, timeout_s: float) -> list[ItemScore | ScoreFailure]:
-        """Score uint8 RGB ``images`` [B, H, W, 3] against B ``prompts`` within ``timeout_s`` seconds."""
+    def score(self, model: str, prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None) -> list[ItemScore | ScoreFailure]:
+        """Score B items against B ``prompts`` within ``timeout_s`` seconds.
+
+        ``media`` is uint8 RGB [B, H, W, 3] (images), [B, T, H, W, 3] (clips, with ``fps``), or a sequence of ``Media``.
+        """
         ...
 
     def check(self) -> ModelInfo:
-        """Score one blank image for real and return what answered; raises ``RewardUnavailable``."""
+        """Score one blank item for real and return what answered; raises ``RewardUnavailable``."""
         ...
 
     def close(self) -> None:
@@ -77,14 +121,22 @@ class RewardClient(Protocol):
         ...
 
 
-def require_batch(prompts: Sequence[str], images: Image) -> None:
-    """Refuse what no reward can score, before anything is sent. Raises ``ValueError``."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}")
-    if len(prompts) != len(images):
-        raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
+def as_media(prompts: Sequence[str], media: Batch, fps: float | None = None) -> list[Media]:
+    """A batch in any accepted form as one ``Media`` per prompt. Raises ``ValueError`` for what no reward can score."""
+    if not isinstance(media, np.ndarray):
+        items = list(media)
+    elif media.dtype != np.uint8 or media.ndim not in (4, 5) or media.shape[-1] != 3:
+        raise ValueError(f"media must be uint8 [B, H, W, 3] or [B, T, H, W, 3], got {media.dtype} {list(media.shape)}")
+    elif (media.ndim == 5) != (fps is not None):
+        raise ValueError(f"media {list(media.shape)} with fps {fps}: clips [B, T, H, W, 3] need fps, images [B, H, W, 3] have none")
+    else:
+        items = [Media(m, fps) if media.ndim == 5 else Media.image(m) for m in media]
+    if len(prompts) != len(items):
+        raise ValueError(f"{len(prompts)} prompts for {len(items)} items")
+    return items
 
 
-def probe() -> tuple[list[str], Image]:
-    """The start-up test request: one blank image with a quoted target; any finite score will do."""
-    return ['a sign that says "0"'], np.full((1, 16, 48, 3), 255, np.uint8)
+def probe(info: ModelInfo) -> tuple[list[str], list[Media]]:
+    """The start-up test request: one blank image or clip with a quoted target; any finite score will do."""
+    image, clip = np.full((1, 16, 48, 3), 255, np.uint8), np.full((8, 64, 64, 3), 255, np.uint8)
+    return ['a sign that says "0"'], [Media(image) if "image" in info.media else Media(clip, fps=8.0)]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.client.base import Image, ItemScore, RewardUnavailable, ScoreFailure, probe, require_batch
+from services.client.base import Batch, ItemScore, Media, RewardUnavailable, ScoreFailure, as_media, probe
 from services.client.retry import Backoff
 from services.schemas import ModelInfo
 
@@ -21,10 +21,10 @@ APP_NAME = "rewards"
 
 @dataclass(frozen=True)
 class ScoreChunk:
-    """Part of a request that travels to a replica: as many prompts as uint8 RGB images [H, W, 3]."""
+    """Part of a request that travels to a replica: as many prompts as images or clips."""
 
     prompts: list[str]
-    images: list[Image]
+    media: list[Media]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -52,20 +52,20 @@ class HandleRewardClient:
         self._chunk_items, self._check_timeout_s = chunk_items, check_timeout_s
         self._handles: dict[str, Any] = {}
 
-    def score(self, model: str, prompts: Sequence[str], images: Image, timeout_s: float) -> list[ItemScore | ScoreFailure]:
+    def score(self, model: str, prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None) -> list[ItemScore | ScoreFailure]:
         """See ``RewardClient.score``."""
-        require_batch(prompts, images)
+        items = as_media(prompts, media, fps)
         size = self._chunk_items
-        chunks = [ScoreChunk(list(prompts[s : s + size]), list(images[s : s + size])) for s in range(0, len(images), size)]
+        chunks = [ScoreChunk(list(prompts[s : s + size]), items[s : s + size]) for s in range(0, len(items), size)]
         done = self._call(model, "score", [(chunk,) for chunk in chunks], timeout_s)
         return [result for part in done for result in part]
 
     def check(self) -> ModelInfo:
         """See ``RewardClient.check``."""
         info: ModelInfo = self._call(self._model, "info", [()], self._check_timeout_s)[0]
-        result = self.score(self._model, *probe(), self._check_timeout_s)[0]
+        result = self.score(self._model, *probe(info), self._check_timeout_s)[0]
         if isinstance(result, ScoreFailure):
-            raise RewardUnavailable(self._where(self._model), f"the test image failed: {result.message}", "See the replica's log.")
+            raise RewardUnavailable(self._where(self._model), f"the test item failed: {result.message}", "See the replica's log.")
         return info
 
     def close(self) -> None:

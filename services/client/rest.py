@@ -1,162 +1,104 @@
-"""Scoring over REST from anywhere: needs httpx and numpy, neither Ray nor torch.
+"""Scoring over REST from anywhere: needs httpx and numpy (safetensors and Pillow for those encodings), neither Ray nor torch.
 
-Images travel as multipart uploads: one npy array per request (exact, cheap to decode), or PNG files (exact,
-smaller, slower to encode). 408, 429, 5xx and transport errors are tried again with jittered backoff until the
-deadline, honouring ``Retry-After``; any other refusal, or an answer that is not the contract's, ends the call
-at once.
+408, 409, 429, 5xx and transport errors are tried again with jittered backoff until the deadline, honouring
+``Retry-After`` and repeating the idempotency key; any other refusal, or an answer that is not the contract's, ends the
+call at once. Of a clip only the frames that the reward looks at are sent. ``services.client.aio`` is the same for asyncio.
 """
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 import httpx
-import numpy as np
-from pydantic import ValidationError
 
-from services.client.base import Image, ItemScore, RewardUnavailable, ScoreFailure, probe, require_batch
-from services.client.retry import Backoff, retry_after_seconds
-from services.schemas import ModelInfo, ModelList, Problem, Score, ScoreResponse
-
-Upload = tuple[str, tuple[str, bytes, str]]
+from services.client import wire
+from services.client.base import Batch, ItemScore, Media, ScoreFailure, as_media, probe
+from services.client.retry import Backoff
+from services.client.wire import Encoding, MultiScores, Settings
+from services.schemas import Combine, ModelInfo, MultiScoreResponse, ScoreOptions
 
 
 class RestRewardClient:
-    """Client of a reward service at ``url`` (base URL, without ``/v1``)."""
+    """Client of a reward service at ``url`` (base URL, without ``/v1``). Thread-safe."""
 
     def __init__(
         self,
         url: str,
         api_key: str | None = None,
         model: str = "ocr",
-        encoding: Literal["npy", "png"] = "npy",
+        encoding: Encoding = "npy",
         chunk_items: int = 64,
         chunk_bytes: int = 16 * 2**20,
         check_timeout_s: float = 20.0,
     ) -> None:
-        self._url, self._model, self._encoding = url.rstrip("/"), model, encoding
-        self._chunk_items, self._chunk_bytes = chunk_items, chunk_bytes
-        self._check_timeout_s = check_timeout_s
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(headers=headers, follow_redirects=False)
+        self._url, self._model, self._check_timeout_s = url.rstrip("/"), model, check_timeout_s
+        self._settings = Settings(encoding, chunk_items, chunk_bytes)
+        self._models: dict[str, ModelInfo] = {}
+        self._http = httpx.Client(headers={"Authorization": f"Bearer {api_key}"} if api_key else {}, follow_redirects=False)
 
-    def score(self, model: str, prompts: Sequence[str], images: Image, timeout_s: float) -> list[ItemScore | ScoreFailure]:
+    def score(self, model: str, prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None) -> list[ItemScore | ScoreFailure]:
         """See ``RewardClient.score``. Large batches go out as several requests under the one deadline."""
-        require_batch(prompts, images)
         backoff = Backoff(timeout_s)
-        step = max(1, min(self._chunk_items, self._chunk_bytes // max(1, images[:1].nbytes)))
+        items = self._reduced([model], as_media(prompts, media, fps), backoff, timeout_s)
         out: list[ItemScore | ScoreFailure] = []
-        for s in range(0, len(images), step):
-            part = images[s : s + step]
-            fields: dict[str, str | list[str]] = {"model": model, "prompt": list(prompts[s : s + step])}
-            answer = self._send("POST", "/v1/score", backoff, timeout_s, fields, self._encode(part))
-            try:
-                results = ScoreResponse.model_validate_json(answer.content, extra="ignore").results
-            except ValidationError as error:
-                raise self._not_the_contract(answer, error) from error
-            if len(results) != len(part):
-                raise self._unavailable(f"{len(results)} results for {len(part)} images", answer.status_code)
-            out.extend(map(_from_wire, results))
+        for part in wire.parts(ScoreOptions(model=model), prompts, items, self._settings):
+            out += wire.read_scores(self._url, self._send("POST", "/v1/score", backoff, timeout_s, part), part.count)
         return out
+
+    def score_many(
+        self, rewards: Sequence[str], prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None, combine: Combine | None = None
+    ) -> MultiScores:
+        """Score with several rewards at once; ``combine`` adds one total per item."""
+        backoff = Backoff(timeout_s)
+        items = self._reduced(rewards, as_media(prompts, media, fps), backoff, timeout_s)
+        answers = [
+            wire.read_multi(self._url, self._send("POST", "/v1/score", backoff, timeout_s, part), part.count)
+            for part in wire.parts(wire.options_for(rewards, combine), prompts, items, self._settings)
+        ]
+        return wire.joined(answers) if answers else MultiScores({name: [] for name in rewards}, None if combine is None else [])
+
+    def score_files(self, rewards: Sequence[str], prompts: Sequence[str], files: Sequence[tuple[str, bytes]], timeout_s: float) -> MultiScoreResponse:
+        """Score files, (name, bytes) each, as they are; one prompt per file. Raises ``RewardUnavailable``."""
+        part = wire.file_part(rewards, prompts, files)
+        return wire.read_answer(self._url, self._send("POST", "/v1/score", Backoff(timeout_s), timeout_s, part))
+
+    def models(self, timeout_s: float) -> dict[str, ModelInfo]:
+        """What the service offers, by name. Raises ``RewardUnavailable``."""
+        self._models = wire.read_models(self._url, self._send("GET", "/v1/models", Backoff(timeout_s), timeout_s))
+        return self._models
 
     def check(self) -> ModelInfo:
         """See ``RewardClient.check``."""
-        backoff = Backoff(self._check_timeout_s)
-        answer = self._send("GET", "/v1/models", backoff, self._check_timeout_s)
-        try:
-            models = ModelList.model_validate_json(answer.content, extra="ignore").models
-        except ValidationError as error:
-            raise self._not_the_contract(answer, error) from error
-        info = next((m for m in models if m.name == self._model), None)
-        if info is None:
-            names = ", ".join(m.name for m in models) or "none"
-            raise RewardUnavailable(self._url, f"it has no model {self._model!r}", f"Set reward.model to one of: {names}.", 200)
-        result = self.score(self._model, *probe(), self._check_timeout_s)[0]
+        info = wire.named(self._url, self.models(self._check_timeout_s), self._model)
+        result = self.score(self._model, *probe(info), self._check_timeout_s)[0]
         if isinstance(result, ScoreFailure):
-            raise self._unavailable(f"the test image failed ({result.code}): {result.message}", 200)
+            raise wire.unavailable(self._url, f"the test item failed ({result.code}): {result.message}", 200)
         return info
 
     def close(self) -> None:
         """Close the connection pool."""
         self._http.close()
 
-    def _send(
-        self,
-        verb: Literal["GET", "POST"],
-        path: str,
-        backoff: Backoff,
-        timeout_s: float,
-        fields: dict[str, str | list[str]] | None = None,
-        files: list[Upload] | None = None,
-    ) -> httpx.Response:
+    def _reduced(self, rewards: Sequence[str], items: list[Media], backoff: Backoff, timeout_s: float) -> list[Media]:
+        if not any(item.is_video and not item.selected for item in items):
+            return items
+        if any(name not in self._models for name in rewards):
+            self._models = wire.read_models(self._url, self._send("GET", "/v1/models", backoff, timeout_s))
+        return wire.reduced(items, [wire.named(self._url, self._models, name).frame_spec for name in rewards])
+
+    def _send(self, verb: str, path: str, backoff: Backoff, timeout_s: float, part: wire.Part | None = None) -> httpx.Response:
         """One request, repeated while repeating can help; returns a 200 answer or raises."""
+        exchange = wire.Exchange(self._url, backoff, timeout_s)
+        arguments = {} if part is None else dict(part.arguments)
+        headers = arguments.pop("headers", {})
         while True:
-            status, floor_s = None, 0.0
             try:
-                answer = self._http.request(verb, self._url + path, data=fields, files=files, timeout=max(0.001, backoff.remaining()))
+                answer = self._http.request(verb, self._url + path, headers={**headers, **exchange.deadline_header()}, **arguments, **exchange.limits())
             except httpx.TransportError as error:
-                what = f"cannot be reached ({type(error).__name__}: {error})"
+                wait: float | None = exchange.unreachable(error)
             else:
-                if answer.status_code == 200:
+                wait = exchange.answered(answer)
+                if wait is None:
                     return answer
-                status, what = answer.status_code, _refusal(answer)
-                if status not in (408, 429) and status < 500:
-                    raise self._unavailable(what, status)
-                floor_s = retry_after_seconds(answer.headers.get("retry-after"))
-            wait = backoff.next_wait(floor_s)
-            if wait is None:
-                raise self._unavailable(f"{what}, {backoff.attempts} attempts in {timeout_s:g} s", status)
-            time.sleep(wait)
-
-    def _encode(self, images: Image) -> list[Upload]:
-        if self._encoding == "npy":
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.ascontiguousarray(images), allow_pickle=False)
-            return [("file", ("images.npy", buffer.getvalue(), "application/octet-stream"))]
-        from PIL import Image as PILImage
-
-        uploads: list[Upload] = []
-        for i, image in enumerate(images):
-            buffer = io.BytesIO()
-            PILImage.fromarray(image).save(buffer, "PNG", compress_level=1)
-            uploads.append(("file", (f"{i}.png", buffer.getvalue(), "image/png")))
-        return uploads
-
-    def _unavailable(self, what: str, status: int | None) -> RewardUnavailable:
-        if status is None:
-            advice = "Check that the service runs and that reward.url names its host and port."
-        elif status in (401, 403):
-            advice = "Set reward.api_key_env to the variable that holds a valid key."
-        elif status == 404:
-            advice = "Check reward.url (base URL, without /v1) and reward.model."
-        elif status in (408, 429, 503, 504):
-            advice = "The service is overloaded: add replicas there, or raise reward.timeout_s."
-        elif status >= 500:
-            advice = "Look into the service's log; unset reward.url to start a fleet inside this run."
-        else:
-            advice = "Check that reward.url points at a reward service of this version."
-        return RewardUnavailable(self._url, what, advice, status)
-
-    def _not_the_contract(self, answer: httpx.Response, error: ValidationError) -> RewardUnavailable:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        return self._unavailable(f"its answer is not the reward contract: {first['msg']}", answer.status_code)
-
-
-def _refusal(answer: httpx.Response) -> str:
-    """One line about a status that is not 200."""
-    try:
-        problem = Problem.model_validate_json(answer.content, extra="ignore")
-    except ValidationError:
-        return f"answered HTTP {answer.status_code}"
-    return f"answered HTTP {answer.status_code} ({problem.code}: {problem.detail})"
-
-
-def _from_wire(score: Score) -> ItemScore | ScoreFailure:
-    if score.error is not None:
-        return ScoreFailure(score.error.code, score.error.message, score.error.retryable)
-    assert score.reward is not None
-    assert score.scores is not None
-    return ItemScore(score.reward, dict(score.scores), score.text)
+            time.sleep(wait or 0.0)

@@ -1,9 +1,9 @@
 """The OCR reward: RapidOCR reads the image, ``scorers.text`` judges what it read.
 
-Two modes. ``recognition`` takes each image as one line of text and calls the recogniser directly, in batches
+Two readings. ``recognition`` takes each image as one line of text and calls the recogniser directly, in batches
 of equal shape: the network then runs at the images' own width (48x144 for 16x48 px upscaled by 3) instead of
 the 48x320 that RapidOCR pads to, and a reading cannot depend on which other images share the batch.
-``detection`` finds lines first.
+``detection`` finds lines first. Of a clip every ``frame_stride``-th frame is read, and all of a batch's frames together.
 
 The engine also accepts paths and URLs, so only arrays ever reach it. One thread per engine: replicas are the
 unit of parallelism. Numbers do not match PaddleOCR's character for character; the string rule is exact, the
@@ -24,10 +24,12 @@ from PIL import ImageDraw, ImageFont
 from rapidocr import RapidOCR
 from rapidocr.ch_ppocr_rec import TextRecInput
 
-from services.client.base import Image, ItemScore, ScoreFailure
+from services.client.base import Image, ItemScore, Media, ScoreFailure
 from services.config import OcrConfig
+from services.frames import take
+from services.schemas import FrameSpec
 from services.scorers.base import Scorer, ScorerUnfit
-from services.scorers.text import NO_QUOTED_TEXT, SUB_SCORES, quoted_target, score_text
+from services.scorers.text import NO_QUOTED_TEXT, SUB_SCORES, Target, quoted_target, score_clip_text, score_text
 
 logger = logging.getLogger(__name__)
 
@@ -40,70 +42,89 @@ class OcrScorer(Scorer):
     """Reads text with RapidOCR (PP-OCR models bundled in its wheel; no download, no network)."""
 
     name = "ocr"
-    media = ("image",)
-    reward = "flow_grpo"
+    media = ("image", "video")
     sub_scores = SUB_SCORES
 
     def __init__(self, config: OcrConfig) -> None:
         self._config = config
+        self.reward = config.mode
         # Process-wide: OpenCV would otherwise start a thread per core in every replica.
         cv2.setNumThreads(1)
         params: dict[str, Any] = {
             "Global.log_level": "error",
             "Global.use_cls": False,
-            "Global.use_det": config.mode == "detection",
+            "Global.use_det": config.reading == "detection",
             "Global.text_score": config.min_confidence,
             "Det.limit_type": "max",
             "Det.limit_side_len": config.detection_side_limit,
-            "Rec.rec_batch_num": config.batch_items,
+            "Rec.rec_batch_num": config.lines_per_call,
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         }
-        if config.mode == "recognition":
+        if config.reading == "recognition":
             params["Rec.rec_img_shape"] = [3, LINE_HEIGHT, MIN_WIDTH]
         self._engine: Any = RapidOCR(params=params)
         # The engine loads its networks at first use; `text_rec` exists from then on.
         self._engine(np.full((LINE_HEIGHT, 3 * LINE_HEIGHT, 3), 255, np.uint8), use_det=False)
-        self._engine.use_det = config.mode == "detection"  # a call without detection leaves it off
+        self._engine.use_det = config.reading == "detection"  # a call without detection leaves it off
 
     @property
     def revision(self) -> str:
         c, cfg = self._config, self._engine.cfg
-        networks = [cfg.Rec] if c.mode == "recognition" else [cfg.Det, cfg.Rec]
+        networks = [cfg.Rec] if c.reading == "recognition" else [cfg.Det, cfg.Rec]
         names = [f"{n.ocr_version.value}_{n.task_type.value}_{n.model_type.value}" for n in networks]
-        side = f"-side{c.detection_side_limit}" if c.mode == "detection" else ""
-        return f"flow_grpo-1;rapidocr-{version('rapidocr')};{'+'.join(names)};{c.mode}{side};upscale-{c.upscale}-cubic;confidence-{c.min_confidence:g}"
+        side = f"-side{c.detection_side_limit}" if c.reading == "detection" else ""
+        reading = f"{c.reading}{side};upscale-{c.upscale}-cubic;confidence-{c.min_confidence:g};stride-{c.frame_stride}"
+        return f"{c.mode}-1;rapidocr-{version('rapidocr')};{'+'.join(names)};{reading}"
 
-    def score(self, prompts: Sequence[str], images: Sequence[Image]) -> list[ItemScore | ScoreFailure]:
+    @property
+    def preprocessing(self) -> str:
+        c = self._config
+        side = f";longest-side-{c.detection_side_limit}" if c.reading == "detection" else f";line-height-{LINE_HEIGHT}"
+        return f"bgr;upscale-{c.upscale}-cubic{side}"
+
+    @property
+    def frame_spec(self) -> FrameSpec:
+        return FrameSpec(kind="stride", stride=self._config.frame_stride)
+
+    def score(self, prompts: Sequence[str], media: Sequence[Media]) -> list[ItemScore | ScoreFailure]:
         """See ``Scorer.score``. Prompts without a target are refused before any pixel is read."""
         targets = [quoted_target(prompt) for prompt in prompts]
-        wanted = [i for i, target in enumerate(targets) if isinstance(target, str)]
-        lines = dict(zip(wanted, self.read([images[i] for i in wanted]), strict=True))
-        results: list[ItemScore | ScoreFailure] = []
-        for i, target in enumerate(targets):
-            found = target if isinstance(target, ScoreFailure) else lines[i]
-            results.append(found if isinstance(found, ScoreFailure) else score_text(str(target), found))
-        return results
+        wanted = [i for i, target in enumerate(targets) if isinstance(target, Target)]
+        frames = {i: take(self.frame_spec, media[i]).frames for i in wanted}
+        read = iter(self.read([frame for i in wanted for frame in frames[i]]))
+        lines = {i: [next(read) for _ in frames[i]] for i in wanted}
+        return [self._judged(t, lines[i], media[i].is_video) if isinstance(t, Target) else t for i, t in enumerate(targets)]
+
+    def _judged(self, target: Target, frames: list[list[str] | ScoreFailure], is_clip: bool) -> ItemScore | ScoreFailure:
+        """The score of one item from what was read in each of its frames; a frame that cannot be read fails the item."""
+        good: list[list[str]] = []
+        for lines in frames:
+            if isinstance(lines, ScoreFailure):
+                return lines
+            good.append(lines)
+        mode = self._config.mode
+        return score_clip_text(target, good, mode) if is_clip else score_text(target, good[0], mode)
 
     def read(self, images: Sequence[Image]) -> list[list[str] | ScoreFailure]:
-        """Recognised lines per image in reading order; an empty list when there is nothing to read."""
-        if self._config.mode == "detection":
+        """Images [H, W, 3] of any sizes → recognised lines per image in reading order; an empty list when there is nothing to read."""
+        if self._config.reading == "detection":
             return [self._guarded([image])[0] for image in images]
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(i)
         out: list[list[str] | ScoreFailure] = [[] for _ in images]
         for indices in by_shape.values():
-            for start in range(0, len(indices), self._config.batch_items):
-                part = indices[start : start + self._config.batch_items]
+            for start in range(0, len(indices), self._config.lines_per_call):
+                part = indices[start : start + self._config.lines_per_call]
                 for i, lines in zip(part, self._guarded([images[i] for i in part]), strict=True):
                     out[i] = lines
         return out
 
     def self_test(self) -> None:
         """Read a drawn '407': 1 when asked for it, less when asked for '862', a failure without quotes."""
-        image = _drawn("407", scale=1 if self._config.mode == "recognition" else 4)
-        right, wrong, none = self.score(['a "407"', 'a "862"', "a 407"], [image] * 3)
+        image = _drawn("407", scale=1 if self._config.reading == "recognition" else 4)
+        right, wrong, none = self.score(['a "407"', 'a "862"', "a 407"], [Media.image(image)] * 3)
         if not (isinstance(right, ItemScore) and right.reward == 1.0):
             raise ScorerUnfit(f"{self.revision}: a clean '407' scored {right}, not 1.0")
         if not (isinstance(wrong, ItemScore) and wrong.reward < 1.0):
@@ -114,7 +135,7 @@ class OcrScorer(Scorer):
     def _guarded(self, images: Sequence[Image]) -> list[list[str] | ScoreFailure]:
         """Read a batch; if the engine raises, read one by one so that only the culprit fails."""
         try:
-            return list(self._recognise(images) if self._config.mode == "recognition" else self._detect(images))
+            return list(self._recognise(images) if self._config.reading == "recognition" else self._detect(images))
         except Exception as error:  # the engine raises anything from cv2.error to ONNXRuntimeError
             if len(images) > 1:
                 return [self._guarded([image])[0] for image in images]

@@ -21,6 +21,7 @@ from services.client.connect import connect
 from services.client.rest import RestRewardClient
 from services.config import RewardConfig
 from services.fleet import start_fleet, stop_fleet
+from services.fleet_config import one_reward
 
 RIGHT, WRONG = 'a plate with "407" on it', 'a plate with "862" on it'
 
@@ -63,7 +64,7 @@ def ocr_replica() -> int:
 
 @pytest.fixture(scope="module")
 def fleet(ray_cluster: None) -> Iterator[str]:
-    url = start_fleet(RewardConfig(replicas=1, timeout_s=60))
+    url = start_fleet(one_reward(RewardConfig(replicas=1, timeout_s=60)))
     yield url
     stop_fleet()
 

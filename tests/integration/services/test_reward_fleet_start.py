@@ -11,6 +11,7 @@ from services.client.base import RewardUnavailable
 from services.client.handle import HandleRewardClient
 from services.config import OcrConfig, RewardConfig
 from services.fleet import FleetError, start_fleet, stop_fleet
+from services.fleet_config import one_reward
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
@@ -25,7 +26,7 @@ def test_an_impossible_fleet_says_so_and_leaves_nothing(ray_cluster: None) -> No
     neighbour = serve.run(Neighbour.bind(), name="neighbour", route_prefix="/neighbour")
     started = time.monotonic()
     with pytest.raises(FleetError, match=r"ocr is UPDATING.*needs 1000\.1 Ray CPUs"):
-        start_fleet(RewardConfig(replica_cpus=1000, start_timeout_s=2))
+        start_fleet(one_reward(RewardConfig(replica_cpus=1000, start_timeout_s=2)))
     assert time.monotonic() - started < 30
     assert "rewards" not in serve.status().applications
     with pytest.raises(RewardUnavailable):
@@ -36,7 +37,7 @@ def test_an_impossible_fleet_says_so_and_leaves_nothing(ray_cluster: None) -> No
 
 
 def test_a_scorer_that_fails_its_self_test_never_serves(ray_cluster: None) -> None:
-    shrunk = OcrConfig(mode="detection", detection_side_limit=32)
+    shrunk = OcrConfig(reading="detection", detection_side_limit=32)
     with pytest.raises(FleetError, match=r"ocr is DEPLOY_FAILED: .*ScorerUnfit.*scored ItemScore"):
-        start_fleet(RewardConfig(ocr=shrunk))
+        start_fleet(one_reward(RewardConfig(ocr=shrunk)))
     assert "rewards" not in serve.status().applications

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from services.client.base import ItemScore, RewardError, RewardUnavailable, require_batch
+from services.client.base import ItemScore, Media, RewardError, RewardUnavailable, as_media
 from services.client.connect import connect
 from services.client.rest import RestRewardClient
 from services.config import OcrConfig, RewardConfig
@@ -59,7 +59,7 @@ def test_scores_are_finite(bad: float) -> None:
 def test_defaults_fit_one_line_of_glyphs() -> None:
     config = RewardConfig()
     assert (config.url, config.model, config.port) == (None, "ocr", "auto")
-    assert (config.ocr.mode, config.ocr.upscale) == ("recognition", 3)
+    assert (config.ocr.mode, config.ocr.reading, config.ocr.upscale) == ("flow_grpo", "recognition", 3)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,8 @@ def test_defaults_fit_one_line_of_glyphs() -> None:
         ({"port": 70000}, "65535"),
         ({"port": "http"}, "auto"),
         ({"url": "127.0.0.1:8000"}, "pattern"),
-        ({"ocr": {"mode": "detect"}}, "recognition"),
+        ({"ocr": {"reading": "detect"}}, "recognition"),
+        ({"ocr": {"mode": "recognition"}}, "flow_grpo"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, object], says: str) -> None:
@@ -85,12 +86,32 @@ def test_every_setting_is_described() -> None:
 
 def test_batches_are_checked_before_they_are_sent() -> None:
     image = np.zeros((2, 16, 48, 3), np.uint8)
-    require_batch(["a", "b"], image)
-    with pytest.raises(ValueError, match="1 prompts for 2 images"):
-        require_batch(["a"], image)
+    assert [m.is_video for m in as_media(["a", "b"], image)] == [False, False]
+    assert [m.frames.shape for m in as_media(["a"], image[None], fps=8)] == [(2, 16, 48, 3)]
+    with pytest.raises(ValueError, match="1 prompts for 2 items"):
+        as_media(["a"], image)
+    with pytest.raises(ValueError, match="need fps"):
+        as_media(["a"], image[None])
+    with pytest.raises(ValueError, match="have none"):
+        as_media(["a", "b"], image, fps=8)
     for wrong in (image[0], image.astype(np.float32), image[..., :1]):
         with pytest.raises(ValueError, match="uint8"):
-            require_batch(["a", "b"], wrong)  # type: ignore[arg-type]
+            as_media(["a", "b"], wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fps"),
+    [
+        ((2, 4, 4, 3), np.uint8, None),
+        ((4, 4, 3), np.uint8, None),
+        ((1, 4, 4, 3), np.float32, None),
+        ((2, 4, 4, 3), np.uint8, 0.0),
+        ((2, 4, 4, 3), np.uint8, math.nan),
+    ],
+)
+def test_media_is_one_image_or_one_clip(shape: tuple[int, ...], dtype: type, fps: float | None) -> None:
+    with pytest.raises(ValueError, match=r"frames|fps"):
+        Media(np.zeros(shape, dtype), fps)  # type: ignore[arg-type]
 
 
 def test_unavailable_survives_a_process_boundary() -> None:
@@ -117,6 +138,9 @@ def test_connect_picks_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
         "services.config",
         "services.client.base",
         "services.client.rest",
+        "services.client.aio",
+        "services.limits",
+        "services.frames",
         "services.client.connect",
     ],
 )
