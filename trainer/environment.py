@@ -15,11 +15,15 @@ QUIET = {
     "GLOG_minloglevel": "2",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+PATIENT = {
+    # Serve gives its HTTP proxy 5 s to come up and then starts it anew, which on a busy machine it may do for ever
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
 
 
 def prepare(ray_address: str | None) -> None:
     """Quiet logs; and for a local cluster, a token of its own, so that nobody else on the machine can submit to it."""
-    for name, value in QUIET.items():
+    for name, value in (QUIET | PATIENT).items():
         os.environ.setdefault(name, value)
     if ray_address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
