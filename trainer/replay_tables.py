@@ -105,11 +105,15 @@ def _age(group: GroupView) -> float | None:
 
 def _live(groups: list[GroupView], of: int) -> Table:
     title = "Leased, waiting and ready" if len(groups) == of else f"Leased, waiting and ready: the oldest {len(groups)} of {of}"
-    table = _table(title, ("group", "state", "for", "attempt", "owner", "lease left", "version", "rewards", "bytes"), ("group", "for", "attempt", "bytes"))
+    numbers = ("group", "for", "attempt", "left", "reward", "bytes")
+    table = _table(title, ("group", "state", "for", "attempt", "owner", "left", "version", "reward", "bytes"), numbers)
+    for column in table.columns:
+        column.no_wrap = column.header != "owner"
     for group in groups:
         version = f"{group.version}" if group.version is not None else f"≥ {group.min_version}" if group.min_version is not None else ""
-        cells = (group.state, seconds(_age(group)), f"{group.attempt}", escape(group.owner or ""), seconds(group.lease_left_s), version)
-        table.add_row(str(group.group), *cells, rewards(group), size(group.bytes))
+        reward = f"{sum(group.rewards) / len(group.rewards):.3f}" if group.rewards else ""
+        cells = (group.state, seconds(_age(group)), f"{group.attempt}", escape(group.owner or ""), seconds(group.lease_left_s), version, reward)
+        table.add_row(str(group.group), *cells, size(group.bytes))
     return table
 
 

@@ -50,7 +50,15 @@ def ledger(found: dict[str, Any]) -> str:
 def latency(found: dict[str, Any]) -> str:
     head = ["operation", "calls", "p50 ms", "p99 ms", "of it the server's script, mean ms"]
     rows = [[r["operation"], str(r["n"]), f"{r['p50_ms']:.3f}", f"{r['p99_ms']:.3f}", f"{r['server_ms']:.3f}"] for r in found["rows"]]
-    return table(head, rows) + f"\n\nOne client, G = {found['groups_per_step']}; settle includes deleting the payloads."
+    by_name, G = {r["operation"]: r for r in found["rows"]}, found["groups_per_step"]
+
+    def per_group(figure: str) -> float:
+        per_step = sum(by_name[name][figure] for name in ("claim", "publish", "settle"))
+        return by_name["lease"][figure] + by_name["commit"][figure] + per_step / G
+
+    told = f"One client, G = {G}; settle includes deleting the payloads. A group costs lease + commit + (claim + publish + settle) / G = "
+    told += f"{per_group('p50_ms'):.2f} ms, of which {per_group('server_ms'):.2f} ms in the server's scripts; the rest is the client and the loopback."
+    return f"{table(head, rows)}\n\n{told}"
 
 
 def producers(found: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ A command of a kind that is not listed here fails the test: add a way to run it.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shlex
 import subprocess
@@ -107,7 +108,10 @@ def run_replay(words: list[str], tmp_path: Path) -> None:
 def test_example(page: Path, index: int, code: str, tmp_path: Path) -> None:
     if "start_fleet" in code:
         pytest.skip("a reward fleet: tests/integration/services runs the same calls on a real cluster")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120, check=False)
+    # in a folder of its own: what an example leaves behind must not meet the next run of it
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120, check=False)
     assert done.returncode == 0, f"{page} example {index}\n{done.stderr}"
 
 
