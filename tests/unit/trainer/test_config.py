@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from trainer.config import PRESETS, ConfigError, RunConfig, all_keys, apply_overrides, load_config, nearest_key, parse_config, render_config
 
-RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
+# rewards.yaml is a fleet for `ddrl serve`, not a run
+RECIPES = sorted(p for p in (Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml") if p.name != "rewards.yaml")
 KEYS = all_keys()
 
 
