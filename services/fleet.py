@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
+from services.auth import KeysError, load_keys, require_keys
 from services.client.handle import APP_NAME
 from services.fleet_config import FleetConfig
 from services.ingress_replica import Ingress
@@ -27,7 +28,6 @@ from services.scorers.settings import RewardSettings
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 INGRESS = "ingress"
 QUIET = LoggingConfig(enable_access_log=False)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
@@ -178,8 +178,10 @@ def _address(config: FleetConfig) -> str:
 
     client: Any = _get_global_client()
     options = client.http_config
-    if options.host not in LOOPBACK and config.keys_file is None:
-        raise FleetError(f"Serve listens on {options.host}, where others can reach it, and the fleet has no keys_file")
+    try:
+        require_keys(options.host, load_keys(config.keys_file))
+    except KeysError as error:
+        raise FleetError(f"Serve listens on {options.host}: {error}") from error
     host = "127.0.0.1" if options.host in ("0.0.0.0", "localhost") else options.host
     return f"http://[{host}]:{options.port}" if ":" in host else f"http://{host}:{options.port}"
 

@@ -68,6 +68,9 @@ class JobWorker:
             except JobStoreError as error:  # leases end by themselves
                 logger.warning("jobs: %s", error)
                 await asyncio.sleep(1.0)
+            except Exception:  # a worker must not end quietly: nobody would take its jobs
+                logger.exception("a job could not be worked on")
+                await asyncio.sleep(1.0)
 
     async def _nap(self) -> None:
         self._wake.clear()

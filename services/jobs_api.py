@@ -7,6 +7,7 @@ A job belongs to the key that made it; for any other key it does not exist.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ from services.schemas import JobStatus, MultiScoreResponse, Problem, ScoreRespon
 logger = logging.getLogger(__name__)
 
 SCORE = "score"
+MEASURE_S = 5.0  # between two looks at the queue for the figures
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$", description="A job's id, as POST gave it.")]
 _ANSWER: TypeAdapter[ScoreResponse | MultiScoreResponse] = TypeAdapter(ScoreResponse | MultiScoreResponse)
 
@@ -112,13 +114,23 @@ class Jobs:
         if self._store is None:
             yield
             return
+        measuring = asyncio.get_running_loop().create_task(self._measure(services))
         self._worker = JobWorker(self._store, {SCORE: _Score(services), **{kind: make(services) for kind, make in self.handlers.items()}})
         self._worker.start()
         try:
             yield
         finally:
+            measuring.cancel()
+            await asyncio.gather(measuring, return_exceptions=True)
             await self._worker.stop()
             await self._store.close()
+
+    async def _measure(self, services: Services) -> None:
+        while True:
+            counts = await self.counts()
+            if counts is not None:
+                services.metrics.jobs(counts)
+            await asyncio.sleep(MEASURE_S)
 
     def _lost(self, error: JobStoreError) -> ProblemError:
         logger.warning("jobs: %s", error)

@@ -55,6 +55,9 @@ class ServeBackend:
             if missing and time.monotonic() >= self._ask_again_at:
                 found = await asyncio.gather(*(self._call(name, "info", INFO_TIMEOUT_S) for name in missing), return_exceptions=True)
                 self._infos.update({name: info for name, info in zip(missing, found, strict=True) if isinstance(info, ModelInfo)})
+                for name, problem in zip(missing, found, strict=True):
+                    if isinstance(problem, BaseException):
+                        logger.warning("%s does not say what it is: %s", name, problem)
                 self._ask_again_at = time.monotonic() + ASK_AGAIN_S
         return [self._infos[name] for name in self._handles if name in self._infos]
 

@@ -2,6 +2,16 @@
 -- → {id, kind, meta, payload, ms until it expires, earlier tries that came to nothing} or nothing
 local now = now_ms()
 expire_late(now)
+
+local function give(id)
+  local found = redis.call('HMGET', job_key(id), 'kind', 'meta', 'expires', 'lost')
+  return {id, found[1], found[2], redis.call('GET', p .. 'in:' .. id), found[3] - now, tonumber(found[4])}
+end
+
+-- A claim sent again, because its first reply was lost on its way, gets the same job.
+local mine = redis.call('GET', p .. 'claim:' .. ARGV[1])
+if mine and held(mine, ARGV[1]) then return give(mine) end
+
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', p .. 'running', '-inf', now)) do
   redis.call('ZREM', p .. 'running', id)
   if redis.call('HINCRBY', job_key(id), 'lost', 1) >= tonumber(ARGV[3]) then
@@ -18,5 +28,5 @@ redis.call('ZREM', p .. 'queue', id)
 redis.call('ZADD', p .. 'running', now + tonumber(ARGV[2]), id)
 redis.call('HSET', job_key(id), 'state', 'running', 'token', ARGV[1])
 redis.call('HINCRBY', job_key(id), 'attempts', 1)
-local found = redis.call('HMGET', job_key(id), 'kind', 'meta', 'expires', 'lost')
-return {id, found[1], found[2], redis.call('GET', p .. 'in:' .. id), found[3] - now, tonumber(found[4])}
+redis.call('SET', p .. 'claim:' .. ARGV[1], id, 'PX', ARGV[2])
+return give(id)

@@ -10,6 +10,7 @@ if ARGV[9] ~= '' then
     return {known[2] == ARGV[10] and 'known' or 'conflict', known[1]}
   end
 end
+if redis.call('EXISTS', job_key(id)) == 1 then return {'new', id} end -- the first reply was lost on its way
 expire_late(now)
 local unfinished = redis.call('HLEN', p .. 'sizes')
 local bytes = tonumber(redis.call('GET', p .. 'bytes') or '0')

@@ -52,8 +52,6 @@ def page_router(jobs: Jobs) -> APIRouter:
         services = services_of(request)
         models, counts = await services.backend.health(), await jobs.counts()
         services.metrics.health(models)
-        if counts is not None:
-            services.metrics.jobs(counts)
         return FleetStatus(models=models, jobs=counts)
 
     return router
