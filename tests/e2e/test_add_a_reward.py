@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 
 from services.client.base import ItemScore, Media
 from services.client.rest import RestRewardClient
-from tests.e2e.conftest import ROOT, command
+from tests.pipeline import ROOT, command
 
 PAGE = (ROOT / "docs" / "add-a-reward.md").read_text()
 SERVE_DEADLINE_S = 180.0

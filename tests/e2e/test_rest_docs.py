@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from services.fleet_config import parse_fleet
-from tests.e2e.conftest import ROOT
+from tests.pipeline import ROOT
 
 PAGE = ROOT / "docs" / "rest.md"
 OURS = {".venv/bin/ddrl": f"{sys.executable} -m trainer", ".venv/bin/python": sys.executable}

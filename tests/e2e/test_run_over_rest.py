@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from services.auth import new_key
-from tests.e2e.conftest import ROOT, Run, settings
 from tests.e2e.test_run import check_finished
+from tests.pipeline import ROOT, Run, settings
 
 pytestmark = pytest.mark.long
 
