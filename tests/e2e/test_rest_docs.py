@@ -46,8 +46,8 @@ class Shell:
 
     def type(self, line: str) -> str:
         """Run a line; its output. The line must succeed."""
-        for ours, real in OURS.items():
-            line = line.replace(ours, real)
+        # in one pass: the interpreter's own path may hold `.venv/bin/python`
+        line = re.sub("|".join(map(re.escape, OURS)), lambda found: OURS[found[0]], line)
         line = line.replace("http://127.0.0.1:8000", self.url)
         if " serve " in line:
             return self._serve(line)
