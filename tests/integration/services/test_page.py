@@ -61,7 +61,8 @@ class Page:
         return done["result"].get("value")
 
     def wait(self, script: str) -> Any:
-        return until(lambda: self.run(script), 60)
+        # until the document is there, its elements are not
+        return until(lambda: self.run(f"document.readyState === 'complete' && ({script})"), 60)
 
     def give(self, *files: Path) -> None:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
