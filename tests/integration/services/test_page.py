@@ -62,7 +62,7 @@ class Page:
 
     def wait(self, script: str) -> Any:
         # until the document is there, its elements are not
-        return until(lambda: self.run(f"document.readyState === 'complete' && ({script})"), 60)
+        return until(lambda: self.run(f"location.protocol !== 'about:' && document.readyState === 'complete' && ({script})"), 60)
 
     def give(self, *files: Path) -> None:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
