@@ -249,15 +249,15 @@ def summarise(repeats: dict[str, list[Figures]]) -> dict[str, dict[str, list[flo
     return {name: {key: [statistics.median(v), min(v), max(v)] for key in figures[0] for v in [[f[key] for f in figures]]} for name, figures in repeats.items()}
 
 
-def targets(summary: dict[str, dict[str, list[float]]], repeats: dict[str, list[Figures]]) -> dict[str, Any]:
+def targets(repeats: dict[str, list[Figures]]) -> dict[str, Any]:
     """The two numbers that were promised, from paired repeats."""
-    best = max((name for name in summary if name.startswith("service, 16") and "replicas" not in name), key=lambda n: summary[n]["items_per_s"][0])
-    share = [s["items_per_s"] / b["items_per_s"] for s, b in zip(repeats[best], repeats["bare, 32 pictures per call"], strict=True)]
+    full = "service, 16 pictures, 16 clients"
+    share = [s["items_per_s"] / b["items_per_s"] for s, b in zip(repeats[full], repeats["bare, 32 pictures per call"], strict=True)]
     added = [s["p99_ms"] - b["p99_ms"] for s, b in zip(repeats["service, 1 picture, 1 clients"], repeats["bare, 1 picture per call"], strict=True)]
     two, one = repeats["service, 16 pictures as safetensors, 16 clients, 2 replicas"], repeats["service, 16 pictures as safetensors, 16 clients"]
     return {
         "share of the bare scorer's throughput at saturation (target 0.90)": statistics.median(share),
-        "measured at": best,
+        "measured at": full,
         "p99 added at concurrency 1, ms (target 15)": statistics.median(added),
         "throughput of 2 replicas over 1": statistics.median(a["items_per_s"] / b["items_per_s"] for a, b in zip(two, one, strict=True)),
     }
@@ -291,7 +291,7 @@ def main() -> None:
             for name, measure in todo.items():
                 repeats[name].append(measure())
     summary = summarise(repeats)
-    result = {"cpus": os.cpu_count(), "load_before_each_repeat": loads, "figures": summary, "targets": targets(summary, repeats)}
+    result = {"cpus": os.cpu_count(), "load_before_each_repeat": loads, "figures": summary, "targets": targets(repeats)}
     if arguments.json:
         arguments.json.write_text(json.dumps({**result, "repeats": repeats}, indent=1) + "\n")
     print(markdown(result) if arguments.markdown else json.dumps(result, indent=1))
