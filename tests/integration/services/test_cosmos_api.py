@@ -70,7 +70,7 @@ class Trainer:
 IMAGES = np.random.default_rng(3).integers(0, 256, (2, 16, 12, 3), dtype=np.uint8)
 
 
-def test_images_from_enqueue_to_scores(rest: Serve, redis_url: str) -> None:
+def test_acceptance_8_cosmos_images_from_enqueue_to_scores(rest: Serve, redis_url: str) -> None:
     trainer = Trainer(rest(fleet(redis_url, delay_s=0.4)).base_url)
     data = {"prompts": ["one", "two"], "reward_fn": {"mean": 0.5, "ocr": 0.0}, "media_type": "image"}
     assert trainer.post("/api/reward/ping", urlencode({"info_data": json.dumps(data)}).encode(), "application/x-www-form-urlencoded") == (

@@ -42,7 +42,7 @@ def batch(number: int) -> tuple[bytes, list[float]]:
     return npy(pictures), [float(p.mean()) for p in pictures]
 
 
-def test_replicas_killed_under_load_cost_nobody_an_answer(fleet_url: str) -> None:
+def test_acceptance_8_replicas_killed_under_load_cost_nobody_an_answer(fleet_url: str) -> None:
     """Clients that never retry, three replicas killed one after the other: nothing lost, nothing wrong."""
     stop, lost, wrong, right = threading.Event(), [], [], [0]
 
@@ -99,7 +99,7 @@ def test_a_killed_ingress_loses_no_job(fleet_url: str) -> None:
         assert [r["reward"] for r in job["result"]["results"]] == [40.0, 40.0]
 
 
-def test_overload_is_refused_with_a_time_to_come_back_and_nothing_is_dropped(fleet_url: str) -> None:
+def test_acceptance_8_overload_is_refused_and_nothing_is_dropped(fleet_url: str) -> None:
     def post(_: int) -> httpx.Response:
         return httpx.post(f"{fleet_url}/v1/score", timeout=60, **form(model="slow", timeout_s="15"))
 

@@ -36,7 +36,7 @@ def ended(client: httpx.Client, place: str, **headers: str) -> dict[str, Any]:
     return found
 
 
-def test_a_job_gives_what_score_gives(rest: Serve, redis_url: str) -> None:
+def test_acceptance_8_a_job_gives_what_score_gives(rest: Serve, redis_url: str) -> None:
     client = rest(fleet(redis_url))
     answer = client.post("/v1/jobs", **form("a", "fail"))
     assert answer.status_code == 202, answer.text
@@ -119,7 +119,7 @@ def test_an_idempotency_key_makes_one_job(rest: Serve, redis_url: str) -> None:
     assert client.post("/v1/jobs", headers=key, **form("another prompt")).json()["code"] == "idempotency_mismatch"
 
 
-def test_an_answer_replays_from_another_process(rest: Serve, redis_url: str) -> None:
+def test_acceptance_8_an_answer_replays_from_another_process(rest: Serve, redis_url: str) -> None:
     one, two = rest(fleet(redis_url)), rest(fleet(redis_url))
     key = {"Idempotency-Key": "score-1"}
     first, again = one.post("/v1/score", headers=key, **form()), two.post("/v1/score", headers=key, **form())

@@ -65,7 +65,7 @@ def test_multipart_and_json_give_the_same_scores(url: str, png: bytes) -> None:
     assert set(answer.results[0].scores.values()) == {1.0}
 
 
-def test_failures_are_typed_per_item(url: str, png: bytes) -> None:
+def test_acceptance_8_failures_are_typed_per_item(url: str, png: bytes) -> None:
     answer = form(url, ['"407"', "none", '""', '"407"'], [png, png, png, b"junk"], model="ocr")
     items = answer.json()["results"]
     assert items[0]["reward"] == 1.0
@@ -87,7 +87,7 @@ def test_the_client_agrees_with_the_service(url: str, draw: Callable[..., Image]
     assert results[7].code == "no_quoted_text"
 
 
-def test_limits(url: str, png: bytes) -> None:
+def test_acceptance_8_limits(url: str, png: bytes) -> None:
     problem(form(url, ['"1"'], [b"x" * 70_000]), 413, "body_too_large")
 
     def stream() -> Any:  # no Content-Length: the cap works on what arrives
@@ -109,7 +109,7 @@ def test_limits(url: str, png: bytes) -> None:
     problem(httpx.post(f"{url}/v1/score", json={"items": items}), 413, "too_many_items")
 
 
-def test_wrong_requests(url: str, png: bytes) -> None:
+def test_acceptance_8_wrong_requests(url: str, png: bytes) -> None:
     problem(form(url, ['"1"', '"2"'], [png], model="ocr"), 422, "invalid_request")
     unnamed = httpx.post(f"{url}/v1/score", files=[("picture", ("x", png))])
     assert "unknown field 'picture'" in problem(unnamed, 422, "invalid_request").detail

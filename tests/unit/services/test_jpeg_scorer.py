@@ -19,7 +19,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize(("name", "kilobytes"), [("black", 1.651), ("grey", 1.649), ("ramp", 6.643), ("noise", 77.481)])
-def test_recorded_sizes(name: str, kilobytes: float) -> None:
+def test_acceptance_7_recorded_sizes(name: str, kilobytes: float) -> None:
     (result,) = JpegScorer(JpegReward()).score([""], [Media.image(PICTURES[name])])
     assert isinstance(result, ItemScore)
     assert result.sub_scores["incompressibility"] == kilobytes

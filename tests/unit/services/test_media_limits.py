@@ -78,7 +78,7 @@ def test_an_npy_batch_counts_as_its_images() -> None:
         ([encoded(np.stack([PICTURE] * 4), "npy")], "image_too_large"),
     ],
 )
-def test_limits_refuse_the_request_before_decoding(files: list[bytes], code: str) -> None:
+def test_acceptance_8_limits_refuse_the_request_before_decoding(files: list[bytes], code: str) -> None:
     with pytest.raises(ProblemError) as refused:
         decode_files(files, LIMITS)
     assert (refused.value.status, refused.value.code) == (413, code)

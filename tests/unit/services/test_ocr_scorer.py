@@ -125,7 +125,7 @@ def test_the_mode_is_the_reward(mode: Literal["cosmos", "strict"], draw: Draw) -
     assert rewards([result]) == [{"cosmos": 1.0, "strict": pytest.approx(2 / 3)}[mode]]
 
 
-def test_rendered_targets_of_flow_grpo_are_read(shared_data: Callable[[str], Path], draw_line: Draw) -> None:
+def test_acceptance_6_rendered_targets_of_flow_grpo_are_read(shared_data: Callable[[str], Path], draw_line: Draw) -> None:
     """The first 60 targets of flow_grpo's OCR test prompts, drawn large and clean: mean reward at least 0.99."""
     prompts = shared_data("ocr/test.txt").read_text().splitlines()[:60]
     scorer = OcrScorer(OcrConfig(reading="detection", upscale=1))

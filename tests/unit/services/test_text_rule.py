@@ -32,7 +32,7 @@ def target(text: str) -> Target:
 
 
 @pytest.mark.parametrize(("text", "lines", "flow_grpo", "cosmos"), VECTORS)
-def test_vectors_of_both_references(text: str, lines: list[str], flow_grpo: float, cosmos: float) -> None:
+def test_acceptance_6_vectors_of_both_references(text: str, lines: list[str], flow_grpo: float, cosmos: float) -> None:
     asked = target(text)
     assert score_text(asked, lines).reward == pytest.approx(flow_grpo, abs=5e-7)
     assert score_text(asked, lines, "cosmos").reward == pytest.approx(cosmos, abs=5e-7)
