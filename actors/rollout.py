@@ -30,6 +30,7 @@ from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.kernel_names import stochastic_steps
 from diffusion.seeds import key
 from diffusion.text.base import TextConditioning
 from replay.buffer import Lease
@@ -76,7 +77,7 @@ def trained_steps(sampler: SamplerConfig, seed: int, group: int) -> tuple[int, .
     if isinstance(sampler.trained_steps, list):
         return tuple(sorted(sampler.trained_steps))
     rng = np.random.default_rng(key(seed, "trained", group))
-    drawn = rng.choice(sampler.steps - 1, sampler.trained_steps, replace=False)
+    drawn = rng.choice(stochastic_steps(sampler.kernel, sampler.steps), sampler.trained_steps, replace=False)
     return tuple(sorted(int(i) for i in drawn))
 
 
@@ -85,7 +86,7 @@ def group_requests(
 ) -> list[SampleRequest]:
     """The requests of one group's members."""
     trained = trained_steps(sampler, seed, group)
-    stochastic = range(sampler.steps - 1) if sampler.noise_on == "all" else trained
+    stochastic = range(stochastic_steps(sampler.kernel, sampler.steps)) if sampler.noise_on == "all" else trained
     return [
         SampleRequest(
             id=member,
