@@ -23,7 +23,7 @@ from diffusion.attention import resolve_provider
 from diffusion.codecs import Codec, IdentityCodec
 from diffusion.config import ModelConfig
 from diffusion.models.sd3 import SD3Config, SD3Transformer
-from diffusion.processes import ForwardProcess, RectifiedFlow
+from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
 from diffusion.text import glyph
 from diffusion.text.base import TextEncoder
@@ -124,7 +124,7 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
         load_state(model, read_weights(folder / "transformer"), str(folder))
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     try:
-        process = RectifiedFlow(float(scheduler.get("shift", 1.0)))
+        process = process_from_scheduler(scheduler)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {error}") from None
     try:
