@@ -67,7 +67,7 @@ class Engine:
 
     def add_request(self, request: SampleRequest) -> None:
         """Queue a request. Raises ValueError when its size does not fit the model or the token budget."""
-        tokens = self.model.tokens(*request.shape[1:]) + len(request.prompt_embeds)
+        tokens = self.model.packed_tokens(request.shape, len(request.prompt_embeds))
         self._scheduler.add(_Running(request, self.process.time_grid(request.steps), self.version, self.device), tokens)
 
     def _kernel(self, request: SampleRequest) -> StepKernel:
