@@ -117,7 +117,7 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     if encoder_class != glyph.CLASS_NAME:
         raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {glyph.CLASS_NAME}")
     provider = "auto" if device.type == "cpu" else config.attention
-    model = SD3Transformer(read_transformer_config(folder), resolve_provider(provider, device))
+    model = SD3Transformer(read_transformer_config(folder), resolve_provider(provider, device).name)
     if config.init:
         model.init_weights(generator(seed, "init"))
     else:

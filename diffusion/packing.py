@@ -3,84 +3,176 @@
 A stream has shape `[rows, tokens, dim]`. Requests of one length stand as one row each (`[B, L, dim]`, a plain batch);
 requests of unequal length are laid end to end in a single row (`[1, T, dim]`). Everything that acts on tokens alone
 (linear layers, norms) does not care; what acts per request goes through the `Stream` that describes the layout.
+
+Where shapes should repeat (compiled code), a stream is always one row and ends in padding up to a rung of a ladder
+(`rung`). Padding belongs to no request: attention leaves it out, its tokens are modulated by a row of their own, and
+nothing reads what becomes of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from diffusion.attention import Segments, constants
+
+MIN_RUNGS = 8
+"""Fewest rungs an octave: padding then stays below 1/8 of the tokens."""
+
+
+def rung(tokens: int, per_octave: int) -> int:
+    """Smallest rung that holds `tokens`: each octave (2^k, 2^(k+1)] has `per_octave` equally spaced rungs.
+
+    Raises:
+        ValueError: fewer than `MIN_RUNGS` rungs an octave.
+    """
+    if per_octave < MIN_RUNGS:
+        raise ValueError(f"{per_octave} bucket sizes an octave would pad by more than 1/{MIN_RUNGS}; set buckets to {MIN_RUNGS} or more")
+    step = max(1, (1 << (tokens - 1).bit_length() - 1) // per_octave) if tokens > 1 else 1
+    return -(-tokens // step) * step
+
+
+def spread(values: Tensor, owner: Tensor | None) -> Tensor:
+    """Per-request values `[R, dim]` in a shape that broadcasts over a stream's tokens.
+
+    Args:
+        owner: request of each token `[T]`, or None where requests stand as rows.
+    """
+    return values[:, None] if owner is None else values.index_select(0, owner)[None]
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Layout of one packed stream: the token count of each request, in request order."""
+    """Layout of one packed stream.
+
+    Attributes:
+        lens: token count of each request, in request order.
+        padding: None: requests of equal length stand as rows. A number: all requests in one row with that many tokens
+            of padding behind them.
+    """
 
     lens: tuple[int, ...]
+    padding: int | None = None
+    _owners: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def even(self) -> bool:
-        return len(set(self.lens)) == 1
+        """Whether requests stand as rows."""
+        return self.padding is None and len(set(self.lens)) == 1
 
-    @property
+    @cached_property
     def total(self) -> int:
+        """Tokens of all requests."""
         return sum(self.lens)
 
-    def pack(self, parts: list[Tensor] | Tensor) -> Tensor:
+    @property
+    def size(self) -> int:
+        """Tokens of the stream, padding included."""
+        return self.total + (self.padding or 0)
+
+    def pack(self, parts: Sequence[Tensor] | Tensor) -> Tensor:
         """Tokens per request (`[L_i, dim]` each, or `[B, L, dim]`) to a stream."""
-        if isinstance(parts, Tensor):
-            return parts
-        return torch.stack(parts) if self.even else torch.cat(parts)[None]
+        if self.even:
+            return parts if isinstance(parts, Tensor) else torch.stack(list(parts))
+        flat = parts.flatten(0, 1) if isinstance(parts, Tensor) else torch.cat(list(parts))
+        return (F.pad(flat, (0, 0, 0, self.padding)) if self.padding else flat)[None]
+
+    def owner(self, device: torch.device) -> Tensor | None:
+        """Request of each token `[size]`, len(lens) for padding; None where requests stand as rows."""
+        if self.even:
+            return None
+        if device not in self._owners:
+            with constants():
+                lens = torch.tensor([*self.lens, self.padding or 0])
+                self._owners[device] = torch.arange(len(lens)).repeat_interleave(lens).to(device)
+        return self._owners[device]
 
     def per_token(self, values: Tensor) -> Tensor:
-        """Per-request values `[B, dim]` in a shape that broadcasts over the stream's tokens."""
+        """Per-request values `[B, dim]` (one row more where there is padding) in a shape that broadcasts over the stream's tokens."""
+        return spread(values, self.owner(values.device))
+
+    def flat(self, tokens: Tensor) -> Tensor:
+        """The requests' tokens in one row, without padding: `[1, total, …]`."""
+        return tokens.reshape(1, -1, *tokens.shape[2:])[:, : self.total]
+
+    def unflat(self, tokens: Tensor) -> Tensor:
+        """Inverse of `flat`; padding becomes zeros."""
         if self.even:
-            return values[:, None]
-        repeats = torch.tensor(self.lens, device=values.device)
-        return values.repeat_interleave(repeats, dim=0, output_size=self.total)[None]
+            return tokens.reshape(len(self.lens), self.lens[0], *tokens.shape[2:])
+        return torch.cat([tokens, tokens.new_zeros(1, self.padding, *tokens.shape[2:])], 1) if self.padding else tokens
 
     def unpack(self, tokens: Tensor) -> list[Tensor]:
         """Stream to a list of `[L_i, dim]`."""
-        return list(tokens) if self.even else list(tokens[0].split(self.lens))
+        return list(tokens) if self.even else list(self.flat(tokens)[0].split(self.lens))
 
 
-class JointLayout:
-    """How two streams interleave for joint attention: `[image_0, text_0, image_1, text_1, …]`."""
+class Layout:
+    """Two streams of the same requests, image and text, and who attends to whom. Made once a forward, shared by all layers.
+
+    Attributes:
+        own: each request's image tokens see themselves.
+        joint: `[image_i, text_i]` see themselves (MMDiT).
+        cross: image tokens see their request's text.
+    """
 
     def __init__(self, image: Stream, text: Stream) -> None:
         if len(image.lens) != len(text.lens):
             raise ValueError(f"{len(image.lens)} image requests but {len(text.lens)} text requests")
         self.image, self.text = image, text
-        self.lens = [a + b for a, b in zip(image.lens, text.lens, strict=True)]
         self.even = image.even and text.even
+        self._orders: dict[torch.device, Tensor] = {}
 
     @cached_property
-    def _order(self) -> Tensor:
-        """Position in `[all image tokens, all text tokens]` of each token of the joint order."""
-        images = torch.arange(self.image.total).split(self.image.lens)
-        texts = (torch.arange(self.text.total) + self.image.total).split(self.text.lens)
-        return torch.cat([p for pair in zip(images, texts, strict=True) for p in pair])
+    def own(self) -> Segments:
+        return Segments(self.image.lens)
+
+    @cached_property
+    def joint(self) -> Segments:
+        return Segments([a + b for a, b in zip(self.image.lens, self.text.lens, strict=True)])
+
+    @cached_property
+    def cross(self) -> Segments:
+        return Segments(self.image.lens, self.text.lens)
+
+    def _order(self, device: torch.device) -> Tensor:
+        """Position in `[image stream, text stream]` of each token of the joint order, padding left out."""
+        if device not in self._orders:
+            with constants():
+                images = torch.arange(self.image.total).split(self.image.lens)
+                texts = (torch.arange(self.text.total) + self.image.size).split(self.text.lens)
+                self._orders[device] = torch.cat([p for pair in zip(images, texts, strict=True) for p in pair]).to(device)
+        return self._orders[device]
 
     def join(self, image: Tensor, text: Tensor) -> Tensor:
-        """Two streams `[rows, tokens, …]` to the joint packed sequence `[1, T, …]`."""
+        """Two streams `[rows, tokens, …]` to the joint packed sequence `[1, T, …]`, request after request, image before text."""
         if self.even:
             both = torch.cat([image, text], 1)
             return both.reshape(1, -1, *both.shape[2:])
         flat = torch.cat([a.reshape(-1, *a.shape[2:]) for a in (image, text)])
-        return flat[self._order.to(flat.device)][None]
+        return flat.index_select(0, self._order(flat.device))[None]
 
     def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse of `join`."""
+        """Inverse of `join`; padding becomes zeros."""
         if self.even:
-            rows = joint.reshape(len(self.lens), self.lens[0], *joint.shape[2:])
+            rows = joint.reshape(len(self.image.lens), -1, *joint.shape[2:])
             return rows[:, : self.image.lens[0]], rows[:, self.image.lens[0] :]
-        back = torch.empty_like(self._order)
-        back[self._order] = torch.arange(len(self._order))
-        flat = joint[0][back.to(joint.device)]
-        parts = flat[: self.image.total], flat[self.image.total :]
-        return (
-            parts[0].reshape(len(self.image.lens), -1, *flat.shape[1:]) if self.image.even else parts[0][None],
-            parts[1].reshape(len(self.text.lens), -1, *flat.shape[1:]) if self.text.even else parts[1][None],
-        )
+        flat = joint.new_zeros(self.image.size + self.text.size, *joint.shape[2:]).index_copy(0, self._order(joint.device), joint[0])
+        image, text = flat.split((self.image.size, self.text.size))
+        return self.image.unflat(image[None]) if self.image.even else image[None], self.text.unflat(text[None]) if self.text.even else text[None]
+
+
+@lru_cache(maxsize=64)
+def layout(image: tuple[int, ...], text: tuple[int, ...], buckets: int | None) -> Layout:
+    """Layout of requests with these token counts; remembered, since an engine's batch repeats for many steps.
+
+    Args:
+        buckets: rungs an octave that both streams are padded to (see `rung`); None: no padding.
+    """
+    if buckets is None:
+        return Layout(Stream(image), Stream(text))
+    return Layout(*(Stream(lens, rung(sum(lens), buckets) - sum(lens)) for lens in (image, text)))

@@ -57,7 +57,7 @@ class Learner:
         self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         if config.learner.shard_blocks:
-            for block in self.model.transformer_blocks:
+            for block in self.model.blocks:
                 fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh, reshard_after_forward=config.learner.shard_blocks)
         o = config.optimizer

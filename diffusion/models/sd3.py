@@ -7,7 +7,7 @@ runs over `[image_i, text_i]` segments, modulation is per request.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.attention import varlen_attention
-from diffusion.packing import JointLayout, Stream
+from diffusion.models.base import Block, PackedModel, by_shape, feed_forward_bytes
+from diffusion.models.layers import FeedForward, TwoLayer, norm, time_features
+from diffusion.packing import Layout, spread
 
 
 @dataclass(frozen=True)
@@ -100,21 +102,8 @@ class PatchEmbed(nn.Module):
         return tokens.flatten(2).transpose(1, 2) + self.crop(rows, columns)
 
 
-class TwoLayer(nn.Module):
-    """linear_1, SiLU, linear_2: diffusers' TimestepEmbedding and PixArtAlphaTextProjection."""
-
-    def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
-        return out
-
-
 class TimeTextEmbed(nn.Module):
-    """Conditioning vector: sinusoidal time (256 channels, cosine first) and the pooled text, each through two layers."""
+    """Conditioning vector: sinusoidal time (256 channels) and the pooled text, each through two layers."""
 
     def __init__(self, config: SD3Config) -> None:
         super().__init__()
@@ -122,50 +111,32 @@ class TimeTextEmbed(nn.Module):
         self.text_embedder = TwoLayer(config.pooled_projection_dim, config.inner_dim)
 
     def forward(self, t: Tensor, pooled: Tensor) -> Tensor:
-        """`t` `[B]` in [0, 1] (the network sees 1000 t), `pooled` `[B, P]` to `[B, dim]`."""
-        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
-        angle = 1000 * t.float()[:, None] * frequency
-        time = torch.cat([angle.cos(), angle.sin()], 1).to(pooled.dtype)
-        out: Tensor = self.timestep_embedder(time) + self.text_embedder(pooled)
+        """`t` `[B]` in [0, 1], `pooled` `[B, P]` to `[B, dim]`."""
+        out: Tensor = self.timestep_embedder(time_features(t).to(pooled.dtype)) + self.text_embedder(pooled)
         return out
 
 
 class Modulation(nn.Module):
-    """SiLU then one linear to `count` vectors; and the layer norm that they shift and scale (adaLN)."""
+    """SiLU then one linear to `count` vectors that shift, scale and gate tokens (adaLN)."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
         self.count = count
         self.linear = nn.Linear(dim, count * dim)
-        self.dim = dim
 
-    def forward(self, temb: Tensor, stream: Stream) -> tuple[Tensor, ...]:
-        return tuple(stream.per_token(part) for part in self.linear(F.silu(temb)).chunk(self.count, 1))
-
-
-def norm(x: Tensor) -> Tensor:
-    """Layer norm without parameters, eps 1e-6."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-class FeedForward(nn.Module):
-    """GELU (tanh) MLP of width 4; parameter names net.0.proj and net.2."""
-
-    class _Proj(nn.Module):
-        def __init__(self, dim: int) -> None:
-            super().__init__()
-            self.proj = nn.Linear(dim, 4 * dim)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.gelu(self.proj(x), approximate="tanh")
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(self._Proj(dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
+    def forward(self, temb: Tensor) -> Tensor:
+        """Conditioning `[R, dim]` to `[R, count * dim]`."""
+        out: Tensor = self.linear(F.silu(temb))
         return out
+
+    def parts(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        """Its output as `count` vectors `[R, dim]`."""
+        return vectors.chunk(self.count, 1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, owner: Tensor | None) -> Tensor:
+    """Shift and scale tokens by the vectors of their requests (`[R, dim]` each; `owner` as in `spread`)."""
+    return x * (1 + spread(scale, owner)) + spread(shift, owner)
 
 
 class Attention(nn.Module):
@@ -174,7 +145,7 @@ class Attention(nn.Module):
     def __init__(self, config: SD3Config, joint: bool, text_out: bool) -> None:
         super().__init__()
         dim = config.inner_dim
-        self.heads, self.joint = config.num_attention_heads, joint
+        self.heads = config.num_attention_heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         qk_norm = config.qk_norm is not None
@@ -190,27 +161,23 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (self.heads, -1))
         return x if rms is None else rms(x).to(x.dtype)  # autocast on a GPU computes the norm in fp32
 
-    def forward(self, image: Tensor, stream: Stream, provider: str) -> Tensor:
-        """Self-attention of the image stream alone (SD3.5's second attention)."""
-        q = self._heads(self.to_q(image), self.norm_q)
-        k = self._heads(self.to_k(image), self.norm_k)
-        v = self._heads(self.to_v(image), None)
-        flat_q, flat_k, flat_v = (a.reshape(1, stream.total, *a.shape[2:]) for a in (q, k, v))
-        out = varlen_attention(flat_q, flat_k, flat_v, list(stream.lens), provider).flatten(-2)
-        result: Tensor = self.to_out[0](out.reshape(image.shape))
-        return result
+    def image_qkv(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[rows, tokens, dim]` to queries, keys and values `[rows, tokens, heads, head_dim]`."""
+        return self._heads(self.to_q(image), self.norm_q), self._heads(self.to_k(image), self.norm_k), self._heads(self.to_v(image), None)
 
-    def forward_joint(self, image: Tensor, text: Tensor, layout: JointLayout, provider: str) -> tuple[Tensor, Tensor | None]:
-        """Joint attention over `[image_i, text_i]`; the text output is None in the last block."""
-        q = layout.join(self._heads(self.to_q(image), self.norm_q), self._heads(self.add_q_proj(text), self.norm_added_q))
-        k = layout.join(self._heads(self.to_k(image), self.norm_k), self._heads(self.add_k_proj(text), self.norm_added_k))
-        v = layout.join(self._heads(self.to_v(image), None), self._heads(self.add_v_proj(text), None))
-        image_out, text_out = layout.split(varlen_attention(q, k, v, layout.lens, provider).flatten(-2))
-        return self.to_out[0](image_out), None if self.to_add_out is None else self.to_add_out(text_out)
+    def text_qkv(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of the text stream."""
+        q, k, v = self.add_q_proj(text), self.add_k_proj(text), self.add_v_proj(text)
+        return self._heads(q, self.norm_added_q), self._heads(k, self.norm_added_k), self._heads(v, None)
 
 
-class JointBlock(nn.Module):
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class JointBlock(Block):
     """One MMDiT block. `last` has no text output; `dual` adds SD3.5's second image attention."""
+
+    regions = ("before", "after")
 
     def __init__(self, config: SD3Config, last: bool, dual: bool) -> None:
         super().__init__()
@@ -220,44 +187,75 @@ class JointBlock(nn.Module):
         self.norm1_context = Modulation(dim, 2 if last else 6)
         self.attn = Attention(config, joint=True, text_out=not last)
         self.attn2 = Attention(config, joint=False, text_out=False) if dual else None
-        self.ff = FeedForward(dim)
-        self.ff_context = None if last else FeedForward(dim)
+        self.ff = FeedForward(dim, 4 * dim)
+        self.ff_context = None if last else FeedForward(dim, 4 * dim)
 
-    def forward(self, image: Tensor, text: Tensor, temb: Tensor, layout: JointLayout, provider: str) -> tuple[Tensor, Tensor]:
-        mod = self.norm1(temb, layout.image)
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = mod[:6]
-        normed = norm(image)
-        image_in = normed * (1 + scale) + shift
-        text_mod = self.norm1_context(temb, layout.text)
+    def before(
+        self, image: Tensor, text: Tensor, temb: Tensor, image_owner: Tensor | None, text_owner: Tensor | None
+    ) -> tuple[QKV, QKV, QKV | None, Tensor, Tensor]:
+        """Everything up to the attentions: their inputs (image, text, second image), and the modulation vectors of each request."""
+        image_mod, text_mod = self.norm1(temb), self.norm1_context(temb)
+        shift, scale, *_ = parts = self.norm1.parts(image_mod)
         # the last block's text norm (diffusers' AdaLayerNormContinuous) puts the scale first
-        text_scale_in, text_shift_in = text_mod[:2] if self.last else (text_mod[1], text_mod[0])
-        text_in = norm(text) * (1 + text_scale_in) + text_shift_in
+        text_shift, text_scale = self.norm1_context.parts(text_mod)[:2][:: -1 if self.last else 1]
+        normed = norm(image)
+        second = None if self.attn2 is None else self.attn2.image_qkv(modulate(normed, parts[6], parts[7], image_owner))
+        image_qkv = self.attn.image_qkv(modulate(normed, shift, scale, image_owner))
+        text_qkv = self.attn.text_qkv(modulate(norm(text), text_shift, text_scale, text_owner))
+        return image_qkv, text_qkv, second, image_mod, text_mod
 
-        image_attn, text_attn = self.attn.forward_joint(image_in, text_in, layout, provider)
-        image = image + gate * image_attn
-        if self.attn2 is not None:
-            shift2, scale2, gate2 = mod[6:]
-            image = image + gate2 * self.attn2(normed * (1 + scale2) + shift2, layout.image, provider)
-        image = image + gate_ff * self.ff(norm(image) * (1 + scale_ff) + shift_ff)
+    def after(
+        self,
+        streams: tuple[Tensor, Tensor],
+        attended: tuple[Tensor, Tensor, Tensor | None],
+        modulation: tuple[Tensor, Tensor],
+        image_owner: Tensor | None,
+        text_owner: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Everything behind the attentions, from their outputs (image, text, second image): the new streams."""
+        (image, text), (image_attn, text_attn, second), (image_mod, text_mod) = streams, attended, modulation
+        _, _, gate, shift, scale, gate_ff, *others = self.norm1.parts(image_mod)
+        image = image + spread(gate, image_owner) * self.attn.to_out[0](image_attn)
+        if self.attn2 is not None and second is not None:
+            image = image + spread(others[2], image_owner) * self.attn2.to_out[0](second)
+        image = image + spread(gate_ff, image_owner) * self.ff(modulate(norm(image), shift, scale, image_owner))
 
-        if self.ff_context is not None and text_attn is not None:
-            _, _, text_gate, text_shift, text_scale, text_gate_ff = text_mod
-            text = text + text_gate * text_attn
-            text = text + text_gate_ff * self.ff_context(norm(text) * (1 + text_scale) + text_shift)
+        if self.ff_context is not None and self.attn.to_add_out is not None:
+            _, _, gate, shift, scale, gate_ff = self.norm1_context.parts(text_mod)
+            text = text + spread(gate, text_owner) * self.attn.to_add_out(text_attn)
+            text = text + spread(gate_ff, text_owner) * self.ff_context(modulate(norm(text), shift, scale, text_owner))
         return image, text
 
+    def _attend(self, image: QKV, text: QKV, second: QKV | None, layout: Layout, provider: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        q, k, v = (layout.join(a, b) for a, b in zip(image, text, strict=True))
+        image_out, text_out = layout.split(varlen_attention(q, k, v, layout.joint, provider).flatten(-2))
+        if second is None:
+            return image_out, text_out, None
+        q, k, v = (layout.image.flat(a) for a in second)
+        return image_out, text_out, layout.image.unflat(varlen_attention(q, k, v, layout.own, provider).flatten(-2))
 
-class SD3Transformer(nn.Module):
+    def forward(self, image: Tensor, text: Tensor, temb: Tensor, layout: Layout, provider: str) -> tuple[Tensor, Tensor]:
+        owners = layout.image.owner(image.device), layout.text.owner(text.device)
+        image_qkv, text_qkv, second, image_mod, text_mod = self.before(image, text, temb, *owners)
+        attended = self._attend(image_qkv, text_qkv, second, layout, provider)
+        del image_qkv, text_qkv, second  # the feed-forward is where memory peaks
+        return self.after((image, text), attended, (image_mod, text_mod), *owners)
+
+
+class SD3Transformer(PackedModel):
     """Velocity network of SD3 / SD3.5.
 
     Args:
         config: architecture.
-        provider: attention provider (see `diffusion.attention`); an attribute, changeable at any time.
+        provider: attention provider.
     """
+
+    block_list = "transformer_blocks"
 
     def __init__(self, config: SD3Config, provider: str = "sdpa") -> None:
         super().__init__()
-        self.config, self.provider = config, provider
+        self._config, self.provider = config, provider
+        self.patch = (config.patch_size, config.patch_size)
         self.out_channels = config.in_channels if config.out_channels is None else config.out_channels
         self.pos_embed = PatchEmbed(config)
         self.time_text_embed = TimeTextEmbed(config)
@@ -266,6 +264,10 @@ class SD3Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(JointBlock(config, last=i == last, dual=i in config.dual_attention_layers) for i in range(config.num_layers))
         self.norm_out = Modulation(config.inner_dim, 2)
         self.proj_out = nn.Linear(config.inner_dim, config.patch_size**2 * self.out_channels)
+
+    @property
+    def config(self) -> SD3Config:
+        return self._config
 
     def init_weights(self, generator: torch.Generator) -> None:
         """DiT initialisation (arXiv 2212.09748): Xavier-uniform linears, zero modulation and output layers."""
@@ -279,47 +281,22 @@ class SD3Transformer(nn.Module):
                 nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.proj_out.weight)
 
-    def tokens(self, height: int, width: int) -> int:
-        """Image tokens of one request of this latent size. Raises ValueError when the size does not fit the patches."""
-        patch = self.config.patch_size
-        if height % patch or width % patch:
-            raise ValueError(f"latent size {height}x{width} is not a multiple of the patch size {patch}")
-        return (height // patch) * (width // patch)
+    def packed_tokens(self, shape: Sequence[int], prompt_tokens: int) -> int:
+        """Image and text tokens: both go through every layer."""
+        return self.tokens(shape) + prompt_tokens
 
-    def _unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        patch = self.config.patch_size
-        grid = tokens.unflatten(1, (height // patch, width // patch)).unflatten(-1, (patch, patch, self.out_channels))
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
+    def activation_bytes(self, itemsize: int) -> int:
+        """See `PackedModel.activation_bytes`; the peak is the feed-forward of a block, on either stream."""
+        return feed_forward_bytes(self.config.inner_dim, 4 * self.config.inner_dim, itemsize)
 
     def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor) -> Tensor | list[Tensor]:
-        """Velocities of a batch of requests.
-
-        Args:
-            latents: `[B, C, H, W]`, or a list of `[C, H_i, W_i]` for mixed sizes.
-            t: times `[B]` in [0, 1].
-            prompt_embeds: `[B, L, joint_attention_dim]`, or a list of `[L_i, …]`.
-            pooled: `[B, pooled_projection_dim]`.
-        Returns:
-            Velocities, shaped as `latents`.
-        """
-        if isinstance(latents, Tensor):
-            shapes = [tuple(latents.shape[-2:])] * len(latents)
-            images: Tensor | list[Tensor] = self.pos_embed(latents)
-        else:
-            shapes = [tuple(x.shape[-2:]) for x in latents]
-            images = [self.pos_embed(x[None])[0] for x in latents]
-        image_stream = Stream(tuple(self.tokens(h, w) for h, w in shapes))
-        text_stream = Stream(tuple(len(e) for e in prompt_embeds))
-        layout = JointLayout(image_stream, text_stream)
-
-        image = image_stream.pack(images)
-        text = self.context_embedder(text_stream.pack(prompt_embeds))
-        temb = self.time_text_embed(t, pooled)
+        """Velocities of a batch of requests (see `PackedModel.forward`); `pooled` is `[B, pooled_projection_dim]`."""
+        layout = self._layout(latents, prompt_embeds)
+        image = layout.image.pack(self.pos_embed(latents) if isinstance(latents, Tensor) else by_shape(latents, self.pos_embed))
+        text = self.context_embedder(layout.text.pack(prompt_embeds))
+        temb = self._per_request(self.time_text_embed(t, pooled))
         for block in self.transformer_blocks:
             image, text = block(image, text, temb, layout, self.provider)
-        scale, shift = self.norm_out(temb, image_stream)
-        out = self.proj_out(norm(image) * (1 + scale) + shift)
-
-        if isinstance(latents, Tensor):
-            return self._unpatchify(out, *shapes[0])
-        return [self._unpatchify(o[None], *s)[0] for o, s in zip(image_stream.unpack(out), shapes, strict=True)]
+        scale, shift = self.norm_out.parts(self.norm_out(temb))
+        out = self.proj_out(modulate(norm(image), shift, scale, layout.image.owner(image.device)))
+        return self._unpack(out, latents, layout.image)

@@ -1,6 +1,9 @@
-"""The loop of SDPA over segments against dense attention with a block-diagonal mask, ours and xformers'."""
+"""SDPA over runs of equal blocks against dense attention with a block-diagonal mask, ours and xformers': self, joint and cross."""
 
 from __future__ import annotations
+
+import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,51 +12,110 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion.attention import PROVIDERS, resolve_provider, varlen_attention
+from diffusion.attention import PROVIDERS, Segments, resolve_provider, varlen_attention
 
-LENS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+LENS = st.lists(st.integers(1, 5), min_size=1, max_size=8)
+PAIRS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=8)
+CPU = torch.device("cpu")
 
 
-def qkv(total: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = torch.randn(3, 1, total, 2, 8, generator=torch.Generator().manual_seed(seed))
-    return q, k, v
+def segments_of(pairs: list[tuple[int, int]], kind: str) -> Segments:
+    """Image tokens see themselves, image and text together, or the text."""
+    images, texts = [p[0] for p in pairs], [p[1] for p in pairs]
+    return {"self": Segments(images), "joint": Segments([a + b for a, b in pairs]), "cross": Segments(images, texts)}[kind]
+
+
+def qkv(segments: Segments, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    queries, keys = segments.totals
+    return torch.randn(1, queries, 2, 8, generator=g), torch.randn(1, keys, 2, 8, generator=g), torch.randn(1, keys, 2, 8, generator=g)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)), attn_mask=mask).transpose(1, 2)
 
 
-@given(lens=LENS, seed=st.integers(0, 999))
-@settings(max_examples=60)
-def test_segments_see_only_themselves(lens: list[int], seed: int) -> None:
-    q, k, v = qkv(sum(lens), seed)
-    owner = torch.arange(len(lens)).repeat_interleave(torch.tensor(lens))
-    expected = dense(q, k, v, owner[:, None] == owner)
-    torch.testing.assert_close(varlen_attention(q, k, v, lens, "sdpa"), expected, atol=1e-6, rtol=1e-5)
+def owners(lens: tuple[int, ...]) -> Tensor:
+    return torch.arange(len(lens)).repeat_interleave(torch.tensor(lens))
 
 
-@given(lens=LENS, seed=st.integers(0, 999))
-@settings(max_examples=30)
-def test_segments_are_those_of_xformers_mask(lens: list[int], seed: int) -> None:
-    from xformers.ops import fmha
+@pytest.mark.parametrize("kind", ["self", "joint", "cross"])
+@given(pairs=PAIRS, seed=st.integers(0, 999))
+@settings(max_examples=40)
+def test_blocks_see_only_their_keys(kind: str, pairs: list[tuple[int, int]], seed: int) -> None:
+    segments = segments_of(pairs, kind)
+    q, k, v = qkv(segments, seed)
+    mask = owners(segments.q_lens)[:, None] == owners(segments.kv_lens)
+    torch.testing.assert_close(varlen_attention(q, k, v, segments), dense(q, k, v, mask), atol=1e-6, rtol=1e-5)
 
-    q, k, v = qkv(sum(lens), seed)
-    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(lens).materialize((sum(lens), sum(lens)))
-    torch.testing.assert_close(varlen_attention(q, k, v, lens, "sdpa"), dense(q, k, v, mask), atol=1e-6, rtol=1e-5)
+
+@pytest.mark.parametrize("kind", ["self", "joint", "cross"])
+@given(pairs=PAIRS, seed=st.integers(0, 999))
+@settings(max_examples=25)
+def test_blocks_are_those_of_xformers_mask(kind: str, pairs: list[tuple[int, int]], seed: int) -> None:
+    segments = segments_of(pairs, kind)
+    q, k, v = qkv(segments, seed)
+    mask = segments.xformers_mask(CPU)
+    assert mask is segments.xformers_mask(CPU)  # one mask for all layers
+    torch.testing.assert_close(varlen_attention(q, k, v, segments), dense(q, k, v, mask.materialize(segments.totals)), atol=1e-6, rtol=1e-5)
 
 
-def test_equal_segments_take_one_call_and_give_the_same() -> None:
-    q, k, v = qkv(12, 0)
-    together = varlen_attention(q, k, v, [4, 4, 4])
-    apart = torch.cat([varlen_attention(q[:, s], k[:, s], v[:, s], [4]) for s in (slice(0, 4), slice(4, 8), slice(8, 12))], 1)
-    assert together.shape == q.shape
-    torch.testing.assert_close(together, apart, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("kind", ["self", "joint", "cross"])
+@given(pairs=PAIRS)
+@settings(max_examples=25)
+def test_starts_cut_the_sequence_into_the_blocks(kind: str, pairs: list[tuple[int, int]]) -> None:
+    segments = segments_of(pairs, kind)
+    starts = segments.starts(CPU)
+    assert starts[0] is segments.starts(CPU)[0]  # one tensor for all layers
+    assert [x.dtype for x in starts] == [torch.int32] * 2
+    assert tuple(starts[0].diff().tolist()) == segments.q_lens
+    assert tuple(starts[1].diff().tolist()) == segments.kv_lens
+    assert (int(starts[0][-1]), int(starts[1][-1])) == segments.totals
+
+
+@given(pairs=PAIRS)
+def test_runs_are_equal_neighbours(pairs: list[tuple[int, int]]) -> None:
+    runs = segments_of(pairs, "cross").runs
+    assert [lens for n, *lens in runs for _ in range(n)] == [list(p) for p in pairs]
+    assert all(a[1:] != b[1:] for a, b in pairwise(runs))
+
+
+@pytest.mark.parametrize(("lens", "calls"), [([4] * 6, 1), ([4] * 6 + [9] * 3, 2), ([4, 9, 4], 3)])
+def test_a_run_takes_one_call(lens: list[int], calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Size] = []
+    real = F.scaled_dot_product_attention
+
+    def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append(q.shape)
+        return real(q, k, v)
+
+    segments = Segments(lens)
+    q, k, v = qkv(segments, 0)
+    expected = dense(q, k, v, owners(segments.q_lens)[:, None] == owners(segments.q_lens))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    torch.testing.assert_close(varlen_attention(q, k, v, segments), expected, atol=1e-6, rtol=1e-5)
+    assert len(seen) == calls
+
+
+def test_gradients_flow_through_what_was_made_in_inference_mode() -> None:
+    """An engine may run in inference mode; a learner in the same process uses the same remembered tensors."""
+    segments = Segments([2, 3])
+    with torch.inference_mode():
+        starts = segments.starts(CPU)
+        mask = segments.xformers_mask(CPU)
+    assert not any(x.is_inference() for x in (*starts, mask.q_seqinfo.seqstart))
+
+
+@pytest.mark.parametrize("lens", [([2, 3], [1]), ([2, 0],), ([2, 1], [1, 0]), ([],)])
+def test_blocks_that_do_not_pair_or_hold_nothing_are_refused(lens: tuple[list[int], ...]) -> None:
+    with pytest.raises(ValueError, match=r"2 blocks of queries but 1 of keys|at least one token each"):
+        Segments(*lens)
 
 
 def test_provider_on_a_cpu() -> None:
     cpu = torch.device("cpu")
-    assert resolve_provider("auto", cpu) == "sdpa"
-    assert resolve_provider("sdpa", cpu) == "sdpa"
+    assert resolve_provider("auto", cpu) == ("sdpa", "attention: sdpa, because xformers and torch_varlen have no kernels for cpu")
+    assert resolve_provider("sdpa", cpu) == ("sdpa", "attention: sdpa, as model.attention says")
     for name in set(PROVIDERS) - {"sdpa"}:
         with pytest.raises(ValueError, match=f"'{name}' has no kernels for cpu; use model.attention=auto or sdpa"):
             resolve_provider(name, cpu)
@@ -61,9 +123,17 @@ def test_provider_on_a_cpu() -> None:
 
 def test_provider_on_a_gpu() -> None:
     gpu = torch.device("cuda")
-    assert resolve_provider("auto", gpu) == "xformers"  # importable here, see the oracle above
+    assert resolve_provider("auto", gpu).name == "xformers"  # importable here, see the oracle above
     for name in PROVIDERS:
-        assert resolve_provider(name, gpu) == name
+        assert resolve_provider(name, gpu).name == name
+
+
+def test_auto_without_xformers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # what a failed import leaves
+    name, why = resolve_provider("auto", torch.device("cuda"))
+    assert name == "sdpa"
+    assert "xformers does not import" in why
+    assert "ddrl[gpu]" in why
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

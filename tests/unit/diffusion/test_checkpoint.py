@@ -70,7 +70,7 @@ def test_the_committed_folder_is_the_skeleton_the_code_writes(tmp_path: Path) ->
 def test_the_committed_policy_is_small_and_fits_its_parts() -> None:
     model = SD3Transformer(CONFIG)
     assert sum(v.numel() for v in model.state_dict().values()) <= 1_800_000
-    assert model.tokens(32, 96) == 8 * 24
+    assert model.tokens((3, 32, 96)) == 8 * 24
     policy = load(COMMITTED, init=True)
     text = policy.text_encoder.encode(['a sign that says "4071"'])
     assert text.prompt_embeds.shape[-1] == policy.transformer.config.joint_attention_dim

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffusion.attention import Segments
 from diffusion.models.sd3 import SD3Config, SD3Transformer, sincos_table
+from tests.unit.diffusion.peak import PeakBytes
 
 Build = Callable[..., SD3Transformer]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -194,7 +196,7 @@ def test_attention_gets_one_type_even_where_norms_compute_in_fp32(tiny_model: Bu
 
     seen: list[set[torch.dtype]] = []
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, lens: list[int], provider: str) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, provider: str) -> Tensor:
         seen.append({q.dtype, k.dtype, v.dtype})
         return v
 
@@ -217,14 +219,37 @@ def test_attention_gets_one_type_even_where_norms_compute_in_fp32(tiny_model: Bu
 def test_a_size_that_does_not_fit_is_refused(size: tuple[int, int], as_list: bool, tiny_model: Build) -> None:
     model = tiny_model()
     x = torch.zeros(3, *size)
-    with pytest.raises(ValueError, match=r"multiple of the patch size 2|exceed pos_embed_max_size=8"):
+    with pytest.raises(ValueError, match=r"multiple of the patch size 2x2|exceed pos_embed_max_size=8"):
         model([x] if as_list else x[None], torch.zeros(1), torch.zeros(1, 5, 12), torch.zeros(1, 6))
 
 
 def test_token_counts(tiny_model: Build) -> None:
-    assert tiny_model().tokens(8, 12) == 4 * 6
-    with pytest.raises(ValueError, match="8x13 is not a multiple of the patch size 2"):
-        tiny_model().tokens(8, 13)
+    model = tiny_model()
+    assert model.tokens((3, 8, 12)) == 4 * 6
+    assert model.packed_tokens((3, 8, 12), 5) == 4 * 6 + 5
+    for bad, message in (((3, 8, 13), "8x13 is not a multiple of the patch size 2x2"), ((3, 0, 8), "0x8 is not"), ((4, 8, 8), "3 channels, height, width")):
+        with pytest.raises(ValueError, match=message):
+            model.tokens(bad)
+    with pytest.raises(ValueError, match=r"shape \(3, 1, 8, 8\) does not fit"):
+        model.packed_tokens((3, 1, 8, 8), 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[(32, 32)] * 4, [(32, 32), (32, 32), (16, 32), (8, 8)]], ids=["even", "mixed"])
+@pytest.mark.parametrize("prompt", [3, 300])
+def test_the_memory_planner_gets_an_upper_bound_that_is_not_far_off(
+    style: str, sizes: list[tuple[int, int]], prompt: int, dtype: torch.dtype, tiny_model: Build
+) -> None:
+    wide = {"attention_head_dim": 32, "num_attention_heads": 4, "caption_projection_dim": 128, "pos_embed_max_size": 16}
+    model = tiny_model(style, **wide)
+    latents = latents_of(model.config, sizes)
+    t, embeds, pooled = conditioning(model.config, [prompt] * 4)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32), PeakBytes() as peak:
+        model(latents, t, embeds, pooled)
+    weights = sum(p.numel() for p in model.parameters()) * 2 if dtype != torch.float32 else 0  # what autocast keeps of them
+    found = (peak.peak - weights) / sum(model.packed_tokens(x.shape, prompt) for x in latents)
+    bound = model.activation_bytes(dtype.itemsize)
+    assert bound / 3 < found < bound
 
 
 def test_prompts_and_latents_must_be_as_many(tiny_model: Build) -> None:

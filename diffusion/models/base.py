@@ -1,0 +1,181 @@
+"""What every packed network offers to the engine, the learner and the memory planner."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion.packing import Layout, Stream, layout
+
+COMPILED_SHAPES = 256
+"""Compiled variants of one region that are kept: buckets x request counts x kinds of block."""
+
+
+class ModelConfigLike(Protocol):
+    """Architecture of a network: the keys of its config.json."""
+
+    @property
+    def in_channels(self) -> int: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Block(nn.Module):
+    """One transformer block whose per-token work is cut into regions that `PackedModel.compile_blocks` may compile.
+
+    A region is a method from tensors to tensors; attention, whose shapes follow the requests, lies between regions.
+    """
+
+    regions: ClassVar[tuple[str, ...]]
+
+
+class PackedModel(nn.Module, ABC):
+    """A velocity network over packed requests.
+
+    Attributes:
+        provider: attention provider (see `diffusion.attention`), changeable at any time.
+        buckets: None, or rungs an octave (at least 8) that the streams' token counts are padded to, so that shapes
+            repeat from batch to batch; changeable at any time.
+    """
+
+    provider: str
+    buckets: int | None = None
+    out_channels: int
+    block_list: ClassVar[str]
+    """Name of the block list in the checkpoint."""
+    patch: tuple[int, ...]
+    """Patch edges of (h, w) or (f, h, w)."""
+
+    @property
+    @abstractmethod
+    def config(self) -> ModelConfigLike: ...
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, for wrapping (FSDP, activation checkpointing)."""
+        blocks = self._modules.get(self.block_list)
+        if blocks is None:
+            raise AttributeError(self.block_list)
+        return cast(nn.ModuleList, blocks)
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Patches along each axis of a latent `(C, h, w)` or `(C, f, h, w)`.
+
+        Raises:
+            ValueError: another number of axes or channels, or a size that is no multiple of the patch.
+        """
+        channels, *sizes = shape
+        if len(sizes) != len(self.patch) or channels != self.config.in_channels:
+            axes = ", ".join(["frames", "height", "width"][-len(self.patch) :])
+            raise ValueError(f"latent shape {tuple(shape)} does not fit: this model takes ({self.config.in_channels} channels, {axes})")
+        if any(n < 1 or n % p for n, p in zip(sizes, self.patch, strict=True)):
+            size, patch = ("x".join(map(str, x)) for x in (sizes, self.patch))
+            raise ValueError(f"latent size {size} is not a multiple of the patch size {patch}")
+        return tuple(n // p for n, p in zip(sizes, self.patch, strict=True))
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        """Latent tokens of one request of this latent shape. Raises ValueError when it does not fit the patches."""
+        total = 1
+        for n in self.grid(shape):
+            total *= n
+        return total
+
+    @abstractmethod
+    def packed_tokens(self, shape: Sequence[int], prompt_tokens: int) -> int:
+        """What one request takes of the engine's token budget. Raises ValueError as `tokens`."""
+
+    @abstractmethod
+    def activation_bytes(self, itemsize: int) -> int:
+        """Bytes of activations a packed token needs at the peak of an inference forward, values of `itemsize` bytes.
+
+        An upper estimate from the architecture, for batches of mixed sizes; weights, and what is per request, not counted.
+        """
+
+    @abstractmethod
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw fresh weights for training from scratch."""
+
+    @abstractmethod
+    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor) -> Tensor | list[Tensor]:
+        """Velocities of a batch of requests.
+
+        Args:
+            latents: `[B, C, …]`, or a list of `[C, …]` for mixed sizes.
+            t: times `[B]` in [0, 1]; the network sees 1000 t.
+            prompt_embeds: `[B, L, D]`, or a list of `[L_i, D]`.
+            pooled: `[B, P]`; models without a pooled vector ignore it.
+        Returns:
+            Velocities, shaped as `latents`.
+        Raises:
+            ValueError: a size that does not fit, or not as many prompts as latents.
+        """
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the per-token regions of all blocks (`torch.compile`); attention stays outside.
+
+        Each new shape of the streams compiles anew: set `buckets` so that shapes repeat.
+
+        Args:
+            options: passed to `torch.compile`.
+        """
+        settings: dict[str, Any] = {"dynamic": False, "fullgraph": True, "recompile_limit": COMPILED_SHAPES, **options}
+        for block in self.blocks:
+            for name in cast(Block, block).regions:
+                region: Callable[..., Any] = getattr(block, name)
+                setattr(block, name, torch.compile(region, **settings))
+
+    # -- shared parts of the forwards ---------------------------------------------------------------------------
+
+    def _layout(self, latents: Tensor | list[Tensor], prompt_embeds: Tensor | list[Tensor]) -> Layout:
+        image = tuple(self.tokens(x.shape) for x in latents)
+        return layout(image, tuple(len(e) for e in prompt_embeds), self.buckets)
+
+    def _per_request(self, values: Tensor) -> Tensor:
+        """Per-request values `[B, dim]`; where shapes must repeat, with rows of zeros up to a power of two above B."""
+        if self.buckets is None:
+            return values
+        return F.pad(values, (0, 0, 0, (1 << len(values).bit_length()) - len(values)))
+
+    def _unpack(self, tokens: Tensor, latents: Tensor | list[Tensor], stream: Stream) -> Tensor | list[Tensor]:
+        """Network output over the image stream to velocities shaped as `latents`."""
+        if isinstance(latents, Tensor):
+            rows = tokens if stream.even else stream.flat(tokens).unflatten(1, (len(latents), -1))[0]
+            return self._unpatchify(rows, latents.shape[1:])
+        out: list[Tensor] = []
+        parts = zip(stream.unpack(tokens), latents, strict=True)
+        for shape, run in groupby(parts, key=lambda pair: pair[1].shape):
+            out += list(self._unpatchify(torch.stack([part for part, _ in run]), shape))
+        return out
+
+    def _unpatchify(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
+        """`[B, tokens, patch volume * channels]` to `[B, channels, …]` of latents of this shape."""
+        axes = len(self.patch)
+        grid = tokens.unflatten(1, self.grid(shape)).unflatten(-1, (*self.patch, self.out_channels))
+        order = [0, 2 * axes + 1]  # batch, channels, then (patches, patch) along each axis
+        for i in range(axes):
+            order += [1 + i, 1 + axes + i]
+        return grid.permute(order).reshape(-1, self.out_channels, *shape[1:])
+
+
+def by_shape(tensors: Sequence[Tensor], apply: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """`apply` to stacked neighbours of one shape, so that a batch sorted by shape takes one call a shape; a list as long as the input."""
+    out: list[Tensor] = []
+    for _, run in groupby(tensors, key=lambda x: x.shape):
+        out += list(apply(torch.stack(list(run))))
+    return out
+
+
+def feed_forward_bytes(dim: int, inner: int, itemsize: int) -> int:
+    """Bytes a token needs while a block's feed-forward runs.
+
+    Its hidden layer before and after the activation and the attention output still held are values of `itemsize`; the
+    residual stream before and after the block, its norm, and what the modulation makes of it count as fp32, which they
+    are under autocast.
+    """
+    return (2 * inner + dim) * itemsize + 6 * dim * 4
