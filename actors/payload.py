@@ -37,6 +37,7 @@ class GroupPayload:
     times: Tensor
     prompt_embeds: Tensor
     pooled: Tensor
+    previous: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ _DIMS = {
 
 def encode(payload: GroupPayload | DataPayload) -> bytes:
     """Payload to bytes."""
-    tensors = {f.name: getattr(payload, f.name).contiguous() for f in fields(payload)}
+    tensors = {f.name: value.contiguous() for f in fields(payload) if (value := getattr(payload, f.name)) is not None}
     data: bytes = save({**tensors, "format": torch.tensor([FORMAT])})
     return data
 
@@ -71,7 +72,7 @@ def _decode(kind: type, data: bytes) -> dict[str, Tensor]:
         raise PayloadError(f"payload format {None if version is None else version.tolist()} is not {FORMAT}; it was written by another version of ddrl")
     dims = _DIMS[kind]
     found = {name: tensor.dim() for name, tensor in tensors.items()}
-    if found != dims:
+    if {name: d for name, d in found.items() if name != "previous"} != dims:
         raise PayloadError(f"{kind.__name__} needs tensors of dimensions {dims}, found {found}")
     types = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != (torch.int64 if name == "trained" else torch.float32)}
     if types:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from diffusion.checkpoint import load_policy
-from diffusion.engine.engine import autocast
+from diffusion.engine.forward import autocast
 from diffusion.kernels import make_kernel
 from trainer.batch import StepBatch, take
 from trainer.config import OptimizerConfig, RunConfig

@@ -19,6 +19,7 @@ from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
 from diffusion.kernels import make_kernel
+from diffusion.text.base import Conditioning
 from trainer.batch import StepBatch
 from trainer.config import OptimizerConfig, RunConfig, parse_config
 from trainer.learner import Learner, learning_rate
@@ -89,8 +90,17 @@ def batch_of(made: Learner) -> StepBatch:
     g = torch.Generator().manual_seed(0)
     sampler = made.config.sampler
     embeds, pooled = torch.randn(10, 64, generator=g), torch.randn(64, generator=g)
-    requests = [SampleRequest(m, embeds, pooled, SHAPE, 0, 0, m, 4, sampler.kernel, sampler.noise_level, frozenset({0, 1, 2}), (0, 2)) for m in range(3)]
-    done = Engine(model, made.process, 10_000).run(requests)
+    request = SampleRequest(
+        SHAPE,
+        4,
+        conditioning=Conditioning(embeds, pooled),
+        n=3,
+        kernel=sampler.kernel,
+        noise_level=sampler.noise_level,
+        stochastic=frozenset({0, 1, 2}),
+        trained=(0, 2),
+    )
+    done = Engine(model, made.process, 10_000).run([request])
     times = done[0].times
     transitions = Transitions(
         x=torch.cat([d.x for d in done]),
