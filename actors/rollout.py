@@ -8,7 +8,6 @@ trained steps are drawn from named generators.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -33,7 +32,7 @@ from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.aio import AsyncEngine
 from diffusion.engine.cache import PromptCache
 from diffusion.engine.decode import Decoder
-from diffusion.engine.engine import Engine
+from diffusion.engine.engine import Engine, compile_for_batches
 from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.kernel_names import stochastic_steps
 from diffusion.seeds import key
@@ -43,8 +42,6 @@ from replay.errors import ReplayError
 from services.client.base import ItemScore, ScoreFailure
 from services.client.connect import connect
 from services.config import RewardConfig
-
-log = logging.getLogger(__name__)
 
 IDLE_S = 1.0
 """Longest a generator waits for a lease before it looks at its stop flag."""
@@ -162,7 +159,9 @@ class RolloutGenerator:
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
         engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype)
         self.text = PromptCache(self.policy.text_encoder, device)
-        log.info("engine of %s: %s; %s", self.owner, engine.plan, self.policy.transformer.provider)
+        if spec.model.compile:
+            compile_for_batches(self.policy.transformer)
+        print(f"engine of {self.owner}: {engine.plan}; {engine.describe_network()}", flush=True)  # Ray brings it to the run's log
         self.engine = AsyncEngine(engine)
         self.decoder = Decoder(self.policy.codec, device)
         self.held: tuple[int, int] | None = None  # (lineage, version) of the newest weights that the engine was given

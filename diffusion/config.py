@@ -23,6 +23,9 @@ class ModelConfig(Strict):
     attention: Literal["auto", "sdpa", "xformers", "torch_varlen"] = Field(
         "auto", description="attention provider; auto = xformers on a GPU that has it, else sdpa"
     )
+    compile: bool = Field(
+        False, description="rollouts: compile the network's per-token parts (torch.compile); token counts are then padded to buckets so that shapes repeat"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type inside the network, same for sampling and training")
 
 
@@ -47,7 +50,7 @@ class SamplerConfig(Strict):
     )
     height: int = Field(16, ge=1, description="height of a sample in pixels")
     width: int = Field(48, ge=1, description="width of a sample in pixels")
-    max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine")
+    max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine, at most; less where memory does not hold it")
 
     @model_validator(mode="after")
     def _noise_level_fits(self) -> SamplerConfig:

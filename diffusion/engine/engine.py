@@ -35,6 +35,15 @@ log = logging.getLogger(__name__)
 
 SwapPolicy = Literal["in_flight", "drain"]
 
+RUNGS = 8
+"""Buckets an octave of total tokens when the network is compiled: at most an eighth of the tokens is padding."""
+
+
+def compile_for_batches(model: PackedModel) -> None:
+    """Compile the network's per-token parts and pad token counts to buckets, so that batches of any mix repeat few shapes."""
+    model.buckets = RUNGS
+    model.compile_blocks()
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -97,6 +106,11 @@ class Engine:
         self._scheduler: Scheduler[Sequence] = Scheduler(self.plan.tokens)
         self._paths: dict[tuple[str, float, int], Path] = {}
         self._stats = EngineStats()
+
+    def describe_network(self) -> str:
+        """How the network runs, for a log: attention provider, precision, device."""
+        padded = "" if self.model.buckets is None else f", token counts in {self.model.buckets} buckets an octave"
+        return f"attention {self.model.provider}, {self.dtype} on {self.device}{padded}"
 
     # --- requests
 
