@@ -161,7 +161,7 @@ class RolloutGenerator:
         self.text = PromptCache(self.policy.text_encoder, device)
         if spec.model.compile:
             compile_for_batches(self.policy.transformer)
-        print(f"engine of {self.owner}: {engine.plan}; {engine.describe_network()}", flush=True)  # Ray brings it to the run's log
+        self._description = {"kind": "engine", "step": 0, "generator": self.owner, "budget": str(engine.plan), "network": engine.describe_network()}
         self.engine = AsyncEngine(engine)
         self.decoder = Decoder(self.policy.codec, device)
         self.held: tuple[int, int] | None = None  # (lineage, version) of the newest weights that the engine was given
@@ -176,8 +176,12 @@ class RolloutGenerator:
         """Process id, so that an operator can find (or a fault test can kill) it."""
         return os.getpid()
 
+    def describe(self) -> dict[str, Any]:
+        """How this generator samples, as a line of metrics.jsonl: token budget, attention provider, precision."""
+        return self._description
+
     def stop(self) -> None:
-        """Finish the group in hand and return from `run`."""
+        """Finish the groups in hand and return from `run`."""
         self._stop.set()
 
     def run(self) -> int:
