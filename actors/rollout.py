@@ -157,7 +157,8 @@ class RolloutGenerator:
         self.policy = load_policy(spec.model, device, spec.seed)
         sampler = spec.sampler
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
-        engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype)
+        merge = spec.model.lora is not None and spec.model.lora.merge
+        engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge)
         self.text = PromptCache(self.policy.text_encoder, device)
         if spec.model.compile:
             compile_for_batches(self.policy.transformer)

@@ -15,6 +15,19 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class LoRAConfig(Strict):
+    """A low-rank adapter that is trained instead of the whole network."""
+
+    rank: int = Field(32, ge=1, description="rank r (DiffusionNFT on SD3.5: 32)")
+    alpha: float = Field(64.0, gt=0, description="the adapter's output is scaled by alpha / rank (DiffusionNFT on SD3.5: 64)")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        min_length=1,
+        description="linear layers that get one, by the end of their name",
+    )
+    merge: bool = Field(False, description="rollouts: merge the adapter into the weights; needs objective.old_log_prob=learner, because merging rounds")
+
+
 class ModelConfig(Strict):
     """Which policy is trained and how its forward pass runs."""
 
@@ -26,6 +39,7 @@ class ModelConfig(Strict):
     compile: bool = Field(
         False, description="rollouts: compile the network's per-token parts (torch.compile); token counts are then padded to buckets so that shapes repeat"
     )
+    lora: LoRAConfig | None = Field(None, description="train a low-rank adapter; null = all weights")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type inside the network, same for sampling and training")
 
 
