@@ -90,7 +90,7 @@ def trained_steps(sampler: SamplerConfig, seed: int, group: int) -> tuple[int, .
     if isinstance(sampler.trained_steps, list):
         return tuple(sorted(sampler.trained_steps))
     rng = np.random.default_rng(key(seed, "trained", group))
-    drawn = rng.choice(sampler.steps - 1, sampler.trained_steps, replace=False)
+    drawn = rng.choice(stochastic_steps(sampler.kernel, sampler.steps), sampler.trained_steps, replace=False)
     return tuple(sorted(int(i) for i in drawn))
 
 

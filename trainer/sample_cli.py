@@ -56,7 +56,9 @@ def sample(
     prompts: Annotated[Path, typer.Option(help="file of prompts, one a line", show_default=False)],
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, several separated by commas [default: the recipe's]", show_default=False)] = None,
     steps: Annotated[str | None, typer.Option(help="denoising steps, several separated by commas [default: sampler.eval_steps]", show_default=False)] = None,
-    n: Annotated[int | None, typer.Option("-n", min=1, help="samples in all, spread over prompts, sizes and steps [default: one each]", show_default=False)] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="samples in all, spread over prompts, sizes and steps [default: one each]", show_default=False)
+    ] = None,
     noise: Annotated[bool, typer.Option(help="stochastic steps, as in rollouts; without, the ODE")] = False,
     seed: Annotated[int, typer.Option(help="seed of every noise")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the pictures [default: samples/NAME]", show_default=False)] = None,

@@ -166,7 +166,9 @@ class Engine:
         own = self.model.state_dict()
         wrong = sorted(own.keys() ^ state.keys()) or sorted(n for n in own if own[n].shape != state[n].shape)
         if wrong:
-            raise ValueError(f"weights of version {version} do not fit the model: {len(wrong)} tensors missing, unexpected or of another shape, e.g. {wrong[0]}")
+            raise ValueError(
+                f"weights of version {version} do not fit the model: {len(wrong)} tensors missing, unexpected or of another shape, e.g. {wrong[0]}"
+            )
         self._next_weights = (state, version, digest)
         self._scheduler.hold = policy == "drain"
         if policy == "in_flight" or not self._scheduler.started:

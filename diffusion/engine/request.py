@@ -134,4 +134,6 @@ class SamplingFailed(Exception):
     def __init__(self, failures: list[Failure], trajectories: list[Trajectory]) -> None:
         self.failures, self.trajectories = failures, trajectories
         first = failures[0]
-        super().__init__(f"{len(failures)} of {len(failures) + len(trajectories)} samples failed; member {first.member} of group {first.request.group}: {first.reason}")
+        super().__init__(
+            f"{len(failures)} of {len(failures) + len(trajectories)} samples failed; member {first.member} of group {first.request.group}: {first.reason}"
+        )

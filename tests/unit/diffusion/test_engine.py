@@ -469,7 +469,9 @@ def test_free_memory_is_a_number_of_this_machine() -> None:
 
 def test_a_request_that_cannot_run_is_refused(tiny_model: Build) -> None:
     engine = Engine(tiny_model(), PROCESS, max_tokens=20)
-    with pytest.raises(ValueError, match=r"one sample of \(3, 8, 8\) needs 21 tokens, more than the budget: 20 tokens a forward pass, bound by sampler.max_tokens"):
+    with pytest.raises(
+        ValueError, match=r"one sample of \(3, 8, 8\) needs 21 tokens, more than the budget: 20 tokens a forward pass, bound by sampler.max_tokens"
+    ):
         engine.add_request(request())  # 16 patches and 5 prompt tokens
     with pytest.raises(ValueError, match="7"):
         engine.add_request(request(shape=(3, 7, 8)))
