@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.engine.scheduler import Scheduler
 from diffusion.kernels import StepKernel, log_prob, make_kernel, ode_step
-from diffusion.models.sd3 import SD3Transformer
+from diffusion.models.base import PackedModel
 from diffusion.processes import ForwardProcess
 from diffusion.seeds import INITIAL, step_noise
 
@@ -53,7 +53,7 @@ class Engine:
         dtype: `float32` or `bfloat16` autocast inside the network.
     """
 
-    def __init__(self, model: SD3Transformer, process: ForwardProcess, max_tokens: int, dtype: str = "float32") -> None:
+    def __init__(self, model: PackedModel, process: ForwardProcess, max_tokens: int, dtype: str = "float32") -> None:
         self.model, self.process, self.dtype = model.eval(), process, dtype
         self.device = next(model.parameters()).device
         self.version = 0
