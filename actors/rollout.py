@@ -157,12 +157,19 @@ class RolloutGenerator:
         self.policy = load_policy(spec.model, device, spec.seed)
         sampler = spec.sampler
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
-        merge = spec.model.lora is not None and spec.model.lora.merge
+        merge = spec.model.lora.rank > 0 and spec.model.lora.merge
         engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge)
         self.text = PromptCache(self.policy.text_encoder, device)
         if spec.model.compile:
             compile_for_batches(self.policy.transformer)
-        self._description = {"kind": "engine", "step": 0, "generator": self.owner, "budget": str(engine.plan), "network": engine.describe_network()}
+        self._description = {
+            "kind": "engine",
+            "step": 0,
+            "generator": self.owner,
+            "budget": str(engine.plan),
+            "network": engine.describe_network(),
+            "attention": self.policy.attention.why,
+        }
         self.engine = AsyncEngine(engine)
         self.decoder = Decoder(self.policy.codec, device)
         self.held: tuple[int, int] | None = None  # (lineage, version) of the newest weights that the engine was given

@@ -16,9 +16,9 @@ class Strict(BaseModel):
 
 
 class LoRAConfig(Strict):
-    """A low-rank adapter that is trained instead of the whole network."""
+    """A low-rank adapter that is trained instead of the whole network (LoRA, arXiv 2106.09685)."""
 
-    rank: int = Field(32, ge=1, description="rank r (DiffusionNFT on SD3.5: 32)")
+    rank: int = Field(0, ge=0, description="rank r; 0 = no adapter, all weights are trained (DiffusionNFT on SD3.5: 32)")
     alpha: float = Field(64.0, gt=0, description="the adapter's output is scaled by alpha / rank (DiffusionNFT on SD3.5: 64)")
     targets: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -39,7 +39,7 @@ class ModelConfig(Strict):
     compile: bool = Field(
         False, description="rollouts: compile the network's per-token parts (torch.compile); token counts are then padded to buckets so that shapes repeat"
     )
-    lora: LoRAConfig | None = Field(None, description="train a low-rank adapter; null = all weights")
+    lora: LoRAConfig = Field(default_factory=lambda: LoRAConfig(), description="low-rank adapter")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type inside the network, same for sampling and training")
 
 

@@ -106,7 +106,7 @@ def _draw(
         if config.model.compile:
             compile_for_batches(policy.transformer)
         with DiffusionEngine(policy, s.max_tokens, config.model.dtype) as engine, _progress(len(plan)) as told:
-            typer.echo(f"{engine.engine.plan}; {engine.engine.describe_network()}")
+            typer.echo(f"{engine.engine.plan}; {engine.engine.describe_network()}; {policy.attention.why}")
             started = time.perf_counter()
             done = engine.generate([text for text, _ in plan], [choice for _, choice in plan], told)
             seconds, stats = time.perf_counter() - started, engine.stats

@@ -114,9 +114,9 @@ class Engine:
         self._stats = EngineStats()
 
     def describe_network(self) -> str:
-        """How the network runs, for a log: attention provider, precision, device."""
+        """How the network runs, for a log: precision, device, padding."""
         padded = "" if self.model.buckets is None else f", token counts in {self.model.buckets} buckets an octave"
-        return f"attention {self.model.provider}, {self.dtype} on {self.device}{padded}"
+        return f"{self.dtype} on {self.device}{padded}"
 
     # --- requests
 
