@@ -144,7 +144,7 @@ class Driver:
 
     def _train(self, parts: Parts) -> int:
         """Watch until the learner group returns; the step of its last checkpoint."""
-        pending = parts.evaluate_before() if evaluation(self.folder.path, 0) is None else []
+        pending = parts.describe_generators() + (parts.evaluate_before() if evaluation(self.folder.path, 0) is None else [])
         asked: set[int] = set()
         first_update: float | None = None
         began = time.monotonic()

@@ -83,7 +83,8 @@ class Scheduler(Generic[T]):
 
     def _continue(self) -> tuple[list[_Entry[T]], int]:
         """Running sequences of this tick, and the room left beside them."""
-        room, chosen = self.max_tokens, []
+        room = self.max_tokens
+        chosen: list[_Entry[T]] = []
         for entry in sorted(self._running, key=lambda e: e.last_tick):  # stable: admission order while all take part
             if entry.tokens <= room or not chosen:
                 chosen.append(entry)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -93,15 +92,26 @@ class Sequence:
 
     def trajectory(self) -> Trajectory:
         """The finished sample."""
-        x, x_next, density, previous = (self._stack(lambda kept, i=i: kept[i]) for i in range(4))
         assert self.versions is not None  # at least one step was taken
-        request, times = self.context.request, self.context.path.times
-        uses = self.context.path.kernel.uses_previous
-        return Trajectory(request, self.members[0], self.x.cpu(), x, x_next, density, times, previous if uses else None, self.versions)
+        x, x_next, density, previous = ([kept[i] for kept in self._kept] for i in range(4))
+        request, path = self.context.request, self.context.path
+        uses = path.kernel.uses_previous
+        return Trajectory(
+            request=request,
+            member=self.members[0],
+            latent=self.x.cpu(),
+            x=_stack(x),
+            x_next=_stack(x_next),
+            log_prob=_stack(density),
+            times=path.times,
+            previous=_stack(previous) if uses else None,
+            versions=self.versions,
+        )
 
-    def _stack(self, part: Callable[[tuple[Tensor, Tensor, Tensor, Tensor | None]], Tensor | None]) -> Tensor:
-        tensors = [t for kept in self._kept if (t := part(kept)) is not None]
-        return torch.stack(tensors).cpu() if tensors else torch.zeros(0)
+
+def _stack(tensors: list[Tensor | None]) -> Tensor:
+    there = [t for t in tensors if t is not None]
+    return torch.stack(there).cpu() if there else torch.zeros(0)
 
 
 def previous_of(sequences: list[Sequence]) -> Previous | None:

@@ -20,8 +20,8 @@ from actors.sources.prompts import training_prompt
 from diffusion.checkpoint import load_policy
 from diffusion.codecs import IdentityCodec
 from diffusion.config import ModelConfig, SamplerConfig
-from diffusion.kernels import log_prob, make_kernel
 from diffusion.engine.engine import Engine
+from diffusion.kernels import log_prob, make_kernel
 from diffusion.text.base import Conditioning
 from replay.policy import BufferSettings
 from replay.records import Lease

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from diffusion.engine.engine import Engine
+from diffusion.engine.memory import free_bytes
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.kernel_names import stochastic_steps
 from diffusion.kernels import Previous, log_prob, make_kernel
-from diffusion.engine.memory import free_bytes
 from diffusion.models.sd3 import SD3Transformer
 from diffusion.processes import RectifiedFlow
 from diffusion.seeds import INITIAL, step_noise
