@@ -50,6 +50,12 @@ class RolloutConfig(Strict):
     min_group_size: int | None = Field(
         None, ge=2, description="rewarded members with which a group is still trained when scoring the others failed; null = all of them, else it is made again"
     )
+    concurrent_groups: int = Field(
+        1, ge=1, description="groups that a generator samples at a time; 1 keeps sampling independent of who arrives when, bit for bit (strict mode)"
+    )
+    weights: Literal["in_flight", "drain"] = Field(
+        "in_flight", description="new weights: in_flight = between two denoising steps; drain = when the groups being sampled have finished"
+    )
     same_initial_noise: bool = Field(False, description="all members of a group start from the same noise (DanceGRPO)")
     threads: int = Field(1, ge=1, description="torch threads of one generator")
     gpus: float = Field(0.0, ge=0, description="GPUs of one generator")

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import save
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
+from actors.pictures import caption, contact_sheet
 from actors.sources.anchor import held_out_batch
 from actors.sources.prompts import held_out_prompts
 from actors.weights import Weights
@@ -25,6 +25,7 @@ from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
 from diffusion.evaluation import diffusion_losses, pairwise_rms, scene_statistics
+from diffusion.lora import trained_weights
 from diffusion.seeds import generator, key
 from services.client.base import ItemScore
 from services.client.connect import connect
@@ -56,9 +57,9 @@ class Evaluator:
         torch.set_num_threads(spec.evaluation.threads)
         self.spec = spec
         self.policy = load_policy(spec.model, seed=spec.seed)
-        self.engine = Engine(self.policy.transformer, self.policy.process, spec.sampler.max_tokens, spec.model.dtype)
+        self.engine = Engine(self.policy.transformer, self.policy.process, spec.sampler.max_tokens, spec.model.dtype, self.policy.text_encoder)
         self.client = connect(spec.reward)
-        self._start = Weights.of(0, save(self.policy.transformer.state_dict()))
+        self._start = Weights.of(0, save(trained_weights(self.policy.transformer)))
         self.run_dir = Path(spec.run_dir)
 
     def _use(self, weights: Weights | None) -> None:
@@ -68,14 +69,9 @@ class Evaluator:
     def _sample(self, prompts: list[str], repeats: int, name: str) -> np.ndarray:
         """Pixels `[len(prompts) · repeats, H, W, 3]`, prompt-major."""
         sampler = self.spec.sampler
-        text = self.policy.text_encoder.encode(prompts)
         shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
         seed = key("evaluation", name)
-        requests = [
-            SampleRequest(i * repeats + j, text.prompt_embeds[i], text.pooled[i], shape, seed, i, j, sampler.eval_steps)
-            for i in range(len(prompts))
-            for j in range(repeats)
-        ]
+        requests = [SampleRequest(shape, sampler.eval_steps, prompt=p, n=repeats, seed=seed, group=i) for i, p in enumerate(prompts)]
         return self.policy.codec.decode(torch.stack([t.latent for t in self.engine.run(requests)]))
 
     def _score(self, prompts: list[str], images: np.ndarray) -> list[ItemScore]:
@@ -147,23 +143,3 @@ class Evaluator:
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(self._sample(prompts, 1, "grid"), [caption(p) for p in prompts]).save(path)
         return str(path)
-
-
-def caption(prompt: str) -> str:
-    """What a person compares a sample with: the quoted text, or the start of the prompt."""
-    parts = prompt.split('"')
-    return parts[1] if len(parts) > 2 else prompt[:24]
-
-
-def contact_sheet(images: np.ndarray, captions: list[str], columns: int = 4, width: int = 144) -> Image.Image:
-    """Pictures uint8 `[n, H, W, 3]` in rows, each `width` pixels wide (whole-number scale), its caption below."""
-    n, h, w, _ = images.shape
-    scale = max(1, width // w)
-    cell_w, cell_h = w * scale + 8, h * scale + 18
-    sheet = Image.new("RGB", (columns * cell_w, -(-n // columns) * cell_h), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (picture, text) in enumerate(zip(images, captions, strict=True)):
-        x, y = i % columns * cell_w + 4, i // columns * cell_h + 2
-        sheet.paste(Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST), (x, y))
-        draw.text((x + w * scale / 2, y + h * scale + 1), text, fill="black", anchor="ma")
-    return sheet

@@ -1,4 +1,4 @@
-"""The rollout generator: lease a group → sample it → score it (while the next is sampled) → commit it.
+"""The rollout generator: lease groups → sample them in the engine → score each that is done (while others are sampled) → commit it.
 
 Complete after `__init__` and driven by the ledger alone, so a generator that dies is simply started again: its leases
 expire and are given to someone else. Every group is a function of (run seed, group, weights): prompt, noise and the
@@ -12,8 +12,9 @@ import os
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,14 @@ from actors.sources.prompts import training_prompt
 from actors.weights import pull
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
-from diffusion.engine.engine import Engine
+from diffusion.engine.aio import AsyncEngine
+from diffusion.engine.cache import PromptCache
+from diffusion.engine.decode import Decoder
+from diffusion.engine.engine import Engine, compile_for_batches
 from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.kernel_names import stochastic_steps
 from diffusion.seeds import key
-from diffusion.text.base import TextConditioning
+from diffusion.text.base import Conditioning
 from replay.buffer import Lease
 from replay.errors import ReplayError
 from services.client.base import ItemScore, ScoreFailure
@@ -40,6 +45,8 @@ from services.config import RewardConfig
 
 IDLE_S = 1.0
 """Longest a generator waits for a lease before it looks at its stop flag."""
+LOOK_S = 0.1
+"""How often a generator that samples and has room for more asks for another lease."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,10 @@ class ScoringFailed(Exception):
     """Too few members of a group have a score; the message says which have none and why."""
 
 
+class LineageChanged(Exception):
+    """A group that was sampled by weights of two histories; it is made again."""
+
+
 def scored_members(scores: Sequence[ItemScore | ScoreFailure], enough: int) -> tuple[list[int], list[float]]:
     """Members that have a reward, and the rewards. A member without one is left out of the group, never given a number.
 
@@ -76,47 +87,58 @@ def trained_steps(sampler: SamplerConfig, seed: int, group: int) -> tuple[int, .
     if isinstance(sampler.trained_steps, list):
         return tuple(sorted(sampler.trained_steps))
     rng = np.random.default_rng(key(seed, "trained", group))
-    drawn = rng.choice(sampler.steps - 1, sampler.trained_steps, replace=False)
+    drawn = rng.choice(stochastic_steps(sampler.kernel, sampler.steps), sampler.trained_steps, replace=False)
     return tuple(sorted(int(i) for i in drawn))
 
 
-def group_requests(
-    sampler: SamplerConfig, rollout: RolloutConfig, seed: int, group: int, text: TextConditioning, shape: tuple[int, int, int]
-) -> list[SampleRequest]:
-    """The requests of one group's members."""
+def group_request(
+    sampler: SamplerConfig, rollout: RolloutConfig, seed: int, group: int, text: Conditioning, negative: Conditioning | None, shape: tuple[int, ...]
+) -> SampleRequest:
+    """The request for all members of one group. `negative`: the encoded negative prompt, with guidance."""
     trained = trained_steps(sampler, seed, group)
-    stochastic = range(sampler.steps - 1) if sampler.noise_on == "all" else trained
-    return [
-        SampleRequest(
-            id=member,
-            prompt_embeds=text.prompt_embeds[0],
-            pooled=text.pooled[0],
-            shape=shape,
-            seed=seed,
-            group=group,
-            member=member,
-            steps=sampler.steps,
-            kernel=sampler.kernel,
-            noise_level=sampler.noise_level,
-            stochastic=frozenset(stochastic),
-            trained=trained,
-            same_start=rollout.same_initial_noise,
-        )
-        for member in range(rollout.group_size)
-    ]
+    stochastic = range(stochastic_steps(sampler.kernel, sampler.steps)) if sampler.noise_on == "all" else trained
+    return SampleRequest(
+        shape=shape,
+        steps=sampler.steps,
+        conditioning=text,
+        n=rollout.group_size,
+        seed=seed,
+        group=group,
+        kernel=sampler.kernel,
+        noise_level=sampler.noise_level,
+        stochastic=frozenset(stochastic),
+        trained=trained,
+        same_start=rollout.same_initial_noise,
+        guidance=sampler.guidance,
+        negative=negative,
+        id=group,
+    )
 
 
-def group_payload(trajectories: list[Trajectory], text: TextConditioning) -> GroupPayload:
+def group_payload(trajectories: Sequence[Trajectory], text: Conditioning) -> GroupPayload:
     """Stack the members' trained transitions."""
+    previous = [t.previous for t in trajectories if t.previous is not None]
     return GroupPayload(
         x=torch.stack([t.x for t in trajectories]),
         x_next=torch.stack([t.x_next for t in trajectories]),
         log_prob=torch.stack([t.log_prob for t in trajectories]),
         trained=torch.tensor(trajectories[0].request.trained),
         times=trajectories[0].times,
-        prompt_embeds=text.prompt_embeds[0],
-        pooled=text.pooled[0],
+        prompt_embeds=text.prompt_embeds.cpu(),
+        pooled=text.pooled.cpu(),
+        previous=torch.stack(previous) if previous else None,
     )
+
+
+@dataclass
+class _Group:
+    """A group in the engine."""
+
+    lease: Lease
+    prompt: str
+    text: Conditioning
+    lineage: int
+    started: float
 
 
 class RolloutGenerator:
@@ -135,8 +157,22 @@ class RolloutGenerator:
         self.policy = load_policy(spec.model, device, spec.seed)
         sampler = spec.sampler
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
-        self.engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype)
-        self.held: tuple[int, int] | None = None  # (lineage, version) of the weights in the engine
+        merge = spec.model.lora.rank > 0 and spec.model.lora.merge
+        engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge)
+        self.text = PromptCache(self.policy.text_encoder, device)
+        if spec.model.compile:
+            compile_for_batches(self.policy.transformer)
+        self._description = {
+            "kind": "engine",
+            "step": 0,
+            "generator": self.owner,
+            "budget": str(engine.plan),
+            "network": engine.describe_network(),
+            "attention": self.policy.attention.why,
+        }
+        self.engine = AsyncEngine(engine)
+        self.decoder = Decoder(self.policy.codec, device)
+        self.held: tuple[int, int] | None = None  # (lineage, version) of the newest weights that the engine was given
         self.buffer = spec.target.buffer()
         self.client = connect(spec.reward)
         self._stop = threading.Event()
@@ -148,32 +184,56 @@ class RolloutGenerator:
         """Process id, so that an operator can find (or a fault test can kill) it."""
         return os.getpid()
 
+    def describe(self) -> dict[str, Any]:
+        """How this generator samples, as a line of metrics.jsonl: token budget, attention provider, precision."""
+        return self._description
+
     def stop(self) -> None:
-        """Finish the group in hand and return from `run`."""
+        """Finish the groups in hand and return from `run`."""
         self._stop.set()
 
     def run(self) -> int:
         """Generate until stopped; returns how many groups were committed."""
         self.buffer.release(self.owner)  # what a former self of this actor held
         committed = 0
-        pending: Future[bool] | None = None
-        while not self._stop.is_set():
-            lease = self.buffer.lease(self.owner, IDLE_S)
-            if lease is None:
-                continue
-            self._leases[lease.group] = lease
-            try:
-                sampled = self._sample(lease)
-            except Exception as error:  # the group goes back with its reason; the ledger counts attempts
-                self._leases.pop(lease.group, None)
-                self.buffer.fail(lease, _reason("sampling", error))
-                continue
-            if pending is not None:
-                committed += pending.result()
-            pending = self._scorer.submit(self._score_and_commit, lease, *sampled)
-        if pending is not None:
-            committed += pending.result()
-        return committed
+        sampling: dict[Future[list[Trajectory]], _Group] = {}
+        scoring: deque[Future[bool]] = deque()
+        while sampling or not self._stop.is_set():
+            while len(sampling) < self.spec.rollout.concurrent_groups and not self._stop.is_set():
+                lease = self.buffer.lease(self.owner, 0.0 if sampling else IDLE_S)
+                if lease is None:
+                    break
+                begun = self._begin(lease)
+                if begun is not None:
+                    sampling[begun[0]] = begun[1]
+            room = len(sampling) < self.spec.rollout.concurrent_groups
+            for future in wait(sampling, LOOK_S if room else IDLE_S, FIRST_COMPLETED).done:
+                if len(scoring) == self.spec.rollout.concurrent_groups:  # scoring falls behind: sampling waits for it
+                    committed += scoring.popleft().result()
+                group = sampling.pop(future)
+                scoring.append(self._scorer.submit(self._score_and_commit, group, future, time.monotonic() - group.started))
+        return committed + sum(f.result() for f in scoring)
+
+    def _begin(self, lease: Lease) -> tuple[Future[list[Trajectory]], _Group] | None:
+        """Hand a leased group to the engine; None if that failed, and the lease is given back with the reason."""
+        self._leases[lease.group] = lease
+        try:
+            self._refresh(lease.min_version)
+            assert self.held is not None  # _refresh returned
+            sampler = self.spec.sampler
+            prompt = training_prompt(self.spec.prompts, self.spec.seed, lease.group)
+            text = self.text.get([prompt])[0]
+            negative = self.text.get([sampler.negative_prompt])[0] if sampler.guidance != 1 else None
+            request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, text, negative, self.shape)
+            group = _Group(lease, prompt, text, self.held[0], time.monotonic())
+            return self.engine.submit(request), group
+        except Exception as error:  # the group goes back with its reason; the ledger counts attempts
+            self._give_back(lease, "sampling", error)
+            return None
+
+    def _give_back(self, lease: Lease, stage: str, error: Exception) -> None:
+        self._leases.pop(lease.group, None)
+        self.buffer.fail(lease, _reason(stage, error))
 
     def _heartbeat(self) -> None:
         """Keep the leases in hand alive, however long sampling and scoring take; ends with the process."""
@@ -184,12 +244,13 @@ class RolloutGenerator:
                     self.buffer.extend(lease)
 
     def _refresh(self, least: int) -> None:
-        """Take the newest weights; wait until they are at least version `least`."""
+        """Give the engine the newest weights; wait until they are at least version `least`."""
         deadline = time.monotonic() + self.spec.target.wait_s
         while True:
             fresh = pull(self.weights, self.held, self.spec.target.wait_s)
             if fresh is not None:
-                self.engine.set_weights(fresh.state(), fresh.version)
+                swap = self.engine.set_weights(fresh.state(), fresh.version, fresh.sha256, self.spec.rollout.weights)
+                swap.result(self.spec.target.wait_s)
                 self.held = fresh.name
             if self.held is not None and self.held[1] >= least:
                 return
@@ -197,31 +258,25 @@ class RolloutGenerator:
                 raise TimeoutError(f"weights of version {least} did not appear within {self.spec.target.wait_s:.0f} s; newest is {self.held}")
             time.sleep(0.05)
 
-    def _sample(self, lease: Lease) -> tuple[str, TextConditioning, list[Trajectory], int, float]:
-        self._refresh(lease.min_version)
-        start = time.monotonic()
-        prompt = training_prompt(self.spec.prompts, self.spec.seed, lease.group)
-        text = self.policy.text_encoder.encode([prompt])
-        requests = group_requests(self.spec.sampler, self.spec.rollout, self.spec.seed, lease.group, text, self.shape)
-        trajectories = self.engine.run(requests)
-        assert self.held is not None  # _refresh returned
-        return prompt, text, trajectories, self.held[0], time.monotonic() - start
-
-    def _score_and_commit(self, lease: Lease, prompt: str, text: TextConditioning, trajectories: list[Trajectory], lineage: int, sampling_s: float) -> bool:
-        start = time.monotonic()
+    def _score_and_commit(self, group: _Group, sampled: Future[list[Trajectory]], sampling_s: float) -> bool:
+        lease, stage, start = group.lease, "sampling", time.monotonic()
         try:
-            images = self.policy.codec.decode(torch.stack([t.latent for t in trajectories]))
+            trajectories = sampled.result()
+            if self.spec.rollout.weights == "in_flight" and self.held is not None and self.held[0] != group.lineage:
+                raise LineageChanged("the learner went back to a checkpoint while the group was sampled")
+            stage = "scoring"
             reward = self.spec.reward
-            scores = self.client.score(reward.model, [prompt] * len(images), images, reward.timeout_s)
+            images = np.stack(self.decoder.decode([t.latent for t in trajectories], reward.timeout_s))
+            scores = self.client.score(reward.model, [group.prompt] * len(images), images, reward.timeout_s)
             members, rewards = scored_members(scores, self.spec.rollout.enough_members)
-            meta: dict[str, float | int | str] = {"prompt": prompt, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
+            meta: dict[str, float | int | str] = {"prompt": group.prompt, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
             if len(members) < len(trajectories):
                 meta["failed_members"] = len(trajectories) - len(members)
-            payload = encode(group_payload([trajectories[member] for member in members], text))
+            payload = encode(group_payload([trajectories[member] for member in members], group.text))
             version = min(t.version for t in trajectories)
-            return self.buffer.commit(lease, payload, rewards, version, meta, lineage, self.spec.target.wait_s)
+            return self.buffer.commit(lease, payload, rewards, version, meta, group.lineage, self.spec.target.wait_s)
         except Exception as error:
-            self.buffer.fail(lease, _reason("scoring", error))
+            self.buffer.fail(lease, _reason(stage, error))
             return False
         finally:
             self._leases.pop(lease.group, None)

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from diffusion.attention import Provider, resolve_provider
 from diffusion.codecs import Codec, IdentityCodec, VAECodec
 from diffusion.config import ModelConfig
+from diffusion.lora import add_lora
 from diffusion.models.base import PackedModel
 from diffusion.models.registry import FAMILIES, Family
-from diffusion.processes import ForwardProcess, RectifiedFlow
+from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
 from diffusion.text import glyph
 from diffusion.text.base import TextEncoder
@@ -125,6 +126,11 @@ def load_network(config: ModelConfig, device: torch.device | str = "cpu", seed: 
         model.init_weights(generator(seed, "init"))
     else:
         load_state(model, read_weights(folder / "transformer", "set model.init=true to start from random weights"), str(folder))
+    if config.lora.rank:
+        try:
+            add_lora(model, config.lora, generator(seed, "lora"))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
     return model.to(device), provider
 
 
@@ -169,7 +175,7 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
         raise CheckpointError(f"{folder}: the network takes latents of {model.config.in_channels} channels, its codec makes {codec.channels}")
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     try:
-        process = RectifiedFlow(float(scheduler.get("shift", 1.0)))
+        process = process_from_scheduler(scheduler)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {error}") from None
     try:

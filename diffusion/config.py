@@ -6,11 +6,26 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from diffusion.kernel_names import CHURN, KernelName, stochastic_steps
+
 
 class Strict(BaseModel):
     """Base of every settings class of this room: unknown keys are errors, values do not change after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoRAConfig(Strict):
+    """A low-rank adapter that is trained instead of the whole network (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(0, ge=0, description="rank r; 0 = no adapter, all weights are trained (DiffusionNFT on SD3.5: 32)")
+    alpha: float = Field(64.0, gt=0, description="the adapter's output is scaled by alpha / rank (DiffusionNFT on SD3.5: 64)")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        min_length=1,
+        description="linear layers that get one, by the end of their name",
+    )
+    merge: bool = Field(False, description="rollouts: merge the adapter into the weights; needs objective.old_log_prob=learner, because merging rounds")
 
 
 class ModelConfig(Strict):
@@ -21,16 +36,24 @@ class ModelConfig(Strict):
     attention: Literal["auto", "sdpa", "xformers", "torch_varlen"] = Field(
         "auto", description="attention provider; auto = xformers on a GPU that has it, else sdpa"
     )
+    compile: bool = Field(
+        False, description="rollouts: compile the network's per-token parts (torch.compile); token counts are then padded to buckets so that shapes repeat"
+    )
+    lora: LoRAConfig = Field(default_factory=lambda: LoRAConfig(), description="low-rank adapter")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type inside the network, same for sampling and training")
 
 
 class SamplerConfig(Strict):
     """How rollouts are sampled and which of their transitions are trained."""
 
-    kernel: Literal["flow_sde", "constant_sde", "cps", "ddim_eta"] = Field(
-        "flow_sde", description="step kernel of stochastic steps: flow_sde (Flow-GRPO), constant_sde (DanceGRPO), cps, ddim_eta"
+    kernel: KernelName = Field(
+        "flow_sde",
+        description="step kernel of stochastic steps: flow_sde (Flow-GRPO), constant_sde (DanceGRPO), cps, ddim_eta, "
+        "edm_2ab (public DDRL code), edm_euler, ancestral",
     )
-    noise_level: float = Field(0.7, gt=0, le=2, description="the kernel's noise parameter: a, eta or g of its formula")
+    noise_level: float = Field(0.7, gt=0, le=100, description="the kernel's noise parameter: a, eta or g of its formula; s_churn of edm_euler and edm_2ab")
+    guidance: float = Field(1.0, ge=1, le=100, description="classifier-free guidance of rollouts, u + g (c - u), in sampling and training alike; 1 = none")
+    negative_prompt: str = Field("", max_length=4096, description="prompt of the unconditional branch u when guidance > 1")
     steps: int = Field(10, ge=2, le=1000, description="denoising steps of a rollout")
     eval_steps: int = Field(20, ge=1, le=1000, description="ODE steps when evaluating (no noise, no guidance)")
     trained_steps: int | list[int] = Field(
@@ -41,24 +64,27 @@ class SamplerConfig(Strict):
     )
     height: int = Field(16, ge=1, description="height of a sample in pixels")
     width: int = Field(48, ge=1, description="width of a sample in pixels")
-    max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine")
+    max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine, at most; less where memory does not hold it")
 
     @model_validator(mode="after")
     def _noise_level_fits(self) -> SamplerConfig:
-        if self.kernel in ("cps", "ddim_eta") and self.noise_level > 1:
+        if self.kernel in ("cps", "ddim_eta", "ancestral") and self.noise_level > 1:
             raise ValueError(f"noise_level={self.noise_level:g} exceeds 1, where kernel {self.kernel} already draws all of its noise anew")
+        if self.kernel not in CHURN and self.noise_level > 2:
+            raise ValueError(f"noise_level={self.noise_level:g} exceeds 2, the most that kernel {self.kernel} takes")
         return self
 
     @model_validator(mode="after")
     def _trained_steps_exist(self) -> SamplerConfig:
-        last = self.steps - 1
+        count = stochastic_steps(self.kernel, self.steps)
+        why = "the last step is never trained" if self.kernel not in CHURN else f"the last two steps of {self.kernel} draw no noise and are never trained"
+        if count < 1:
+            raise ValueError(f"steps={self.steps} leaves nothing to train: {why}")
         if isinstance(self.trained_steps, int):
-            if not 1 <= self.trained_steps <= last:
-                raise ValueError(f"trained_steps={self.trained_steps} must lie in 1..{last}: steps={self.steps} and the last step is never trained")
+            if not 1 <= self.trained_steps <= count:
+                raise ValueError(f"trained_steps={self.trained_steps} must lie in 1..{count}: steps={self.steps} and {why}")
         else:
-            bad = [i for i in self.trained_steps if not 0 <= i < last]
+            bad = [i for i in self.trained_steps if not 0 <= i < count]
             if bad or not self.trained_steps or len(set(self.trained_steps)) != len(self.trained_steps):
-                raise ValueError(
-                    f"trained_steps={self.trained_steps} must be distinct indices in 0..{last - 1} (steps={self.steps}, the last step is never trained)"
-                )
+                raise ValueError(f"trained_steps={self.trained_steps} must be distinct indices in 0..{count - 1} (steps={self.steps}, {why})")
         return self

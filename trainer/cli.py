@@ -13,6 +13,7 @@ from trainer.environment import prepare
 from trainer.exits import fail as _fail
 from trainer.replay_cli import app as replay
 from trainer.rewards_cli import add_to
+from trainer.sample_cli import sample
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models."
@@ -117,6 +118,7 @@ def export(
         _fail(str(error), 2)
 
 
+app.command()(sample)
 add_to(app)
 
 

@@ -52,6 +52,11 @@ class ObjectiveConfig(Strict):
     log_prob: Literal["exact", "unscaled", "std_weighted"] = Field(
         "exact", description="scaling of log-probabilities: exact density; unscaled = squared error only (public DDRL code); std_weighted between"
     )
+    old_log_prob: Literal["rollout", "learner"] = Field(
+        "rollout",
+        description="denominator of probability ratios: rollout = the density stored when sampling; learner = recomputed by the learner before its update, "
+        "so that ratios start at 1 whatever the sampler's precision",
+    )
     clip: float = Field(1e-3, gt=0, description="probability ratios are clipped to 1 ± clip, in units of the chosen log_prob scaling")
     advantage_scale: Literal["group", "batch"] = Field("group", description="whose standard deviation divides the advantage")
     advantage_clip: float = Field(5.0, gt=0, description="bound on |advantage|")

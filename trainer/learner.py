@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from diffusion.checkpoint import load_policy
-from diffusion.engine.engine import autocast
+from diffusion.checkpoint import Policy, load_policy
 from diffusion.kernels import make_kernel
 from trainer.batch import StepBatch, take
 from trainer.config import OptimizerConfig, RunConfig
-from trainer.objective import data_terms, policy_terms
+from trainer.forward import Guidance, data_prediction, policy_prediction
+from trainer.objective import Transitions, data_terms, policy_terms
 from trainer.plan import passes, slices
+
+
+def guidance_of(config: RunConfig, policy: Policy, device: torch.device) -> Guidance | None:
+    """The run's guidance with its negative prompt encoded, None without. Raises ValueError for a prompt that does not fit."""
+    sampler = config.sampler
+    if sampler.guidance == 1:
+        return None
+    return Guidance(sampler.guidance, policy.text_encoder.encode([sampler.negative_prompt])[0].to(device))
 
 
 def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
@@ -31,6 +40,18 @@ def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
     if config.decay == "cosine":
         rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / updates)))
     return rate
+
+
+PROBE = 'a sign that says "407"'
+"""Prompt of the self-test's rollouts."""
+SUMS = ("policy_loss", "ratio_deviation", "clipped", "reverse_kl", "data_loss")
+"""What ranks sum over the rows of an update, in this order;"""
+BY_STEP = ("count", "ratio_deviation_by_step", "log_prob_gap_by_step")
+"""then, over the rows of each step index, these."""
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -47,6 +68,12 @@ class Learner:
     Args:
         config: the run.
         device: this rank's device.
+    Attributes:
+        process: the policy's forward process.
+        kernel: step kernel of its rollouts; `kernel.process` is the space of their states.
+        guidance: guidance of rollouts and of their replay, None without.
+        probe: an encoded prompt for the self-test; None without rollouts.
+        shape: latent shape of a rollout.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -55,6 +82,10 @@ class Learner:
         self.process, self.model = policy.process, policy.transformer.train()
         self.reference = load_policy(config.model, device, config.seed).transformer.eval().requires_grad_(False) if config.objective.kl_weight > 0 else None
         self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
+        self.guidance, self.probe = None, None
+        if config.uses_policy:
+            self.guidance, self.probe = guidance_of(config, policy, device), policy.text_encoder.encode([PROBE])[0]
+        self.shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         if config.learner.shard_blocks:
             for block in self.model.blocks:
@@ -64,15 +95,16 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
         self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()} if o.ema > 0 else {}
 
-    def update(self, batch: StepBatch, step: int) -> dict[str, float]:
+    def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
         """One optimiser update. A non-finite gradient skips it on all ranks alike (the norm is global).
 
         Returns:
-            Global numbers: losses, grad_norm, lr, skipped, ratio_deviation, clip_fraction. One that is not finite is left
-            out: a failure is no number, and a skipped update must still be recorded.
+            Global numbers: losses, grad_norm, lr, skipped, ratio_deviation, clip_fraction; and by index of the trained step
+            (as a string) `ratio_deviation_by_step` and `log_prob_gap_by_step`. One that is not finite is left out: a
+            failure is no number, and a skipped update must still be recorded.
         """
         world = dist.get_world_size()
-        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64, device=self.device)
         losses = list(self._losses(batch, sums))
         assert isinstance(self.model, FSDPModule)
         for i, compute in enumerate(losses):
@@ -97,33 +129,43 @@ class Learner:
                 stats["reverse_kl"] = kl
         if batch.anchor_count:
             stats["data_loss"] = float(sums[4]) / batch.anchor_count
-        return {name: value for name, value in stats.items() if math.isfinite(value)}
+        found: dict[str, Any] = _finite(stats)
+        if batch.transition_count:
+            count, *values = sums[len(SUMS) :].view(len(BY_STEP), -1).tolist()
+            for name, value in zip(BY_STEP[1:], values, strict=True):
+                found[name] = _finite({str(i): v / n for i, (v, n) in enumerate(zip(value, count, strict=True)) if n})
+        return found
+
+    def replay(self, rows: Transitions) -> Tensor:
+        """The policy's prediction for stored transitions on this rank's device, with gradient; collective."""
+        return policy_prediction(self.model, self.kernel.process, rows, self.guidance, self.config.model.dtype)
 
     def _losses(self, batch: StepBatch, sums: Tensor) -> Iterator[Callable[[], Tensor]]:
         """One closure per forward pass, the same number on every rank; each adds its statistics to `sums`."""
         config, micro = self.config, self.config.learner.micro_batch
 
+        by_step = sums[len(SUMS) :].view(len(BY_STEP), -1)
+
         def policy(part: slice) -> Tensor:
             assert batch.transitions is not None
             rows = take(batch.transitions, part, self.device)
-            inputs = (rows.x, rows.t, rows.prompt_embeds, rows.pooled)
-            with autocast(config.model.dtype, self.device):
-                velocity = self.model(*inputs)
+            prediction, reference = self.replay(rows), None
+            if self.reference is not None:
                 with torch.no_grad():
-                    reference = self.reference(*inputs) if self.reference is not None else None
-            loss, stats = policy_terms(velocity, reference, rows, self.kernel, config.objective)
-            for i, name in enumerate(("policy_loss", "ratio_deviation", "clipped", "reverse_kl")):
+                    reference = policy_prediction(self.reference, self.kernel.process, rows, self.guidance, config.model.dtype)
+            loss, stats = policy_terms(prediction, reference, rows, self.kernel, config.objective)
+            for i, name in enumerate(SUMS):
                 if name in stats:
                     sums[i] += stats[name]
+            for i, values in enumerate((rows.weight, stats["ratio_deviation_rows"], stats["log_prob_gap_rows"])):
+                by_step[i].index_add_(0, rows.step, values.double())
             return loss / batch.transition_count
 
         def data(part: slice) -> Tensor:
             assert batch.anchors is not None
             rows = take(batch.anchors, part, self.device)
-            with autocast(config.model.dtype, self.device):
-                velocity = self.model(self.process.noise(rows.x0, rows.eps, rows.t), rows.t, rows.prompt_embeds, rows.pooled)
-            loss = data_terms(velocity, rows, self.process)
-            sums[4] += loss.detach()
+            loss = data_terms(data_prediction(self.model, self.process, rows, config.model.dtype), rows, self.process)
+            sums[SUMS.index("data_loss")] += loss.detach()
             return config.objective.data_weight * loss / batch.anchor_count
 
         if batch.transitions is not None:

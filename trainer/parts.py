@@ -102,6 +102,10 @@ class Parts:
                 raise RunFailed(name, describe(error)) from error
             raise RunFailed(name, "stopped by itself")
 
+    def describe_generators(self) -> list[Any]:
+        """References to how each generator's engine runs."""
+        return [generator.describe.remote() for generator in self.generators]
+
     def stop_producers(self) -> None:
         """Let producers finish what they hold and wait for them, within a deadline."""
         for actor in self.producers.values():

@@ -26,7 +26,8 @@ def split_of(prompt: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def _lines(path: str) -> tuple[str, ...]:
+def prompt_lines(path: str) -> tuple[str, ...]:
+    """Prompts of a file, one a line; empty lines and repetitions are left out. Raises ValueError naming the file."""
     try:
         lines = tuple(dict.fromkeys(line.strip() for line in Path(path).read_text().splitlines() if line.strip()))
     except OSError as error:
@@ -42,7 +43,7 @@ def _draws(config: PromptConfig, *name: int | str) -> Iterator[str]:
     if config.kind == "glyph":
         while True:
             yield glyphs.prompt_of(glyphs.draw_target(rng))
-    lines = _lines(str(config.path))
+    lines = prompt_lines(str(config.path))
     while True:
         yield lines[int(rng.integers(len(lines)))]
 

@@ -30,7 +30,7 @@ def glyph_group() -> bytes:
     import torch
 
     from actors.payload import encode
-    from actors.rollout import group_payload, group_requests
+    from actors.rollout import group_payload, group_request
     from actors.sources.prompts import training_prompt
     from diffusion.checkpoint import load_policy
     from diffusion.engine.engine import Engine
@@ -42,9 +42,9 @@ def glyph_group() -> bytes:
     policy = load_policy(model, "cpu", config.seed)
     engine = Engine(policy.transformer, policy.process, config.sampler.max_tokens, model.dtype)
     shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
-    text = policy.text_encoder.encode([training_prompt(config.prompts, config.seed, 0)])
-    requests = group_requests(config.sampler, config.rollout, config.seed, 0, text, shape)
-    return encode(group_payload(engine.run(requests), text))
+    text = policy.text_encoder.encode([training_prompt(config.prompts, config.seed, 0)])[0]
+    request = group_request(config.sampler, config.rollout, config.seed, 0, text, None, shape)
+    return encode(group_payload(engine.run([request]), text))
 
 
 def noise(half: str) -> bytes:

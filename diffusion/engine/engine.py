@@ -1,46 +1,78 @@
 """The sampling engine: vLLM's shape for denoising.
 
 `add_request` queues, `step` takes one denoising step of everything that runs and returns what finished. Requests of any
-size and step index share one packed forward and join or leave between steps. Latents, kernels and log-densities are
-fp32; only the network may autocast. Only transitions that will be trained are kept.
+size, length and step index share one packed forward pass and join or leave between steps. Latents, kernels and
+log-densities are fp32; only the network may autocast. Only transitions that will be trained are kept.
+
+    add_request ─► waiting ─► running ─► Trajectory           one sequence a member
+                      ▲          │  └──► Failure              not finite, or too large for the device
+                      └── branch ┘                            same start: the shared steps first, then the members
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from contextlib import AbstractContextManager, nullcontext
+import logging
+import time
+from collections.abc import Sequence as Series
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.engine.cache import MAX_BYTES, PromptCache
+from diffusion.engine.forward import Rows, predict, rows_of
+from diffusion.engine.memory import out_of_memory, plan_memory
+from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.engine.scheduler import Scheduler
-from diffusion.kernels import StepKernel, log_prob, make_kernel, ode_step
+from diffusion.engine.sequence import Context, Path, Sequence, previous_of
+from diffusion.kernels import log_prob, make_kernel
+from diffusion.lora import merge_lora, trained_weights
 from diffusion.models.base import PackedModel
 from diffusion.processes import ForwardProcess
-from diffusion.seeds import INITIAL, step_noise
+from diffusion.text.base import Conditioning, TextEncoder
+
+log = logging.getLogger(__name__)
+
+SwapPolicy = Literal["in_flight", "drain"]
+
+RUNGS = 8
+"""Buckets an octave of total tokens when the network is compiled: at most an eighth of the tokens is padding."""
 
 
-class _Running:
-    """State of one request between steps."""
-
-    def __init__(self, request: SampleRequest, times: Tensor, version: int, device: torch.device) -> None:
-        self.request, self.times, self.version = request, times, version
-        self.index = 0
-        member = 0 if request.same_start else request.member
-        self.x = step_noise(request.seed, request.group, member, INITIAL, request.shape).to(device)
-        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def trajectory(self) -> Trajectory:
-        r = self.request
-        parts = list(zip(*self.kept, strict=True)) or [(), (), ()]
-        x, x_next, lp = (torch.stack(list(p)).cpu() if p else torch.zeros(0) for p in parts)
-        return Trajectory(r, self.x.cpu(), x, x_next, lp, self.times, self.version)
+def compile_for_batches(model: PackedModel) -> None:
+    """Compile the network's per-token parts and pad token counts to buckets, so that batches of any mix repeat few shapes."""
+    model.buckets = RUNGS
+    model.compile_blocks()
 
 
-def autocast(dtype: str, device: torch.device) -> AbstractContextManager[object]:
-    """The one precision policy of sampling and training: fp32, or autocast to bf16 inside the network."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has done since it was made.
+
+    Attributes:
+        forwards: packed forward passes.
+        tokens: packed tokens in them (a guided sequence counts twice).
+        sequence_steps: denoising steps taken, a shared one once.
+        saved_steps: denoising steps that members did not take because the steps before their branch were shared.
+        occupancy: mean share of the token budget that a forward pass used.
+        seconds: time spent in `step`.
+        finished, failed, aborted: samples.
+        out_of_memory: forward passes that did not fit and were tried again with less.
+        budget: token budget now.
+    """
+
+    forwards: int = 0
+    tokens: int = 0
+    sequence_steps: int = 0
+    saved_steps: int = 0
+    occupancy: float = 0.0
+    seconds: float = 0.0
+    finished: int = 0
+    failed: int = 0
+    aborted: int = 0
+    out_of_memory: int = 0
+    budget: int = 0
 
 
 class Engine:
@@ -49,87 +81,248 @@ class Engine:
     Args:
         model: the policy network (fp32 weights).
         process: its forward process.
-        max_tokens: token budget of one packed forward (image and text tokens together).
+        max_tokens: upper bound on the tokens of one packed forward pass; less if memory does not hold it (`self.plan`).
         dtype: `float32` or `bfloat16` autocast inside the network.
+        text_encoder: for requests that bring a prompt and not its conditioning.
+        cache_bytes: bound on the encoded prompts that are kept.
+        merge: merge adapters (LoRA) into the weights. Their log-densities then differ from the learner's by rounding.
     """
 
-    def __init__(self, model: PackedModel, process: ForwardProcess, max_tokens: int, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        model: PackedModel,
+        process: ForwardProcess,
+        max_tokens: int,
+        dtype: str = "float32",
+        text_encoder: TextEncoder | None = None,
+        cache_bytes: int = MAX_BYTES,
+        merge: bool = False,
+    ) -> None:
         self.model, self.process, self.dtype = model.eval(), process, dtype
         self.device = next(model.parameters()).device
+        self.prompts = PromptCache(text_encoder, self.device, cache_bytes) if text_encoder is not None else None
+        itemsize = 2 if dtype == "bfloat16" else 4
+        self.plan = plan_memory(model.activation_bytes(itemsize), self.device, max_tokens)
+        self.merge = merge
+        if merge:
+            merge_lora(model)
         self.version = 0
-        self._scheduler: Scheduler[_Running] = Scheduler(max_tokens)
-        self._kernels: dict[tuple[str, float, int], StepKernel] = {}
+        self.digest: str | None = None
+        self._next_weights: tuple[dict[str, Tensor], int, str | None] | None = None
+        self._scheduler: Scheduler[Sequence] = Scheduler(self.plan.tokens)
+        self._paths: dict[tuple[str, float, int], Path] = {}
+        self._stats = EngineStats()
 
-    def set_weights(self, state: dict[str, Tensor], version: int) -> None:
-        """Swap weights between steps; running requests go on with the new ones and keep the oldest version's number."""
-        self.model.load_state_dict(state)
-        self.version = version
+    def describe_network(self) -> str:
+        """How the network runs, for a log: precision, device, padding."""
+        padded = "" if self.model.buckets is None else f", token counts in {self.model.buckets} buckets an octave"
+        return f"{self.dtype} on {self.device}{padded}"
+
+    # --- requests
 
     def add_request(self, request: SampleRequest) -> None:
-        """Queue a request. Raises ValueError when its size does not fit the model or the token budget."""
-        tokens = self.model.packed_tokens(request.shape, len(request.prompt_embeds))
-        self._scheduler.add(_Running(request, self.process.time_grid(request.steps), self.version, self.device), tokens)
+        """Queue a request. Raises ValueError when its size does not fit the model or the token budget, or it has a prompt
+        and the engine no text encoder."""
+        conditioning = self._conditioning(request.prompt, request.conditioning)
+        negative = self._conditioning(request.negative_prompt, request.negative) if request.guided else None
+        tokens = self.model.packed_tokens(request.shape, len(conditioning.prompt_embeds))
+        if negative is not None:
+            tokens += self.model.packed_tokens(request.shape, len(negative.prompt_embeds))
+        if tokens > self.plan.tokens:
+            raise ValueError(f"one sample of {request.shape} needs {tokens} tokens, more than the budget: {self.plan}")
+        context = Context(request, self._path(request), conditioning, negative, tokens)
+        ranges = [request.members] if request.shared_steps else [range(m, m + 1) for m in request.members]
+        for members in ranges:
+            self._scheduler.add(Sequence.start(context, members, self.device), tokens, request.priority)
 
-    def _kernel(self, request: SampleRequest) -> StepKernel:
+    def _conditioning(self, prompt: str | None, encoded: Conditioning | None) -> Conditioning:
+        if encoded is not None:
+            return encoded.to(self.device)
+        if self.prompts is None:
+            raise ValueError("this engine has no text encoder; give the request its conditioning (and `negative`, when guided)")
+        assert prompt is not None  # SampleRequest has one of the two
+        return self.prompts.get([prompt])[0]
+
+    def _path(self, request: SampleRequest) -> Path:
         name = (request.kernel, request.noise_level, request.steps)
-        if name not in self._kernels:
-            self._kernels[name] = make_kernel(request.kernel, self.process, request.noise_level, request.steps)
-        return self._kernels[name]
+        if name not in self._paths:
+            kernel = make_kernel(request.kernel, self.process, request.noise_level, request.steps)
+            self._paths[name] = Path(kernel, kernel.time_grid(request.steps))
+        return self._paths[name]
 
-    def _predict(self, running: list[_Running], t: Tensor) -> list[Tensor]:
-        same = len({r.request.shape for r in running}) == 1
-        latents: Tensor | list[Tensor] = torch.stack([r.x for r in running]) if same else [r.x for r in running]
-        embeds: Tensor | list[Tensor] = [r.request.prompt_embeds.to(self.device) for r in running]
-        if len({len(e) for e in embeds}) == 1:
-            embeds = torch.stack(list(embeds))
-        pooled = torch.stack([r.request.pooled for r in running]).to(self.device)
-        with autocast(self.dtype, self.device):
-            return list(self.model(latents, t, embeds, pooled))
+    def abort(self, request: SampleRequest) -> int:
+        """Drop a request, waiting or running; what it held is free at once. Returns how many of its samples were unfinished."""
+        gone = self._scheduler.remove(lambda s: s.context.request is request)
+        samples = sum(len(s.members) for s in gone)
+        self._stats = replace(self._stats, aborted=self._stats.aborted + samples)
+        return samples
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that wait or run."""
+        return len(self._scheduler)
+
+    @property
+    def stats(self) -> EngineStats:
+        return replace(self._stats, budget=self._scheduler.max_tokens)
+
+    # --- weights
+
+    def set_weights(self, state: dict[str, Tensor], version: int, digest: str | None = None, policy: SwapPolicy = "in_flight") -> None:
+        """Swap weights between steps.
+
+        `in_flight`: at once; what runs goes on with the new weights. `drain`: when what runs has finished; nothing is
+        admitted until then. Every transition's log-density is exact for the weights that drew it, and a trajectory
+        carries its oldest and newest version.
+
+        Args:
+            state: everything that is trained (`diffusion.lora.trained_weights`): the whole state dict, or an adapter.
+            version: its number.
+            digest: hash of its bytes; a swap to the digest that is in place only takes over the number.
+
+        Raises:
+            ValueError: names or shapes differ from the model's; nothing has changed then.
+        """
+        own = trained_weights(self.model)
+        wrong = sorted(own.keys() ^ state.keys()) or sorted(n for n in own if own[n].shape != state[n].shape)
+        if wrong:
+            raise ValueError(
+                f"weights of version {version} do not fit the model: {len(wrong)} tensors missing, unexpected or of another shape, e.g. {wrong[0]}"
+            )
+        self._next_weights = (state, version, digest)
+        self._scheduler.hold = policy == "drain"
+        if policy == "in_flight" or not self._scheduler.started:
+            self._swap()
+
+    def _swap(self) -> None:
+        if self._next_weights is None:
+            return
+        state, self.version, digest = self._next_weights
+        if digest is None or digest != self.digest:
+            self.model.load_state_dict(state, strict=False)  # names were checked; with an adapter the rest stays
+            if self.merge:
+                merge_lora(self.model)
+        self.digest, self._next_weights, self._scheduler.hold = digest, None, False
+
+    # --- steps
 
     @torch.no_grad()
-    def step(self) -> list[Trajectory]:
-        """One denoising step of every running request; returns the trajectories that finished."""
-        running = self._scheduler.schedule()
-        if not running:
+    def step(self) -> list[Trajectory | Failure]:
+        """One denoising step of every running sequence; returns the samples that finished, well or not.
+
+        A forward pass that does not fit into memory halves the token budget and is tried again in the next steps; a
+        single sequence that does not fit fails.
+        """
+        started = time.perf_counter()
+        if not self._scheduler.started:
+            self._swap()
+        batch = self._scheduler.schedule()
+        if not batch:
             return []
-        t = torch.stack([r.times[r.index] for r in running]).to(self.device)
-        t_next = torch.stack([r.times[r.index + 1] for r in running]).to(self.device)
-        predictions = self._predict(running, t)
+        rows = rows_of(batch, self.device)
+        predictions, shortage = None, ""
+        try:
+            predictions = predict(self.model, rows, self.dtype)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            shortage = str(error) or type(error).__name__
+        if predictions is None:  # not inside `except`: the error's frames would keep the tensors alive
+            return self._shrink(batch, shortage)
+        for r, prediction in zip(rows, predictions, strict=True):
+            self._advance(r, prediction)
+        finished = self._collect(batch)
+        self._count(batch, finished, time.perf_counter() - started)
+        return finished
 
-        batches: dict[tuple[StepKernel | None, tuple[int, ...]], list[int]] = defaultdict(list)
-        for i, r in enumerate(running):
-            kernel = self._kernel(r.request) if r.index in r.request.stochastic else None
-            batches[kernel, r.request.shape].append(i)
-        for (kernel, _), rows in batches.items():
-            self._advance(kernel, [running[i] for i in rows], torch.stack([predictions[i] for i in rows]), t[rows], t_next[rows])
+    def _advance(self, rows: Rows, prediction: Tensor) -> None:
+        """Take the kernel's step of every row: stochastic rows draw, the others follow the solver."""
+        kernel, sequences = rows.path.kernel, rows.sequences
+        noisy = [i for i, s in enumerate(sequences) if s.stochastic]
+        for stochastic, chosen in ((True, noisy), (False, [i for i in range(len(sequences)) if i not in set(noisy)])):
+            if not chosen:
+                continue
+            whole = len(chosen) == len(sequences)
+            x, t, t_next, v = (a if whole else a[chosen] for a in (rows.x, rows.t, rows.t_next, prediction))
+            part = [sequences[i] for i in chosen]
+            previous, density = previous_of(part), None
+            if stochastic:
+                mean, std = kernel.moments(v, x, t, t_next, previous)
+                noise = torch.stack([s.noise() for s in part]).to(self.device)
+                x_next = mean + std.reshape(-1, *[1] * (x.dim() - 1)) * noise
+                density = log_prob(x_next, mean, std)
+            else:
+                x_next = kernel.ode(v, x, t, t_next, previous)
+            x0 = kernel.process.split(v, x, t)[0] if kernel.uses_previous else None
+            for i, s in enumerate(part):
+                s.advance(x_next[i], None if x0 is None else x0[i], None if density is None else density[i], self.version)
 
-        finished = [r for r in running if r.index == r.request.steps]
-        self._scheduler.finish({id(r) for r in finished})
-        return [r.trajectory() for r in finished]
+    def _collect(self, batch: list[Sequence]) -> list[Trajectory | Failure]:
+        """Take out what is done: members finish, trunks branch."""
+        done = [s for s in batch if s.index == s.end]
+        finished: list[Trajectory | Failure] = []
+        for s in done:
+            branches = s.branch() if len(s.members) > 1 else [s]
+            for one in branches:
+                if one.index < one.end:
+                    self._scheduler.add(one, one.context.tokens, like=s)
+                elif bool(one.x.isfinite().all()):
+                    finished.append(one.trajectory())
+                else:
+                    finished.append(Failure(one.context.request, one.members[0], "the sample is not finite: weights or conditioning hold NaN or infinity"))
+        self._scheduler.finish(done)
+        return finished
 
-    def _advance(self, kernel: StepKernel | None, rows: list[_Running], prediction: Tensor, t: Tensor, t_next: Tensor) -> None:
-        x = torch.stack([r.x for r in rows])
-        density: Tensor | None = None
-        if kernel is None:
-            x_next = ode_step(self.process, prediction, x, t, t_next)
-        else:
-            mean, std = kernel.moments(prediction, x, t, t_next)
-            noise = torch.stack([step_noise(r.request.seed, r.request.group, r.request.member, r.index, r.request.shape) for r in rows])
-            x_next = mean + std.reshape(-1, 1, 1, 1) * noise.to(self.device)
-            density = log_prob(x_next, mean, std)
-        for i, r in enumerate(rows):
-            if density is not None and r.index in r.request.trained:
-                r.kept.append((r.x, x_next[i], density[i]))
-            r.x = x_next[i]
-            r.version = min(r.version, self.version)
-            r.index += 1
+    def _shrink(self, batch: list[Sequence], shortage: str) -> list[Trajectory | Failure]:
+        """After a forward pass that did not fit: half the tokens, or, for a sequence alone, its failure."""
+        self._stats = replace(self._stats, out_of_memory=self._stats.out_of_memory + 1)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tokens = sum(s.context.tokens for s in batch)
+        if len(batch) > 1:
+            self._scheduler.lower_budget(tokens // 2)
+            log.warning("out of memory with %d tokens in %d sequences; token budget lowered to %d", tokens, len(batch), self._scheduler.max_tokens)
+            return []
+        self._scheduler.finish(batch)
+        one = batch[0]
+        log.error("out of memory with one sequence of %d tokens (%s); it fails", tokens, one.context.request.shape)
+        failures = [Failure(one.context.request, m, f"out of memory with {tokens} tokens alone: {shortage}") for m in one.members]
+        self._stats = replace(self._stats, failed=self._stats.failed + len(failures))
+        return list(failures)
 
-    def run(self, requests: list[SampleRequest]) -> list[Trajectory]:
-        """Sample all of `requests`; trajectories in request order."""
+    def _count(self, batch: list[Sequence], finished: list[Trajectory | Failure], seconds: float) -> None:
+        s = self._stats
+        tokens = sum(one.context.tokens for one in batch)
+        failed = sum(isinstance(f, Failure) for f in finished)
+        self._stats = replace(
+            s,
+            forwards=s.forwards + 1,
+            tokens=s.tokens + tokens,
+            sequence_steps=s.sequence_steps + len(batch),
+            saved_steps=s.saved_steps + sum(len(one.members) - 1 for one in batch),
+            occupancy=(s.occupancy * s.forwards + tokens / self._scheduler.max_tokens) / (s.forwards + 1),
+            seconds=s.seconds + seconds,
+            finished=s.finished + len(finished) - failed,
+            failed=s.failed + failed,
+        )
+
+    def run(self, requests: Series[SampleRequest]) -> list[Trajectory]:
+        """Sample all of `requests`; trajectories in the order of the requests, then of their members.
+
+        Raises:
+            SamplingFailed: some samples failed; it carries those that did not.
+        """
         for request in requests:
             self.add_request(request)
-        done: dict[int, Trajectory] = {}
-        while len(self._scheduler):
-            for trajectory in self.step():
-                done[id(trajectory.request)] = trajectory
-        return [done[id(r)] for r in requests]
+        done: dict[tuple[int, int], Trajectory] = {}
+        failures: list[Failure] = []
+        while self.unfinished:
+            for one in self.step():
+                if isinstance(one, Failure):
+                    failures.append(one)
+                else:
+                    done[id(one.request), one.member] = one
+        ordered = [done[key] for r in requests for m in r.members if (key := (id(r), m)) in done]
+        if failures:
+            raise SamplingFailed(failures, ordered)
+        return ordered

@@ -5,15 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class TextConditioning:
-    """Encoded prompts: `prompt_embeds` `[B, L, D]` (padding included, as the pipeline makes it) and `pooled` `[B, P]`."""
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """One encoded prompt: `prompt_embeds` `[L, D]` (padding included, as the pipeline makes it) and `pooled` `[P]`."""
 
     prompt_embeds: Tensor
     pooled: Tensor
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        return Conditioning(self.prompt_embeds.to(device), self.pooled.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.prompt_embeds.nbytes + self.pooled.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class TextConditioning:
+    """Encoded prompts: `prompt_embeds` `[B, L, D]` and `pooled` `[B, P]`."""
+
+    prompt_embeds: Tensor
+    pooled: Tensor
+
+    def __getitem__(self, index: int) -> Conditioning:
+        """Prompt `index` alone, with memory of its own."""
+        return Conditioning(self.prompt_embeds[index].clone(), self.pooled[index].clone())
 
 
 class TextEncoder(Protocol):

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
-from actors.evaluator import EvaluationFailed, Evaluator, EvaluatorSpec, caption, contact_sheet
+from actors.evaluator import EvaluationFailed, Evaluator, EvaluatorSpec
 from actors.sources.prompts import held_out_prompts
 from actors.weights import Weights
 from diffusion.checkpoint import load_policy
@@ -111,21 +111,3 @@ def test_the_sample_grid_is_fixed(policy_folder: Path, tmp_path: Path) -> None:
     assert Path(first).read_bytes() == Path(second).read_bytes()
     with Image.open(first) as image:
         assert image.size == (4 * (144 + 8), 2 * (48 + 18))  # five pictures of 48x16, three times as large
-
-
-def test_a_contact_sheet_shows_every_picture_unchanged() -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
-    sheet = np.asarray(contact_sheet(pictures, list("abcde"), columns=2, width=13))
-    assert sheet.shape == (3 * (8 + 18), 2 * (12 + 8), 3)
-    for i, picture in enumerate(pictures):
-        y, x = i // 2 * 26 + 2, i % 2 * 20 + 4
-        np.testing.assert_array_equal(sheet[y : y + 8, x : x + 12], picture.repeat(2, 0).repeat(2, 1))
-        below = sheet[y + 9 : y + 23, x : x + 12]
-        assert below.min() < 128, "no caption"
-    assert (sheet[52:, 20:] == 255).all()  # the empty sixth place
-
-
-def test_captions_are_the_quoted_text() -> None:
-    assert caption('a sign that says "407"') == "407"
-    assert caption("a red panda that holds a very long banner") == "a red panda that holds a"
-    assert caption('an inch is 1" long') == 'an inch is 1" long'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from actors.config import PromptConfig, RolloutConfig
 from actors.payload import GroupPayload, decode_group
-from actors.rollout import RolloutGenerator, RolloutSpec, group_payload, group_requests, trained_steps
+from actors.rollout import RolloutGenerator, RolloutSpec, group_payload, group_request, trained_steps
 from actors.sources.prompts import training_prompt
+from diffusion.checkpoint import load_policy
 from diffusion.codecs import IdentityCodec
 from diffusion.config import ModelConfig, SamplerConfig
+from diffusion.engine.engine import Engine
 from diffusion.kernels import log_prob, make_kernel
-from diffusion.text.base import TextConditioning
+from diffusion.text.base import Conditioning
 from replay.policy import BufferSettings
 from replay.records import Lease
 from services.client.base import ItemScore, ScoreFailure
@@ -29,7 +31,7 @@ from services.config import RewardConfig
 SEED = 3
 SAMPLER = SamplerConfig(steps=4, trained_steps=2, height=16, width=24)
 ROLLOUT = RolloutConfig(group_size=3)
-TEXT = TextConditioning(torch.randn(1, 10, 64), torch.randn(1, 64))
+TEXT = Conditioning(torch.randn(10, 64), torch.randn(64))
 SHAPE = (3, 16, 24)
 LINEAGE = 3
 NOWHERE = RewardConfig(url="http://127.0.0.1:9", model="mean")
@@ -67,17 +69,17 @@ def test_listed_steps_are_taken_as_they_are() -> None:
 
 @pytest.mark.parametrize("noise_on", ["all", "trained"])
 @pytest.mark.parametrize("same_start", [False, True])
-def test_members_differ_in_their_number_alone(noise_on: str, same_start: bool) -> None:
-    sampler = SAMPLER.model_copy(update={"noise_on": noise_on, "kernel": "cps", "noise_level": 0.4})
-    requests = group_requests(sampler, ROLLOUT.model_copy(update={"same_initial_noise": same_start}), SEED, 9, TEXT, SHAPE)
+def test_a_group_is_one_request(noise_on: str, same_start: bool) -> None:
+    sampler = SAMPLER.model_copy(update={"noise_on": noise_on, "kernel": "cps", "noise_level": 0.4, "guidance": 2.5})
+    negative = Conditioning(torch.zeros(3, 64), torch.zeros(64))
+    r = group_request(sampler, ROLLOUT.model_copy(update={"same_initial_noise": same_start}), SEED, 9, TEXT, negative, SHAPE)
     trained = trained_steps(sampler, SEED, 9)
-    assert [r.member for r in requests] == [r.id for r in requests] == [0, 1, 2]
-    for r in requests:
-        assert (r.seed, r.group, r.steps, r.kernel, r.noise_level, r.shape, r.same_start) == (SEED, 9, 4, "cps", 0.4, SHAPE, same_start)
-        assert r.trained == trained
-        assert r.stochastic == frozenset({0, 1, 2} if noise_on == "all" else trained)
-        assert torch.equal(r.prompt_embeds, TEXT.prompt_embeds[0])
-        assert torch.equal(r.pooled, TEXT.pooled[0])
+    assert list(r.members) == [0, 1, 2]
+    assert (r.seed, r.group, r.steps, r.kernel, r.noise_level, r.shape, r.same_start) == (SEED, 9, 4, "cps", 0.4, SHAPE, same_start)
+    assert r.trained == trained
+    assert r.stochastic == frozenset({0, 1, 2} if noise_on == "all" else trained)
+    assert r.conditioning is TEXT
+    assert (r.guidance, r.negative) == (2.5, negative)
 
 
 # -- the generator --------------------------------------------------------------------------------------------------
@@ -144,7 +146,9 @@ class Generator(RolloutGenerator):
     """Samples with the weights it was built with."""
 
     def _refresh(self, least: int) -> None:
-        self.held = (LINEAGE, least)
+        self.held = (self.lineages.pop(0) if self.lineages else LINEAGE, least)
+
+    lineages: ClassVar[list[int]] = []
 
 
 def run(
@@ -261,15 +265,51 @@ def test_a_lost_lease_is_not_counted(policy_folder: Path) -> None:
     assert run(policy_folder, Ledger([13]), Scorer()) == 0
 
 
-def test_a_payload_stacks_members(policy_folder: Path) -> None:
-    ledger = Ledger([])
-    run(policy_folder, ledger, Scorer())
-    assert ledger.generator is not None
-    requests = group_requests(SAMPLER, ROLLOUT, SEED, 2, TEXT, SHAPE)
-    done = ledger.generator.engine.run(requests)
+@pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
+def test_a_payload_stacks_members(kernel: str, policy_folder: Path) -> None:
+    policy = load_policy(ModelConfig(path=str(policy_folder), init=True))
+    sampler = SAMPLER.model_copy(update={"kernel": kernel, "steps": 6, "trained_steps": [0, 2]})
+    done = Engine(policy.transformer, policy.process, 10_000).run([group_request(sampler, ROLLOUT, SEED, 2, TEXT, None, SHAPE)])
     payload = group_payload(done, TEXT)
     for i, trajectory in enumerate(done):
         for name in ("x", "x_next", "log_prob"):
             assert torch.equal(getattr(payload, name)[i], getattr(trajectory, name))
+    assert payload.trained.tolist() == [0, 2]
     assert payload.trained.dtype == torch.int64
+    if kernel == "flow_sde":
+        assert payload.previous is None
+    else:
+        assert payload.previous is not None
+        assert payload.previous.shape == (3, 2, *SHAPE)
+        assert not payload.previous[:, 0].any()  # before step 0 there was none
+        assert payload.previous[:, 1].abs().min() > 0
     assert torch.equal(group_payload([replace(d) for d in done], TEXT).times, done[0].times)
+
+
+def test_groups_sampled_side_by_side_are_those_sampled_one_by_one(policy_folder: Path) -> None:
+    apart, together = Ledger([4, 7, 8, 9]), Ledger([4, 7, 8, 9])
+    assert run(policy_folder, apart, Scorer()) == 4
+    assert run(policy_folder, together, Scorer(), rollout=ROLLOUT.model_copy(update={"concurrent_groups": 3})) == 4
+    beside = {c[0]: c[1:] for c in together.committed}
+    for group, payload, rewards, _, meta in apart.committed:
+        assert beside[group][1] == pytest.approx(rewards, abs=1 / 255)
+        assert beside[group][3]["prompt"] == meta["prompt"]
+        for name in ("x", "x_next", "log_prob"):
+            torch.testing.assert_close(getattr(beside[group][0], name), getattr(payload, name), atol=1e-4, rtol=1e-4)
+
+
+def test_a_stopped_generator_hands_in_what_it_has_begun(policy_folder: Path) -> None:
+    """`stop` comes while three groups are in the engine; none of them is lost."""
+    ledger = Ledger([4, 7, 8])
+    assert run(policy_folder, ledger, Scorer(wait_s=0.1), rollout=ROLLOUT.model_copy(update={"concurrent_groups": 8})) == 3
+    assert sorted(c[0] for c in ledger.committed) == [4, 7, 8]
+    assert ledger.failed == []
+
+
+def test_a_group_of_two_histories_goes_back(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner returned to a checkpoint, and its weights came in while the first group was being sampled."""
+    monkeypatch.setattr(Generator, "lineages", [LINEAGE, LINEAGE + 1])
+    ledger = Ledger([4, 7])
+    assert run(policy_folder, ledger, Scorer(), rollout=ROLLOUT.model_copy(update={"concurrent_groups": 2})) == 1
+    assert [g for g, _ in ledger.failed] == [4]
+    assert "the learner went back to a checkpoint" in ledger.failed[0][1]

@@ -169,7 +169,7 @@ def test_moments_are_fp32_and_per_row(name: str) -> None:
 
 
 def test_an_unknown_kernel_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown step kernel 'euler'; known: constant_sde, cps, ddim_eta, flow_sde"):
+    with pytest.raises(ValueError, match="unknown step kernel 'euler'; known: ancestral, constant_sde, cps, ddim_eta, edm_2ab, edm_euler, flow_sde"):
         make_kernel("euler", PROCESS, 0.5, 10)
 
 

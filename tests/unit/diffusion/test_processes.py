@@ -1,13 +1,16 @@
-"""Rectified flow: noising, target and split agree; grids and training times."""
+"""Forward processes: noising, target and split agree; grids and training times; what a diffusers folder says."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import pytest
 import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion.processes import RectifiedFlow, bcast
+from diffusion.processes import EDM, ForwardProcess, RectifiedFlow, VariancePreserving, bcast, process_from_scheduler
 
 SHIFTS = st.sampled_from([0.5, 1.0, 2.0, 3.0, 6.0])
 
@@ -88,3 +91,139 @@ def test_bcast_adds_trailing_dimensions() -> None:
     t = torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert bcast(t, torch.zeros(2, 3, 4)).shape == (2, 1, 1)
     assert bcast(t, torch.zeros(2)).dtype == torch.float32
+
+
+# -- sigma space and the table of noise levels ---------------------------------------------------------------------
+
+ALL: list[ForwardProcess] = [
+    RectifiedFlow(3.0),
+    EDM(),
+    EDM(sigma_data=1.0, prediction="v_prediction"),
+    EDM.of_flow(RectifiedFlow(3.0)),
+    VariancePreserving(),
+    VariancePreserving("scaled_linear", 0.00085, 0.012, prediction="v_prediction"),
+]
+NAMED = [f"{p.name}{i}" for i, p in enumerate(ALL)]
+
+
+@pytest.mark.parametrize("process", ALL, ids=NAMED)
+def test_every_process_reads_its_own_target(process: ForwardProcess) -> None:
+    g = torch.Generator().manual_seed(0)
+    x0, eps, _ = draw(64)
+    t = process.sample_times(64, g)
+    assert (t > 0).all()
+    a, s = process.coefficients(t)
+    x = process.noise(x0, eps, t)
+    torch.testing.assert_close(x, bcast(a, x0) * x0 + bcast(s, x0) * eps)
+    target = process.target(x0, eps, t)
+    back, noise = process.split(target, x, t)
+    # an error of the state reaches x0 over the data's share, eps over the noise's
+    assert float((bcast(a, x0) * (back - x0)).abs().max()) < 1e-5 * float(1 + s.max())
+    assert float((bcast(s, x0) * (noise - eps)).abs().max()) < 1e-5 * float(1 + s.max())
+    assert not process.loss(target, x0, eps, t).any()
+    assert float(process.loss(target + 0.5, x0, eps, t).mean()) == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("process", ALL, ids=NAMED)
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_every_grid_falls_to_clean_data(process: ForwardProcess, steps: int) -> None:
+    grid = process.time_grid(steps)
+    assert (grid.shape, grid.dtype) == ((steps + 1,), torch.float32)
+    assert (grid.diff() < 0).all()
+    a, s = process.coefficients(grid[-1:])
+    assert (float(a), float(s)) == (1, 0)
+
+
+def test_a_flow_policy_in_sigma_space_is_the_same_policy() -> None:
+    """Same network input, same time, same estimates, same loss: only the state's scale differs."""
+    flow, edm = RectifiedFlow(2.0), EDM.of_flow(RectifiedFlow(2.0))
+    x0, eps, _ = draw(9)
+    t = torch.linspace(0.02, 0.98, 9)
+    sigma = t / (1 - t)
+    x, wide = flow.noise(x0, eps, t), edm.noise(x0, eps, sigma)
+    torch.testing.assert_close(edm.model_input(wide, sigma), x, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(edm.model_time(sigma), t)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(flow.split(v, x, t), edm.split(v, wide, sigma), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(edm.loss(v, x0, eps, sigma), flow.loss(v, x0, eps, t))
+    g = torch.Generator
+    levels = edm.sample_times(4000, g().manual_seed(3))
+    torch.testing.assert_close(edm.model_time(levels), flow.sample_times(4000, g().manual_seed(3)), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_edm_preconditioning_is_diffusers(prediction: Literal["epsilon", "v_prediction"]) -> None:
+    theirs = EDMEulerScheduler(prediction_type=prediction)
+    process = process_from_scheduler(dict(theirs.config) | {"_class_name": "EDMEulerScheduler"})
+    x, f = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(0))
+    for sigma in (0.01, 0.7, 40.0):
+        t = torch.tensor([sigma])
+        torch.testing.assert_close(process.split(f, x, t)[0], theirs.precondition_outputs(x, f, sigma), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(process.model_input(x, t), theirs.precondition_inputs(x, sigma))
+        torch.testing.assert_close(1000 * process.model_time(t), theirs.precondition_noise(t))
+    theirs.set_timesteps(12)
+    torch.testing.assert_close(process.time_grid(12), theirs.sigmas.float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_the_table_of_noise_levels_is_diffusers(schedule: str, prediction: str) -> None:
+    theirs = DDIMScheduler(beta_schedule=schedule, beta_start=0.00085, beta_end=0.012, prediction_type=prediction)  # type: ignore[arg-type]
+    process = process_from_scheduler(dict(theirs.config) | {"_class_name": "DDIMScheduler"})
+    x0, eps, _ = draw(4)
+    index = torch.tensor([0, 10, 500, 999])
+    t = (index + 1) / 1000
+    torch.testing.assert_close(1000 * process.model_time(t), index.float())
+    torch.testing.assert_close(process.noise(x0, eps, t), theirs.add_noise(x0, eps, index), atol=1e-5, rtol=1e-4)
+    expected = eps if prediction == "epsilon" else theirs.get_velocity(x0, eps, index)
+    torch.testing.assert_close(process.target(x0, eps, t), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "shift"),
+    [
+        ({}, RectifiedFlow, 1.0),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": False}, RectifiedFlow, 3.0),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0},
+            RectifiedFlow,
+            5.0,
+        ),
+        ({"_class_name": "EDMEulerScheduler", "sigma_max": 100}, EDM, None),
+        ({"_class_name": "DDPMScheduler"}, VariancePreserving, None),
+        ({"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "trained_betas": None}, VariancePreserving, None),
+    ],
+)
+def test_processes_of_scheduler_files(values: dict[str, Any], kind: type[ForwardProcess], shift: float | None) -> None:
+    process = process_from_scheduler(values)
+    assert type(process) is kind
+    if isinstance(process, RectifiedFlow):
+        assert process.shift == shift
+    if isinstance(process, EDM):
+        assert (process.sigma_max, process.preconditioning) == (100, "edm")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"_class_name": "LCMScheduler"}, "unknown scheduler 'LCMScheduler'; known: FlowMatch"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting=True is not supported"),
+        ({"_class_name": "UniPCMultistepScheduler"}, "flow policies only"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}, "unknown beta schedule"),
+        ({"_class_name": "DDPMScheduler", "prediction_type": "sample"}, "unknown prediction 'sample'"),
+        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not supported"),
+        ({"_class_name": "DDIMScheduler", "beta_start": 0.0}, "0 < beta_start"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_min": 0}, "0 < sigma_min < sigma_max"),
+        ({"_class_name": "EDMEulerScheduler", "rho": -1}, "must be positive"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "sample"}, "unknown prediction 'sample'"),
+    ],
+)
+def test_schedulers_that_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        process_from_scheduler(values)
+
+
+def test_more_steps_than_noise_levels_are_refused() -> None:
+    with pytest.raises(ValueError, match="11 steps exceed the 10 noise levels"):
+        VariancePreserving(train_steps=10).time_grid(11)

@@ -48,3 +48,23 @@ def test_model_refusals(bad: dict[str, Any]) -> None:
 def test_settings_do_not_change_after_reading() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         SamplerConfig().steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kernel", ["edm_2ab", "edm_euler"])
+def test_churn_kernels_train_all_but_the_last_two_steps(kernel: Any) -> None:
+    assert SamplerConfig(kernel=kernel, noise_level=5.0, steps=21, trained_steps=list(range(0, 20, 2)))
+    assert SamplerConfig(kernel=kernel, steps=21, trained_steps=19)
+    with pytest.raises(ValidationError, match=rf"must lie in 1..19: steps=21 and the last two steps of {kernel} draw no noise"):
+        SamplerConfig(kernel=kernel, steps=21, trained_steps=20)
+    with pytest.raises(ValidationError, match=r"must be distinct indices in 0..18"):
+        SamplerConfig(kernel=kernel, steps=21, trained_steps=[19])
+    with pytest.raises(ValidationError, match="steps=2 leaves nothing to train"):
+        SamplerConfig(kernel=kernel, steps=2, trained_steps=1)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"kernel": "ancestral", "noise_level": 1.2}, {"kernel": "cps", "noise_level": 1.2}, {"noise_level": 2.1}, {"guidance": 0.5}, {"guidance": -1}]
+)
+def test_refused_noise_and_guidance(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        SamplerConfig(**bad)

@@ -1,0 +1,186 @@
+"""The engine for callers that do not want to wait: a thread steps it, requests come and go between steps.
+
+Every command (a request, an abort, new weights) is carried out between two steps, in the order in which it was given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.engine.engine import Engine, EngineStats, SwapPolicy
+from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
+
+
+class EngineClosed(RuntimeError):
+    """The engine was closed before the request had finished."""
+
+
+class _Answer:
+    """What has come of one request so far."""
+
+    def __init__(self) -> None:
+        self.future: Future[list[Trajectory]] = Future()
+        self.trajectories: dict[int, Trajectory] = {}
+        self.failures: list[Failure] = []
+
+    def add(self, one: Trajectory | Failure) -> bool:
+        """Take a sample's end; True when the request is whole."""
+        if isinstance(one, Failure):
+            self.failures.append(one)
+        else:
+            self.trajectories[one.member] = one
+        return len(self.trajectories) + len(self.failures) == one.request.n
+
+    def settle(self) -> None:
+        ordered = [self.trajectories[m] for m in sorted(self.trajectories)]
+        with suppress(InvalidStateError):  # cancelled meanwhile
+            if self.failures:
+                self.future.set_exception(SamplingFailed(self.failures, ordered))
+            else:
+                self.future.set_result(ordered)
+
+    def fail(self, error: BaseException) -> None:
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+class AsyncEngine:
+    """Owns an engine; nobody else may touch it. Close it, or use it as a context manager.
+
+    Args:
+        engine: an engine that has no requests.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands: deque[Callable[[], None]] = deque()
+        self._answers: dict[int, tuple[SampleRequest, _Answer]] = {}
+        self._wake = threading.Condition()
+        self._closing = False
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: SampleRequest) -> Future[list[Trajectory]]:
+        """Trajectories of a request, in member order, when all are finished.
+
+        The future raises ValueError for a request that cannot run, SamplingFailed when members failed, EngineClosed.
+        Cancelling it aborts the request.
+        """
+        answer = _Answer()
+
+        def add() -> None:
+            if not answer.future.cancelled():
+                try:
+                    if id(request) in self._answers:
+                        raise ValueError("this request is being sampled already; make another one")
+                    self._engine.add_request(request)
+                except Exception as error:  # belongs to whoever asked
+                    answer.fail(error)
+                else:
+                    self._answers[id(request)] = request, answer
+
+        def cancelled(future: Future[list[Trajectory]]) -> None:
+            if future.cancelled():
+                self.abort(request)
+
+        answer.future.add_done_callback(cancelled)
+        self._command(add)
+        return answer.future
+
+    async def generate(self, request: SampleRequest) -> list[Trajectory]:
+        """`submit` for coroutines; cancelling the task aborts the request."""
+        return await asyncio.wrap_future(self.submit(request))
+
+    def abort(self, request: SampleRequest) -> None:
+        """Drop a request between two steps; its future is cancelled. One that has finished stays finished."""
+
+        def drop() -> None:
+            self._engine.abort(request)
+            _, answer = self._answers.pop(id(request), (None, None))
+            if answer is not None:
+                answer.future.cancel()
+
+        with suppress(EngineClosed):  # nothing is left to abort
+            self._command(drop)
+
+    def set_weights(self, state: dict[str, Tensor], version: int, digest: str | None = None, policy: SwapPolicy = "in_flight") -> Future[None]:
+        """`Engine.set_weights` between two steps; requests submitted later are sampled with these weights or newer ones."""
+        return self._call(lambda: self._engine.set_weights(state, version, digest, policy))
+
+    def stats(self) -> Future[EngineStats]:
+        """The engine's counters, between two steps."""
+        return self._call(lambda: self._engine.stats)
+
+    def close(self) -> None:
+        """End after the current step. Unfinished requests raise EngineClosed."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def __enter__(self) -> AsyncEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _call(self, work: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                result = work()
+            except Exception as error:  # belongs to whoever asked
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._command(run)
+        return future
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            if self._closing:
+                raise EngineClosed("the engine is closed")
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._commands or self._engine.unfinished)
+                closing = self._closing
+                commands = list(self._commands)
+                self._commands.clear()
+            for command in commands:
+                command()
+            if closing:
+                break
+            try:
+                finished = self._engine.step()
+            except Exception as error:  # a fault of one batch; whoever takes part hears of it, and the engine goes on
+                self._give_up(error)
+                continue
+            for one in finished:
+                _, answer = self._answers[id(one.request)]
+                if answer.add(one):
+                    del self._answers[id(one.request)]
+                    answer.settle()
+        self._give_up(EngineClosed("the engine was closed"))
+
+    def _give_up(self, error: BaseException) -> None:
+        for request, answer in self._answers.values():
+            self._engine.abort(request)
+            answer.fail(error)
+        self._answers.clear()

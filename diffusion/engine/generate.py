@@ -1,0 +1,169 @@
+"""Prompts in, pictures out: the engine with a policy's text encoder and codec around it, for people and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from diffusion.checkpoint import Policy, load_policy
+from diffusion.config import ModelConfig
+from diffusion.engine.decode import Decoder
+from diffusion.engine.engine import Engine, EngineStats
+from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
+from diffusion.kernel_names import stochastic_steps
+
+MAX_TOKENS = 16384
+"""Default token budget of a forward pass."""
+DECODE_DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the samples of a prompt are drawn.
+
+    Attributes:
+        height, width: size in pixels.
+        steps: denoising steps.
+        n: samples of the prompt.
+        seed: with the prompt's position in the call and the sample's number, the name of every noise.
+        guidance, negative_prompt: classifier-free guidance; 1 = none.
+        kernel, noise_level: the solver, and the noise of its stochastic steps.
+        stochastic: `none` (an ODE sample) or `all` (noise in every step that may have some).
+        priority: head start in the queue.
+    """
+
+    height: int
+    width: int
+    steps: int = 20
+    n: int = 1
+    seed: int = 0
+    guidance: float = 1.0
+    negative_prompt: str = ""
+    kernel: str = "flow_sde"
+    noise_level: float = 0.7
+    stochastic: str = "none"
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stochastic not in ("none", "all"):
+            raise ValueError(f"stochastic={self.stochastic!r} must be 'none' or 'all'")
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A finished picture. `image` is uint8 RGB `[H, W, 3]`; `number` counts the prompt's samples."""
+
+    prompt: str
+    params: SamplingParams
+    number: int
+    image: np.ndarray
+    trajectory: Trajectory
+
+
+class DiffusionEngine:
+    """`generate` on a policy. Close it, or use it as a context manager.
+
+    Args:
+        policy: network, text encoder, codec, process.
+        max_tokens: upper bound on the tokens of one forward pass.
+        dtype: `float32` or `bfloat16` autocast inside the network.
+    """
+
+    def __init__(self, policy: Policy, max_tokens: int = MAX_TOKENS, dtype: str = "float32") -> None:
+        self.policy = policy
+        self.engine = Engine(policy.transformer, policy.process, max_tokens, dtype, policy.text_encoder)
+        self._decoder = Decoder(policy.codec, self.engine.device)
+
+    @classmethod
+    def from_pretrained(cls, path: str, device: str = "cpu", max_tokens: int = MAX_TOKENS, dtype: str = "float32") -> Self:
+        """From a folder in diffusers' layout. Raises CheckpointError."""
+        return cls(load_policy(ModelConfig(path=path), device), max_tokens, dtype)
+
+    def request(self, prompt: str, params: SamplingParams, group: int) -> SampleRequest:
+        """The request that draws `params.n` samples of a prompt. Raises ValueError for a size the codec cannot make."""
+        codec = self.policy.codec
+        noisy = range(stochastic_steps(params.kernel, params.steps)) if params.stochastic == "all" else ()
+        return SampleRequest(
+            shape=(codec.channels, *codec.latent_size(params.height, params.width)),
+            steps=params.steps,
+            prompt=prompt,
+            n=params.n,
+            seed=params.seed,
+            group=group,
+            kernel=params.kernel,
+            noise_level=params.noise_level,
+            stochastic=frozenset(noisy),
+            guidance=params.guidance,
+            negative_prompt=params.negative_prompt,
+            priority=params.priority,
+            id=prompt,
+        )
+
+    def generate(
+        self, prompts: Sequence[str], params: SamplingParams | Sequence[SamplingParams], progress: Callable[[int, int], None] | None = None
+    ) -> list[list[Sample]]:
+        """Samples of every prompt, in the order given.
+
+        Args:
+            prompts: texts; a text may occur more than once.
+            params: for all prompts, or one each.
+            progress: told, after every forward pass, how many samples are finished, and of how many.
+
+        Raises:
+            ValueError: a prompt or a size that cannot be sampled.
+            SamplingFailed: some samples failed.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one for all, or one each")
+        requests = [self.request(prompt, p, group) for group, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+        number = {id(r): i for i, r in enumerate(requests)}
+        added: list[SampleRequest] = []
+        try:
+            for r in requests:
+                added.append(r)
+                self.engine.add_request(r)
+            done = self._finish(sum(r.n for r in requests), number, progress)
+        finally:
+            for r in added:  # nothing is left of it unless an error came between
+                self.engine.abort(r)
+        samples: list[list[Sample]] = [[] for _ in requests]
+        for (i, member), (trajectory, image) in sorted(done.items(), key=lambda item: item[0]):
+            samples[i].append(Sample(prompts[i], each[i], member, image.result(DECODE_DEADLINE_S), trajectory))
+        return samples
+
+    def _finish(
+        self, total: int, number: dict[int, int], progress: Callable[[int, int], None] | None
+    ) -> dict[tuple[int, int], tuple[Trajectory, Future[np.ndarray]]]:
+        """Step until nothing is left; finished latents are decoded meanwhile."""
+        done: dict[tuple[int, int], tuple[Trajectory, Future[np.ndarray]]] = {}
+        failures: list[Failure] = []
+        while self.engine.unfinished:
+            for one in self.engine.step():
+                if isinstance(one, Failure):
+                    failures.append(one)
+                else:
+                    done[number[id(one.request)], one.member] = one, self._decoder.submit(one.latent)
+            if progress is not None:
+                progress(len(done) + len(failures), total)
+        if failures:
+            raise SamplingFailed(failures, [t for t, _ in done.values()])
+        return done
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.engine.stats
+
+    def close(self) -> None:
+        self._decoder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,62 @@
+"""What a forward process is.
+
+Every process noises data as x_t = a(t) x_0 + s(t) eps. Conventions: time falls from noise to data and ends at 0, where
+a = 1 and s = 0; its unit is the process's own (1 … 0, or sigma). Tensors carry a leading batch dimension and times are
+`[B]`; all arithmetic is fp32, coefficients may be worked out in fp64.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+def bcast(t: Tensor, like: Tensor) -> Tensor:
+    """Reshape `[B]` to `[B, 1, …]` so that it broadcasts over `like` `[B, …]`; fp32 on `like`'s device."""
+    return t.to(like.device, torch.float32).reshape(-1, *([1] * (like.dim() - 1)))
+
+
+class ForwardProcess(ABC):
+    """A noising process together with the meaning of the network's output."""
+
+    name: str
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Data and noise shares `(a, s)` of x_t = a x_0 + s eps at times `[B]`, each `[B]` fp32."""
+
+    @abstractmethod
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict for the sample noised from `x0` with `eps` to time `t`, `[B, …]`."""
+
+    @abstractmethod
+    def split(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Estimates `(x0, eps)` implied by a prediction at `(x, t)`."""
+
+    @abstractmethod
+    def time_grid(self, steps: int) -> Tensor:
+        """`steps + 1` decreasing times, `[steps + 1]` fp32; the last is 0."""
+
+    @abstractmethod
+    def sample_times(self, n: int, generator: torch.Generator) -> Tensor:
+        """`n` training times `[n]`, none of them 0."""
+
+    def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Noised sample at time `t` from clean `x0` and Gaussian `eps`, all `[B, …]`."""
+        a, s = self.coefficients(t)
+        return bcast(a, x0) * x0.float() + bcast(s, x0) * eps.float()
+
+    def model_input(self, x: Tensor, t: Tensor) -> Tensor:
+        """What the network is shown instead of the state `x` `[B, …]` at `t` `[B]`: c_in(t) x. Here: the state itself."""
+        return x
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """Time the network is given, `[B]`. Networks multiply it by 1000 before they embed it. Here: `t` itself."""
+        return t
+
+    def loss(self, prediction: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Diffusion loss per sample `[B]`: mean over entries of the squared prediction error."""
+        error = prediction.float() - self.target(x0, eps, t)
+        return error.square().flatten(1).mean(1)

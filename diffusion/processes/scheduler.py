@@ -1,0 +1,55 @@
+"""From `scheduler/scheduler_config.json` of a diffusers folder to a forward process.
+
+Only what defines the policy is read: the process and the meaning of the network's output. Which solver diffusers would use,
+its spacing of timesteps and its clipping of predictions are not: sampling is the step kernels' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion.processes.base import ForwardProcess
+from diffusion.processes.edm import EDM
+from diffusion.processes.rectified_flow import RectifiedFlow
+from diffusion.processes.variance_preserving import VariancePreserving
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+EULER_EDM = "EDMEulerScheduler"
+UNIPC = "UniPCMultistepScheduler"
+DISCRETE = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+
+
+def _refuse(values: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
+    if key in values and values[key] not in allowed:
+        raise ValueError(f"{key}={values[key]!r} is not supported; supported: {', '.join(map(repr, allowed))}")
+
+
+def process_from_scheduler(values: Mapping[str, Any]) -> ForwardProcess:
+    """Forward process of a scheduler configuration; without `_class_name` it is a rectified flow.
+
+    Raises:
+        ValueError, TypeError: an unknown scheduler, or a setting that would change the process and is not implemented.
+    """
+    name = str(values.get("_class_name", FLOW))
+    if name == FLOW:
+        _refuse(values, "use_dynamic_shifting", (False,))
+        return RectifiedFlow(float(values.get("shift", 1.0)))
+    if name == UNIPC:
+        if not values.get("use_flow_sigmas") or values.get("prediction_type") != "flow_prediction":
+            raise ValueError(f"{UNIPC} is supported for flow policies only (use_flow_sigmas=true, prediction_type=flow_prediction)")
+        return RectifiedFlow(float(values.get("flow_shift", 1.0)))
+    if name == EULER_EDM:
+        keys = ("sigma_min", "sigma_max", "rho", "sigma_data")
+        return EDM("edm", prediction=values.get("prediction_type", "epsilon"), **{k: float(values[k]) for k in keys if k in values})
+    if name in DISCRETE:
+        _refuse(values, "trained_betas", (None,))
+        _refuse(values, "rescale_betas_zero_snr", (False,))
+        return VariancePreserving(
+            values.get("beta_schedule", "linear"),
+            float(values.get("beta_start", 1e-4)),
+            float(values.get("beta_end", 0.02)),
+            int(values.get("num_train_timesteps", 1000)),
+            values.get("prediction_type", "epsilon"),
+        )
+    raise ValueError(f"unknown scheduler {name!r}; known: {', '.join((FLOW, UNIPC, EULER_EDM, *DISCRETE))}")
