@@ -126,6 +126,14 @@ class Attention(nn.Module):
         return self._heads(self.to_k(x), self.norm_k), self._heads(self.to_v(x), None)
 
 
+class LayerNorm32(nn.LayerNorm):
+    """Layer norm computed in fp32 whatever the type of its input and weights, which the output keeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if a is None else a.float() for a in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
 class WanBlock(Block):
     """Self-attention, cross-attention to the text, feed-forward; the first and the last are modulated."""
 
@@ -136,7 +144,7 @@ class WanBlock(Block):
         dim = config.inner_dim
         self.eps = config.eps
         self.attn1, self.attn2 = Attention(config), Attention(config)
-        self.norm2 = nn.LayerNorm(dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
+        self.norm2 = LayerNorm32(dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim))
 
@@ -156,7 +164,7 @@ class WanBlock(Block):
     def between(self, x: Tensor, attended: Tensor, text: Tensor, vectors: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The stream behind the self-attention; queries, keys and values of the cross-attention."""
         x = (x.float() + self.attn1.to_out[0](attended) * self._vector(vectors, 2, owner)).to(x.dtype)
-        return x, self.attn2.queries(self.norm2(x.float()).to(x.dtype)), *self.attn2.keys_values(text)
+        return x, self.attn2.queries(self.norm2(x)), *self.attn2.keys_values(text)
 
     def after(self, x: Tensor, attended: Tensor, vectors: Tensor, owner: Tensor | None) -> Tensor:
         """The stream behind the cross-attention and the feed-forward."""

@@ -209,6 +209,17 @@ def test_bf16_autocast_stays_near_fp32(tiny_model: Build) -> None:
         assert 0 < (a - b).abs().max() < 0.05 * a.abs().max()
 
 
+@torch.no_grad()
+def test_bf16_weights_stay_near_fp32(style: str, tiny_model: Build) -> None:
+    model = tiny_model(style)
+    latents, t, embeds, pooled = requests(model)
+    exact = model(latents, t, embeds, pooled)
+    rough = model.to(torch.bfloat16)([x.bfloat16() for x in latents], t, [e.bfloat16() for e in embeds], pooled.bfloat16())
+    for a, b in zip(exact, rough, strict=True):
+        assert b.dtype == torch.bfloat16
+        assert 0 < (a - b).abs().max() < 0.05 * a.abs().max()
+
+
 def test_attention_gets_one_type_even_where_norms_compute_in_fp32(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast on a GPU runs `rms_norm` in fp32, on a CPU it does not; xformers and varlen_attn refuse mixed types."""
     from diffusion.models import sd3

@@ -157,6 +157,21 @@ def test_bf16_autocast_stays_near_fp32() -> None:
         assert 0 < (a - b).abs().max() < 0.05 * a.abs().max()
 
 
+@torch.no_grad()
+def test_bf16_weights_are_as_near_to_fp32_as_diffusers() -> None:
+    ours, theirs = wan(), diffusers_model(TINY)
+    latents, t, embeds = requests(ours.config, [(3, 4, 8)] * 3, [6] * 3)
+    exact = torch.stack(ours(latents, t, embeds))
+    rope = theirs.rope
+    theirs.to(torch.bfloat16).rope = rope.float()
+    half = torch.stack(latents).bfloat16(), torch.stack(embeds).bfloat16()
+    expected = theirs(half[0], 1000 * t, half[1]).sample
+    found = ours.to(torch.bfloat16)(half[0], t, half[1])
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).square().mean() < 2 * (expected - exact).square().mean()
+    assert (found - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 # -- counts, refusals and configuration -----------------------------------------------------------------------------
 
 
