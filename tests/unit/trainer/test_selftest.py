@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,24 @@ def test_every_kernel_replays_to_ratio_one(kernel: str, guidance: float, policy_
     assert 0 <= found.mean <= found.largest < 1e-6
     assert found.gap < 1e-6
     assert found.refusal(made.config) is None
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "kernel"),
+    [
+        ({"_class_name": "EDMEulerScheduler"}, "edm_2ab"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "ancestral"),
+        ({"_class_name": "EDMEulerScheduler"}, "cps"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "ddim_eta"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "cps"),
+    ],
+)
+def test_policies_of_other_processes_replay_too(scheduler: dict[str, Any], kernel: str, policy_folder: Path) -> None:
+    """What the network is shown and told differs from the state and its time, on both sides alike."""
+    (policy_folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    made = learner_of(config_of(policy_folder, kernel=kernel))
+    assert made.kernel.process is made.process
+    assert self_test(made).largest < 1e-6
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
