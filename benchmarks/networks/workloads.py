@@ -64,7 +64,7 @@ WORKLOADS: dict[str, tuple[Workload, ...]] = {
         Workload("wan-1.3b-240x416x33", WAN_1_3B, ((16, 9, 30, 52),), 512, (1, 2, 4, 8)),
     ),
     "tiny": (
-        Workload("sd35-tiny", TINY_SD3, ((16, 16, 16),), 7, (1, 2)),
+        Workload("sd35-tiny", TINY_SD3, ((16, 16, 16),), 7, (2,)),
         Workload("sd35-tiny-mixed", TINY_SD3, ((16, 16, 16), (16, 8, 16)), 7, (3,)),
         Workload("wan-tiny", TINY_WAN, ((16, 3, 8, 8),), 9, (2,)),
     ),

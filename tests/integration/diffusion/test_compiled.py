@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -73,8 +74,9 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_pool_of_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+def _no_pool_of_compilers() -> Iterator[None]:
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
 
 
 @pytest.mark.parametrize("kind", ["sd3", "wan"])
@@ -111,3 +113,19 @@ def test_more_shapes_than_the_compiler_keeps_by_default() -> None:
         inputs = requests([((1, 2 * i, 2), 3), ((1, 2, 2), 3)], i)
         close(model(**inputs), plain(**inputs))
     assert counters["stats"]["unique_graphs"] == 3 * 10
+
+
+@pytest.mark.parametrize("kind", ["sd3", "wan"])
+@torch.no_grad()
+def test_compiled_regions_follow_autocast(kind: str) -> None:
+    model = build(kind)
+    inputs = requests(MIXES[kind][0], 0)
+    exact = model(**inputs)
+    model.buckets = 8
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = model(**inputs)
+        model.compile_blocks(backend="aot_eager")
+        found = model(**inputs)
+    for a, b, c in zip(found, eager, exact, strict=True):
+        assert (a.float() - c).square().mean() < 2 * (b.float() - c).square().mean()
+    close(model(**inputs), exact)  # and back: fp32 outside
