@@ -24,6 +24,7 @@ from safetensors.torch import save
 
 from actors.connect import Target
 from diffusion.checkpoint import save_policy
+from diffusion.engine.memory import keep_freed_memory
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from diffusion.lora import adapter_bytes, merged_state
 from replay.buffer import Claim, ReplayBuffer
@@ -75,6 +76,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = torch.device("cuda", context.get_local_rank()) if config.learner.gpus > 0 else torch.device("cpu")
     buffer = spec.target.buffer()
+    if device.type == "cpu":
+        keep_freed_memory()
     learner = Learner(config, device)
 
     progress = restore(learner)

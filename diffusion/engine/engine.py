@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffusion.engine.cache import MAX_BYTES, PromptCache
 from diffusion.engine.forward import Rows, predict, rows_of
-from diffusion.engine.memory import out_of_memory, plan_memory
+from diffusion.engine.memory import keep_freed_memory, out_of_memory, plan_memory
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.engine.scheduler import Scheduler
 from diffusion.engine.sequence import Context, Path, Sequence, previous_of
@@ -76,7 +76,7 @@ class EngineStats:
 
 
 class Engine:
-    """Continuous batching between denoising steps.
+    """Continuous batching between denoising steps. On the CPU, its process keeps the memory that a forward pass has used.
 
     Args:
         model: the policy network (fp32 weights).
@@ -101,6 +101,8 @@ class Engine:
         self.model, self.process, self.dtype = model.eval(), process, dtype
         self.device = next(model.parameters()).device
         self.prompts = PromptCache(text_encoder, self.device, cache_bytes) if text_encoder is not None else None
+        if self.device.type == "cpu":
+            keep_freed_memory()
         itemsize = 2 if dtype == "bfloat16" else 4
         self.plan = plan_memory(model.activation_bytes(itemsize), self.device, max_tokens)
         self.merge = merge

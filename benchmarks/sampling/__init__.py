@@ -1,0 +1,1 @@
+"""Parts of benchmarks/rollout.py: sampling against its limit and against what others do."""
