@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,9 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     return Policy(model, encoder, codec, process, provider)
 
 
-def save_policy(folder: Path, source: Path, state: dict[str, Tensor]) -> None:
-    """Write `state` as a policy folder; all other parts are copied from `source`. Visible only when complete (rename)."""
+def save_policy(folder: Path, source: Path, state: dict[str, Tensor], extra: Mapping[str, bytes] | None = None) -> None:
+    """Write `state` as a policy folder, with `extra` files; all other parts are copied from `source`. Visible only when
+    complete (rename)."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "transformer").mkdir(parents=True)
@@ -198,5 +200,7 @@ def save_policy(folder: Path, source: Path, state: dict[str, Tensor]) -> None:
     shutil.copy(source / "transformer" / "config.json", partial / "transformer" / "config.json")
     data = save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata={"format": "pt"})
     (partial / "transformer" / WEIGHTS).write_bytes(data)  # save_file makes files that only their owner may read
+    for name, content in (extra or {}).items():
+        (partial / name).write_bytes(content)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -20,11 +20,7 @@ class LoRAConfig(Strict):
 
     rank: int = Field(0, ge=0, description="rank r; 0 = no adapter, all weights are trained (DiffusionNFT on SD3.5: 32)")
     alpha: float = Field(64.0, gt=0, description="the adapter's output is scaled by alpha / rank (DiffusionNFT on SD3.5: 64)")
-    targets: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-        min_length=1,
-        description="linear layers that get one, by the end of their name",
-    )
+    targets: tuple[str, ...] = Field((), description="linear layers that get one, by the end of their name; none named = every projection of attention")
     merge: bool = Field(False, description="rollouts: merge the adapter into the weights; needs objective.old_log_prob=learner, because merging rounds")
 
 

@@ -10,11 +10,13 @@ differently from the two products that the learner trains, so merged rollouts ne
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from diffusion.config import LoRAConfig
@@ -23,6 +25,10 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 """File name of an adapter in diffusers' layout."""
 PREFIX = "transformer."
 """What diffusers puts before the network's own parameter names in that file."""
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Projections of attention, of both streams (what Flow-GRPO adapts of SD3.5); a network has some of them."""
 
 
 class LoRALinear(nn.Linear):
@@ -71,7 +77,8 @@ def _layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -> None:
-    """Wrap the linear layers whose name ends with one of `config.targets`, and freeze everything but the adapters.
+    """Wrap the linear layers whose name ends with one of `config.targets` (none: those of `ATTENTION`), and freeze
+    everything but the adapters.
 
     Args:
         generator: CPU generator of the first values.
@@ -79,9 +86,9 @@ def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -
         ValueError: a target that names no linear layer; nothing has changed then.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in config.targets}
+    chosen = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in config.targets or ATTENTION}
     unknown = [target for target, names in chosen.items() if not names]
-    if unknown:
+    if unknown and config.targets:
         ends = sorted({".".join(part for part in n.split(".")[-2:]) for n in linear})
         raise ValueError(f"model.lora.targets names no linear layer: {', '.join(unknown)}; layers end with {', '.join(ends)}")
     model.requires_grad_(False)
@@ -120,6 +127,21 @@ def without_lora(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.active = True
+
+
+def adapter_bytes(state: dict[str, Tensor], config: LoRAConfig) -> bytes:
+    """The adapter of a whole state dict as a file that diffusers' `load_lora_weights` reads: safetensors with the adapter's
+    settings as metadata."""
+    layers = sorted(n.removesuffix(".lora_A.weight") for n in state if n.endswith(".lora_A.weight"))
+    settings = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": layers}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({PREFIX + key: value for key, value in settings.items()})}
+    data: bytes = save({PREFIX + n: t.detach().cpu().contiguous() for n, t in state.items() if ".lora_" in n}, metadata=metadata)
+    return data
+
+
+def read_adapter(data: bytes) -> dict[str, Tensor]:
+    """The parameters in a file of `adapter_bytes`, by the network's own names (`trained_weights`)."""
+    return {name.removeprefix(PREFIX): tensor for name, tensor in load(data).items()}
 
 
 def merged_state(state: dict[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:

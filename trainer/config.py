@@ -167,6 +167,11 @@ class RunConfig(Strict):
         rows = min([self.rollout.groups_per_step] * self.uses_policy + [self.data_rows] * self.uses_data)
         if self.learner.ranks > rows:
             raise ValueError(f"learner.ranks={self.learner.ranks} exceeds the {rows} groups or anchor samples of an update: some rank would have nothing to do")
+        if self.model.lora.merge and self.model.lora.rank and self.objective.old_log_prob == "rollout":
+            raise ValueError(
+                "model.lora.merge=true rounds otherwise than the adapter that is trained, and log-probabilities of such rollouts would not match; "
+                "set objective.old_log_prob=learner, or model.lora.merge=false"
+            )
         if self.objective.data_noise == "shared" and not self.uses_policy:
             raise ValueError("objective.data_noise=shared needs rollouts; use fresh")
         if self.redis.url == "embedded" and self.ray.address is not None:

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from diffusion.checkpoint import Policy, load_policy
 from diffusion.kernels import make_kernel
+from diffusion.lora import trained_weights, without_lora
+from diffusion.models.base import PackedModel
 from trainer.batch import StepBatch, take
 from trainer.config import OptimizerConfig, RunConfig
 from trainer.forward import Guidance, data_prediction, policy_prediction
@@ -80,7 +82,7 @@ class Learner:
         self.config, self.device = config, device
         policy = load_policy(config.model, device, config.seed)
         self.process, self.model = policy.process, policy.transformer.train()
-        self.reference = load_policy(config.model, device, config.seed).transformer.eval().requires_grad_(False) if config.objective.kl_weight > 0 else None
+        self.reference = self._reference(config, device)
         self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
         self.guidance, self.probe = None, None
         if config.uses_policy:
@@ -92,8 +94,17 @@ class Learner:
                 fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh, reshard_after_forward=config.learner.shard_blocks)
         o = config.optimizer
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
-        self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()} if o.ema > 0 else {}
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(trained.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+        self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
+
+    def _reference(self, config: RunConfig, device: torch.device) -> PackedModel | None:
+        """The starting policy, for the reverse KL: a copy; or, where only an adapter is trained, the policy without it."""
+        if config.objective.kl_weight == 0:
+            return None
+        if config.model.lora.rank:
+            return self.model
+        return load_policy(config.model, device, config.seed).transformer.eval().requires_grad_(False)
 
     def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
         """One optimiser update. A non-finite gradient skips it on all ranks alike (the norm is global).
@@ -151,7 +162,7 @@ class Learner:
             rows = take(batch.transitions, part, self.device)
             prediction, reference = self.replay(rows), None
             if self.reference is not None:
-                with torch.no_grad():
+                with torch.no_grad(), without_lora(self.reference):
                     reference = policy_prediction(self.reference, self.kernel.process, rows, self.guidance, config.model.dtype)
             loss, stats = policy_terms(prediction, reference, rows, self.kernel, config.objective)
             for i, name in enumerate(SUMS):
@@ -192,11 +203,12 @@ class Learner:
         if self.ema:
             decay = self.config.optimizer.ema
             for name, parameter in self.model.named_parameters():
-                _local(self.ema[name]).lerp_(_local(parameter.detach()), 1 - decay)
+                if name in self.ema:
+                    _local(self.ema[name]).lerp_(_local(parameter.detach()), 1 - decay)
 
     def shard(self, rank: int) -> dict[str, Tensor]:
-        """This rank's part of the state dict (dimension 0), CPU fp32, without a collective; buffers from rank 0 only."""
-        state = self.model.state_dict()
+        """This rank's part of what is trained (dimension 0), CPU fp32, without a collective; buffers from rank 0 only."""
+        state = trained_weights(self.model)
         return {n: _local(t.detach()).cpu().contiguous() for n, t in state.items() if rank == 0 or isinstance(t, DTensor)}
 
     def full_state(self, ema: bool = False) -> dict[str, Tensor]:
@@ -208,7 +220,7 @@ class Learner:
 
     def _shards(self) -> dict[str, object]:
         return {
-            "model": self.model.state_dict(),
+            "model": trained_weights(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "ema": self.ema,
         }
@@ -221,5 +233,5 @@ class Learner:
         """Restore from a complete DCP checkpoint; reshards when the number of ranks changed."""
         shards = self._shards()
         dcp.load(shards, checkpoint_id=folder)
-        self.model.load_state_dict(shards["model"])  # type: ignore[arg-type]
+        self.model.load_state_dict(shards["model"], strict=False)  # type: ignore[arg-type]  # what is not trained stays
         set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])  # type: ignore[arg-type]

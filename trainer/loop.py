@@ -24,6 +24,8 @@ from safetensors.torch import save
 
 from actors.connect import Target
 from diffusion.checkpoint import save_policy
+from diffusion.lora import WEIGHTS as LORA_WEIGHTS
+from diffusion.lora import adapter_bytes, merged_state
 from replay.buffer import Claim, ReplayBuffer
 from trainer.batch import step_batch
 from trainer.config import RunConfig
@@ -174,11 +176,15 @@ def checkpoint(spec: LoopSpec, learner: Learner, progress: Progress, rank: int) 
 
 
 def export(spec: LoopSpec, step: int, raw: dict[str, torch.Tensor], average: dict[str, torch.Tensor] | None) -> None:
-    """Write `exports/step-N` and, with an average, `exports/step-N-ema`: folders that diffusers opens. Keeps the newest two."""
-    root, source = Path(spec.run_dir) / "exports", Path(spec.config.model.path)
-    save_policy(root / f"step-{step:06d}", source, raw)
-    if average is not None:
-        save_policy(root / f"step-{step:06d}-ema", source, average)
+    """Write `exports/step-N` and, with an average, `exports/step-N-ema`: folders that diffusers opens. Keeps the newest two.
+
+    A trained adapter stands there merged into the network, and beside it as a file of its own.
+    """
+    root, source, lora = Path(spec.run_dir) / "exports", Path(spec.config.model.path), spec.config.model.lora
+    for suffix, state in (("", raw), ("-ema", average)):
+        if state is not None:
+            extra = {LORA_WEIGHTS: adapter_bytes(state, lora)} if lora.rank else {}
+            save_policy(root / f"step-{step:06d}{suffix}", source, merged_state(state, lora), extra)
     steps = sorted({f.name.split("-")[1] for f in root.glob("step-*") if f.suffix != ".partial"})
     for old in steps[:-EXPORTS_KEPT]:
         for folder in root.glob(f"step-{old}*"):

@@ -99,10 +99,10 @@ def shapes_of(learner: Learner) -> list[tuple[int, ...]]:
     return [learner.shape, half]
 
 
-def requests_of(learner: Learner, rank: int) -> list[SampleRequest]:
-    """A group of `MEMBERS` of each shape; noise is named by the rank, everything else is the same on all of them."""
+def requests_of(learner: Learner, rank: int, members: int = MEMBERS) -> list[SampleRequest]:
+    """A group of `members` of each shape; noise is named by the rank, everything else is the same on all of them."""
     config = learner.config
-    rollout = config.rollout.model_copy(update={"group_size": MEMBERS})
+    rollout = config.rollout.model_copy(update={"group_size": members})
     negative = learner.guidance.negative if learner.guidance is not None else None
     assert learner.probe is not None  # rollouts are trained
     seed = key(config.seed, "self-test", rank)
@@ -136,10 +136,10 @@ def replayed(learner: Learner, requests: list[SampleRequest], trajectories: list
             yield taken, policy_terms(prediction, None, taken, learner.kernel, learner.config.objective)[1]
 
 
-def self_test(learner: Learner) -> SelfTest:
-    """Sample, replay, compare; collective. The learner is left as it was."""
+def self_test(learner: Learner, members: int = MEMBERS) -> SelfTest:
+    """Sample `members` rollouts of each size on each rank, replay, compare; collective. The learner is left as it was."""
     started, device, steps = time.monotonic(), learner.device, learner.kernel.steps
-    requests = requests_of(learner, dist.get_rank())
+    requests = requests_of(learner, dist.get_rank(), members)
     largest = torch.zeros(2, dtype=torch.float64, device=device)
     sums = torch.zeros(2, steps, dtype=torch.float64, device=device)
     for rows, stats in replayed(learner, requests, sample(learner, requests)):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.ledger.stats import spread
+from benchmarks.stats import spread
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ledger.bandwidth import raw
-from benchmarks.ledger.stats import spread
+from benchmarks.stats import spread
 
 MB = 1_000_000
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "glyph-ocr.yaml"

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ledger.stats import percentile
+from benchmarks.stats import percentile
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
 

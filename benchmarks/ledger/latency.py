@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from benchmarks.ledger.stats import percentile
+from benchmarks.stats import percentile
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
 

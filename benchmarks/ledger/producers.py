@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.ledger.crew import work
-from benchmarks.ledger.stats import spread
+from benchmarks.stats import spread
 
 COUNTS = (1, 4, 16, 64)
 PROCESSES = 4

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.ledger.bandwidth import FIGURES, RATIOS
+from benchmarks.markdown import figure, share, table
 
 WORDS = {"set": "raw Redis SET", "get": "raw Redis GET", "ray put": "Ray queue put", "ray get": "Ray queue get"}
 
@@ -21,19 +22,6 @@ def markdown(result: dict[str, Any]) -> str:
     if result["quick"]:
         head += " **A quick check, not a measurement.**"
     return "\n\n".join([head, *(f"### {title}\n\n{write(result[name])}" for name, (title, write) in SECTIONS.items() if name in result)])
-
-
-def figure(found: dict[str, Any], digits: int = 0) -> str:
-    """`median (low to high)`."""
-    return f"{found['median']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
-
-
-def share(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def bandwidth(found: dict[str, Any]) -> str:

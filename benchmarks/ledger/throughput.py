@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from benchmarks.ledger.crew import work
-from benchmarks.ledger.stats import interleaved, spread
+from benchmarks.stats import interleaved, spread
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from diffusion.config import LoRAConfig
+from diffusion.checkpoint import load_policy, save_policy
+from diffusion.config import LoRAConfig, ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
-from diffusion.lora import add_lora, merge_lora, merged_state, trained_weights, without_lora
+from diffusion.lora import WEIGHTS, adapter_bytes, add_lora, merge_lora, merged_state, read_adapter, trained_weights, without_lora
 from diffusion.models.sd3 import SD3Transformer
 from diffusion.processes import RectifiedFlow
 from diffusion.text.base import Conditioning
@@ -105,6 +107,39 @@ def test_the_engine_swaps_adapters_alone_merged_or_not(tiny_model: Build) -> Non
     torch.testing.assert_close(Engine(adapted(tiny_model, 5), process, 1000).run([request])[0].latent, done[0].latent, atol=0, rtol=0)
     with pytest.raises(ValueError, match="do not fit the model"):
         Engine(adapted(tiny_model), process, 1000).set_weights(tiny_model().state_dict(), 4)
+
+
+def test_a_folder_with_an_adapter_loads_in_diffusers_both_ways(tmp_path: Path, policy_folder: Path) -> None:
+    """The exported folder as it is, and the policy's own network with the adapter's file on top, are our network."""
+    from diffusers import SD3Transformer2DModel
+
+    config = ModelConfig(path=str(policy_folder), init=True, lora=LoRAConfig(rank=4, alpha=8.0))
+    model = load_policy(config).transformer
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    state = model.state_dict()
+    base = {n: t for n, t in state.items() if ".lora_" not in n}
+    save_policy(tmp_path / "base", policy_folder, base)
+    save_policy(tmp_path / "out", policy_folder, merged_state(state, config.lora), {WEIGHTS: adapter_bytes(state, config.lora)})
+    g = torch.Generator().manual_seed(0)
+    x, t, text, pooled = (
+        torch.randn(2, 3, 16, 48, generator=g),
+        torch.rand(2, generator=g),
+        torch.randn(2, 10, 64, generator=g),
+        torch.randn(2, 64, generator=g),
+    )
+    with torch.no_grad():
+        expected = model(x, t, text, pooled)
+        merged = SD3Transformer2DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+        found = merged(hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=1000 * t).sample
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        adapted = SD3Transformer2DModel.from_pretrained(tmp_path / "base", subfolder="transformer")
+        adapted.load_lora_adapter(tmp_path / "out", weight_name=WEIGHTS, prefix="transformer")
+        found = adapted(hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=1000 * t).sample
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    data = (tmp_path / "out" / WEIGHTS).read_bytes()
+    own = trained_weights(model)
+    assert {n: torch.equal(t, own[n]) for n, t in read_adapter(data).items()} == dict.fromkeys(own, True)
 
 
 def test_an_unknown_target_is_refused_before_anything_changes(tiny_model: Build) -> None:

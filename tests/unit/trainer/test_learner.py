@@ -20,6 +20,7 @@ from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
 from diffusion.kernel_names import stochastic_steps
 from diffusion.kernels import make_kernel
+from diffusion.lora import merged_state
 from diffusion.text.base import Conditioning
 from trainer.batch import StepBatch
 from trainer.config import OptimizerConfig, RunConfig, parse_config
@@ -63,7 +64,7 @@ def _group() -> Iterator[None]:
 def config_of(folder: Path, micro_batch: int = 100, **sections: dict[str, Any]) -> RunConfig:
     return parse_config(
         {
-            "model": {"path": str(folder), "init": True},
+            "model": {"path": str(folder), "init": True, **sections.get("model", {})},
             "sampler": {"steps": 4, "trained_steps": 2, "height": SHAPE[1], "width": SHAPE[2], **sections.get("sampler", {})},
             "objective": {"clip": 0.2, "data_weight": 0.3, **sections.get("objective", {})},
             "optimizer": {"lr": 1e-3, "ema": 0.9, **sections.get("optimizer", {})},
@@ -254,6 +255,45 @@ def test_a_restored_learner_goes_on_bit_for_bit(policy_folder: Path, tmp_path: P
     assert made.update(batch, 2) == restored.update(batch, 2)
     assert difference(restored.full_state(), made.full_state()) == 0
     assert difference(restored.full_state(ema=True), made.full_state(ema=True)) == 0
+
+
+LORA = {"lora": {"rank": 4, "alpha": 8.0}}
+
+
+@pytest.mark.parametrize("shard_blocks", [True, False])
+def test_with_an_adapter_nothing_else_is_trained_or_published(shard_blocks: bool, policy_folder: Path, tmp_path: Path) -> None:
+    config = config_of(policy_folder, model=LORA, objective={"preset": "flow_grpo", "data_weight": 0.3}, learner={"shard_blocks": shard_blocks})
+    made = learner_of(config)
+    batch, before = batch_of(made), copied(made.full_state())
+    stats = made.update(batch, 1)
+    assert stats["ratio_deviation"] < 1e-6
+    assert stats["reverse_kl"] > 0  # learner_of moved the adapter; without it the network is the reference
+    after = made.full_state()
+    assert {n for n in before if not torch.equal(before[n], after[n])} == set(made.shard(0)) == set(made.ema)
+    assert all(".lora_" in n for n in made.ema)
+    made.save(tmp_path / "checkpoint")
+    restored = learner_of(config)
+    restored.load(tmp_path / "checkpoint")
+    assert difference(restored.full_state(), made.full_state()) == 0
+    assert made.update(batch, 2) == restored.update(batch, 2)
+    assert difference(restored.full_state(), made.full_state()) == 0
+
+
+def test_the_reference_of_an_adapter_is_the_policy_without_it(policy_folder: Path) -> None:
+    """Whatever the adapter, the reverse KL is measured against the network that training started from."""
+    config = config_of(policy_folder, model=LORA, objective={"preset": "flow_grpo"}, sampler={"guidance": 2.0})
+    made = learner_of(config)
+    batch = batch_of(made)
+    adapted = made.update(batch, 1)["reverse_kl"]
+    plain = learner_of(config_of(policy_folder, objective={"preset": "flow_grpo"}, sampler={"guidance": 2.0}))
+    state = merged_state(learner_of(config).full_state(), config.model.lora)
+    base = {n: t for n, t in learner_of(config).full_state().items() if ".lora_" not in n}
+    assert plain.reference is not None
+    plain.reference.load_state_dict(base)
+    with torch.no_grad():
+        for name, parameter in plain.model.named_parameters():
+            parameter.to_local().copy_(state[name])  # type: ignore[attr-defined]
+    assert plain.update(batch, 1)["reverse_kl"] == pytest.approx(adapted, rel=1e-4)
 
 
 def test_the_only_ranks_shard_is_the_whole_state(policy_folder: Path) -> None:
