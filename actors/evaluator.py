@@ -71,7 +71,8 @@ class Evaluator:
         sampler = self.spec.sampler
         shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
         seed = key("evaluation", name)
-        requests = [SampleRequest(shape, sampler.eval_steps, prompt=p, n=repeats, seed=seed, group=i) for i, p in enumerate(prompts)]
+        # every family of policies has DDIM's deterministic step, which for a flow is Euler's
+        requests = [SampleRequest(shape, sampler.eval_steps, prompt=p, n=repeats, seed=seed, group=i, kernel="ddim_eta") for i, p in enumerate(prompts)]
         return self.policy.codec.decode(torch.stack([t.latent for t in self.engine.run(requests)]))
 
     def _score(self, prompts: list[str], images: np.ndarray) -> list[ItemScore]:
@@ -82,13 +83,13 @@ class Evaluator:
         return [s for s in scores if isinstance(s, ItemScore)]
 
     def _losses(self, split: str, points: int) -> np.ndarray:
-        """Diffusion loss at `points` fixed (sample, time, noise) points; times are stratified over (0, 1)."""
+        """Diffusion loss at `points` fixed (sample, time, noise) points; times are stratified over the noise levels of training."""
         captions, pixels = held_out_batch(self.spec.data, split, points, self.spec.sampler.height, self.spec.sampler.width)
         x0 = self.policy.codec.encode(pixels)
         text = self.policy.text_encoder.encode(captions)
         g = generator("evaluation", "loss", split)
         t = (torch.arange(points) + torch.rand(points, generator=g)) / points
-        t = t[torch.randperm(points, generator=g)].clamp(1e-3, 1 - 1e-3)
+        t = self.policy.process.spread_times(t[torch.randperm(points, generator=g)])
         eps = torch.randn(x0.shape, generator=g)
         losses: np.ndarray = diffusion_losses(self.policy.transformer, self.policy.process, x0, eps, t, text.prompt_embeds, text.pooled).numpy()
         return losses

@@ -45,6 +45,7 @@ from services.config import RewardConfig
 
 IDLE_S = 1.0
 """Longest a generator waits for a lease before it looks at its stop flag."""
+DECODE_DEADLINE_S = 300.0
 LOOK_S = 0.1
 """How often a generator that samples and has room for more asks for another lease."""
 
@@ -139,6 +140,7 @@ class _Group:
     text: Conditioning
     lineage: int
     started: float
+    mixed: bool = False  # whether weights of another lineage may have taken part
 
 
 class RolloutGenerator:
@@ -211,6 +213,7 @@ class RolloutGenerator:
                 if len(scoring) == self.spec.rollout.concurrent_groups:  # scoring falls behind: sampling waits for it
                     committed += scoring.popleft().result()
                 group = sampling.pop(future)
+                group.mixed = self.spec.rollout.weights == "in_flight" and self.held is not None and self.held[0] != group.lineage
                 scoring.append(self._scorer.submit(self._score_and_commit, group, future, time.monotonic() - group.started))
         return committed + sum(f.result() for f in scoring)
 
@@ -232,7 +235,7 @@ class RolloutGenerator:
             return None
 
     def _give_back(self, lease: Lease, stage: str, error: Exception) -> None:
-        self._leases.pop(lease.group, None)
+        self._leases.pop(lease.group, None)  # first: once it is given back it may come again, as another lease
         self.buffer.fail(lease, _reason(stage, error))
 
     def _heartbeat(self) -> None:
@@ -262,11 +265,11 @@ class RolloutGenerator:
         lease, stage, start = group.lease, "sampling", time.monotonic()
         try:
             trajectories = sampled.result()
-            if self.spec.rollout.weights == "in_flight" and self.held is not None and self.held[0] != group.lineage:
+            if group.mixed:
                 raise LineageChanged("the learner went back to a checkpoint while the group was sampled")
-            stage = "scoring"
-            reward = self.spec.reward
-            images = np.stack(self.decoder.decode([t.latent for t in trajectories], reward.timeout_s))
+            stage = "decoding"
+            images = np.stack(self.decoder.decode([t.latent for t in trajectories], DECODE_DEADLINE_S))
+            stage, reward = "scoring", self.spec.reward
             scores = self.client.score(reward.model, [group.prompt] * len(images), images, reward.timeout_s)
             members, rewards = scored_members(scores, self.spec.rollout.enough_members)
             meta: dict[str, float | int | str] = {"prompt": group.prompt, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
@@ -274,12 +277,12 @@ class RolloutGenerator:
                 meta["failed_members"] = len(trajectories) - len(members)
             payload = encode(group_payload([trajectories[member] for member in members], group.text))
             version = min(t.version for t in trajectories)
-            return self.buffer.commit(lease, payload, rewards, version, meta, group.lineage, self.spec.target.wait_s)
+            committed = self.buffer.commit(lease, payload, rewards, version, meta, group.lineage, self.spec.target.wait_s)
         except Exception as error:
-            self.buffer.fail(lease, _reason(stage, error))
+            self._give_back(lease, stage, error)
             return False
-        finally:
-            self._leases.pop(lease.group, None)
+        self._leases.pop(lease.group, None)
+        return committed
 
 
 def _reason(stage: str, error: Exception) -> str:

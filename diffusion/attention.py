@@ -138,10 +138,11 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, provid
 
 
 def trial(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Make a small call of a provider: None when it works on this device, else why it does not."""
+    """Make a small call of a provider, forward and backward: None when it works on this device, else why it does not."""
     try:
-        x = torch.zeros(1, 48, 2, 64, dtype=dtype, device=device)
-        varlen_attention(x, x, x, Segments([16, 32]), name)
+        with torch.enable_grad():
+            x = torch.zeros(1, 48, 2, 64, dtype=dtype, device=device, requires_grad=True)
+            varlen_attention(x, x, x, Segments([16, 32]), name).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:  # a missing package, no kernel for the device or its generation: each raises its own class
@@ -149,18 +150,21 @@ def trial(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) 
     return None
 
 
-def resolve_provider(name: str, device: torch.device, trial: Callable[[str, torch.device], str | None] = trial) -> Provider:
+def resolve_provider(
+    name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, trial: Callable[[str, torch.device, torch.dtype], str | None] = trial
+) -> Provider:
     """Provider to use: `auto` picks xformers on a GPU where it works, else sdpa.
 
     Args:
-        trial: says None of a provider that works on a device, else why it does not.
+        dtype: what the network computes attention in.
+        trial: says None of a provider that works on a device and type, else why it does not.
     Raises:
         ValueError: unknown provider, or one that does not work on this device.
     """
     if name == "auto":
         if device.type != "cuda":
             return Provider("sdpa", f"attention: sdpa, because xformers and torch_varlen have no kernels for {device.type}")
-        problem = trial("xformers", device)
+        problem = trial("xformers", device, dtype)
         if problem is not None:
             return Provider("sdpa", f"attention: sdpa, because xformers does not work here ({problem}); pip install 'ddrl[gpu]'")
         return Provider("xformers", "attention: xformers, which works on this GPU")
@@ -168,7 +172,7 @@ def resolve_provider(name: str, device: torch.device, trial: Callable[[str, torc
         raise ValueError(f"unknown attention provider {name!r}; known: auto, {', '.join(PROVIDERS)}")
     if name != "sdpa" and device.type != "cuda":
         raise ValueError(f"attention provider {name!r} has no kernels for {device.type}; use model.attention=auto or sdpa")
-    problem = None if name == "sdpa" else trial(name, device)
+    problem = None if name == "sdpa" else trial(name, device, dtype)
     if problem is not None:
-        raise ValueError(f"attention provider {name!r} does not work on {device} ({problem}); use model.attention=auto or sdpa")
+        raise ValueError(f"attention provider {name!r} does not work on {device} with {dtype} ({problem}); use model.attention=auto or sdpa")
     return Provider(name, f"attention: {name}, as model.attention says")

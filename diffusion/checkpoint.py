@@ -117,7 +117,7 @@ def load_network(config: ModelConfig, device: torch.device | str = "cpu", seed: 
     folder, device = Path(config.path), torch.device(device)
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint folder {folder} does not exist; set model.path to a folder in diffusers' layout")
-    provider = resolve_provider("auto" if device.type == "cpu" else config.attention, device)
+    provider = resolve_provider("auto" if device.type == "cpu" else config.attention, device, getattr(torch, config.dtype))
     family, values = _network_config(folder)
     try:
         model = family.build(values, provider.name)

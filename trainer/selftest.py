@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from actors.payload import decode_group, encode
 from actors.rollout import group_payload, group_request
 from diffusion.engine.engine import Engine
-from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.seeds import key
 from trainer.batch import take, transitions_of
 from trainer.config import RunConfig
@@ -38,7 +38,7 @@ MEMBERS = 2
 SHARE = 0.1
 """Largest |ratio - 1| that is accepted, as a share of the clip."""
 HEADROOM = 0.8
-"""Share of the smallest token budget of any rank that is used: all ranks must split their batches alike."""
+"""Share of the smallest memory of any rank that is used: all ranks must split their batches alike."""
 
 
 @dataclass(frozen=True)
@@ -100,26 +100,42 @@ def shapes_of(learner: Learner) -> list[tuple[int, ...]]:
 
 
 def requests_of(learner: Learner, rank: int, members: int = MEMBERS) -> list[SampleRequest]:
-    """A group of `members` of each shape; noise is named by the rank, everything else is the same on all of them."""
+    """A group of `members` of each shape. The rank names the noise alone: which steps are trained, and so how many forward
+    passes there are, is the same on all ranks."""
     config = learner.config
     rollout = config.rollout.model_copy(update={"group_size": members})
     negative = learner.guidance.negative if learner.guidance is not None else None
     assert learner.probe is not None  # rollouts are trained
-    seed = key(config.seed, "self-test", rank)
-    return [group_request(config.sampler, rollout, seed, 0, learner.probe, negative, shape) for shape in shapes_of(learner)]
+    seed = key(config.seed, "self-test")
+    requests = [group_request(config.sampler, rollout, seed, 0, learner.probe, negative, shape) for shape in shapes_of(learner)]
+    return [replace(request, seed=key(config.seed, "self-test", rank)) for request in requests]
 
 
 def sample(learner: Learner, requests: list[SampleRequest]) -> list[Trajectory]:
-    """Trajectories from the engine on this rank's shards; collective, and the same number of forward passes everywhere."""
+    """Trajectories from the engine on this rank's shards; collective, and the same number of forward passes everywhere.
+
+    Raises:
+        SamplingFailed: on every rank alike, when a sample of any rank failed.
+    """
     config = learner.config
     engine = Engine(learner.model, learner.process, config.sampler.max_tokens, config.model.dtype)
-    budget = torch.tensor([engine.plan.tokens], device=learner.device)
-    dist.all_reduce(budget, dist.ReduceOp.MIN)
-    engine = Engine(learner.model, learner.process, max(1, int(HEADROOM * int(budget))), config.model.dtype)
+    fitting = torch.tensor([engine.plan.fitting], device=learner.device)
+    dist.all_reduce(fitting, dist.ReduceOp.MIN)
+    engine = Engine(learner.model, learner.process, min(config.sampler.max_tokens, max(1, int(HEADROOM * int(fitting)))), config.model.dtype)
+    failed: SamplingFailed | None = None
     try:
-        return engine.run(requests)
+        trajectories = engine.run(requests)
+    except SamplingFailed as error:
+        failed, trajectories = error, error.trajectories
     finally:
         learner.model.train()
+    failures = torch.tensor([0 if failed is None else len(failed.failures)], device=learner.device)
+    dist.all_reduce(failures)
+    if failed is not None:
+        raise failed
+    if int(failures):
+        raise SamplingFailed([Failure(requests[0], 0, f"{int(failures)} samples failed on other ranks")], trajectories)
+    return trajectories
 
 
 def replayed(learner: Learner, requests: list[SampleRequest], trajectories: list[Trajectory]) -> Iterator[tuple[Transitions, dict[str, Tensor]]]:

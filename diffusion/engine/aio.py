@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.engine.engine import Engine, EngineStats, SwapPolicy
+from diffusion.engine.engine import Engine, EngineStats, StepFailed, SwapPolicy
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 
 
@@ -138,6 +138,8 @@ class AsyncEngine:
         future: Future[Any] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 result = work()
             except Exception as error:  # belongs to whoever asked
@@ -157,30 +159,46 @@ class AsyncEngine:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
-        while True:
+        cause: BaseException | None = None
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # a fault of this module; nobody may wait for a thread that is gone
+            cause = error
+            raise
+        finally:
             with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._commands or self._engine.unfinished)
-                closing = self._closing
-                commands = list(self._commands)
-                self._commands.clear()
-            for command in commands:
+                self._closing = True
+                left, self._commands = list(self._commands), deque()
+            for command in left:  # they find the engine closed, or are answered
                 command()
-            if closing:
-                break
-            try:
-                finished = self._engine.step()
-            except Exception as error:  # a fault of one batch; whoever takes part hears of it, and the engine goes on
-                self._give_up(error)
-                continue
-            for one in finished:
-                _, answer = self._answers[id(one.request)]
-                if answer.add(one):
-                    del self._answers[id(one.request)]
-                    answer.settle()
-        self._give_up(EngineClosed("the engine was closed"))
+            closed = EngineClosed("the engine was closed" if cause is None else f"the engine's thread ended: {type(cause).__name__}: {cause}")
+            self._give_up(closed, [request for request, _ in self._answers.values()])
 
-    def _give_up(self, error: BaseException) -> None:
-        for request, answer in self._answers.values():
+    def _turn(self) -> bool:
+        """Commands, then one step; False when it is time to end."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closing or self._commands or self._engine.unfinished)
+            if self._closing:
+                return False
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
+        try:
+            finished = self._engine.step()
+        except StepFailed as error:  # whoever took part hears of it; the engine goes on with the others
+            self._give_up(error, error.requests)
+            return True
+        for one in finished:
+            _, answer = self._answers[id(one.request)]
+            if answer.add(one):
+                del self._answers[id(one.request)]
+                answer.settle()
+        return True
+
+    def _give_up(self, error: BaseException, requests: list[SampleRequest]) -> None:
+        for request in requests:
             self._engine.abort(request)
-            answer.fail(error)
-        self._answers.clear()
+            _, answer = self._answers.pop(id(request), (None, None))
+            if answer is not None:
+                answer.fail(error)

@@ -1,7 +1,8 @@
 """Decoding off the critical path: finished latents become pixels in a thread of their own, while sampling goes on.
 
-Whatever waits is decoded together, latents of equal shape in one call of the codec, at most `batch` at a time (the codec
-cuts what is too large for one call into tiles). On a GPU the thread has a stream of its own.
+Latents that are handed in together are decoded together, those of equal shape in one call of the codec, at most `batch` at a
+time (the codec cuts what is too large for one call into tiles). What is handed in apart is decoded apart: a codec's output
+depends on its batch by rounding, and who else asks must not matter. On a GPU the thread has a stream of its own.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import nullcontext, suppress
+from concurrent.futures import Future, wait
+from contextlib import nullcontext
 from itertools import groupby
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion.codecs import Codec
+from diffusion.engine.memory import out_of_memory
 
 _Item = tuple[Tensor, "Future[np.ndarray]"]
 
@@ -33,23 +35,27 @@ class Decoder:
 
     def __init__(self, codec: Codec, device: torch.device | str = "cpu", batch: int = 16) -> None:
         self._codec, self._device, self._batch = codec, torch.device(device), batch
-        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[_Item] | None] = queue.SimpleQueue()
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self._closed = False
         self._thread.start()
 
-    def submit(self, latent: Tensor) -> Future[np.ndarray]:
-        """Pixels of one latent `[C, h, w]` (uint8 `[H, W, 3]`), or of a clip, when they are there."""
+    def submit(self, latents: Sequence[Tensor]) -> list[Future[np.ndarray]]:
+        """Pixels of each latent `[C, h, w]` (uint8 `[H, W, 3]`), or of each clip, when they are there."""
         if self._closed:
             raise RuntimeError("the decoder is closed")
-        future: Future[np.ndarray] = Future()
-        self._queue.put((latent, future))
-        return future
+        items: list[_Item] = [(latent, Future()) for latent in latents]
+        self._queue.put(items)
+        return [future for _, future in items]
 
     def decode(self, latents: Sequence[Tensor], timeout_s: float) -> list[np.ndarray]:
         """Pixels of several latents, in order. Raises TimeoutError, or what the codec raised."""
-        return [f.result(timeout_s) for f in [self.submit(x) for x in latents]]
+        futures = self.submit(latents)
+        late = wait(futures, timeout_s).not_done
+        if late:
+            raise TimeoutError(f"{len(late)} of {len(futures)} latents were not decoded within {timeout_s:g} s")
+        return [f.result() for f in futures]
 
     def close(self) -> None:
         """Decode what waits, then end the thread."""
@@ -68,24 +74,28 @@ class Decoder:
         torch.set_num_threads(self._threads)
         stream = torch.cuda.stream(torch.cuda.Stream(self._device)) if self._device.type == "cuda" else nullcontext()
         with stream, torch.no_grad():
-            last = False
-            while not last:
-                items = [self._queue.get()]
-                while len(items) < self._batch and not self._queue.empty():
-                    items.append(self._queue.get())
-                last = None in items
-                waiting = sorted((i for i in items if i is not None), key=lambda i: tuple(i[0].shape))
-                for _, same in groupby(waiting, key=lambda i: tuple(i[0].shape)):
-                    self._decode(list(same))
+            while (items := self._queue.get()) is not None:
+                by_shape = sorted(items, key=lambda item: tuple(item[0].shape))  # stable: order of the caller within a shape
+                for _, same in groupby(by_shape, key=lambda item: tuple(item[0].shape)):
+                    equal = list(same)
+                    for start in range(0, len(equal), self._batch):
+                        self._decode(equal[start : start + self._batch])
 
     def _decode(self, items: list[_Item]) -> None:
+        """One call of the codec; one by one if that does not fit into memory. An error belongs to whoever waits for the pixels."""
+        pixels: list[np.ndarray] = []
+        problem: Exception | None = None
         try:
             pixels = list(self._codec.decode(torch.stack([latent.to(self._device) for latent, _ in items])))
-        except Exception as error:  # belongs to whoever waits for the pixels
-            for _, future in items:
-                with suppress(InvalidStateError):  # cancelled meanwhile
-                    future.set_exception(error)
+            if len(pixels) != len(items):
+                raise RuntimeError(f"the codec made {len(pixels)} pictures of {len(items)} latents")
+        except Exception as error:
+            problem = error
+        if problem is not None and len(items) > 1 and out_of_memory(problem):
+            problem = None  # lets go of the tensors that the error's frames hold
+            for item in items:
+                self._decode([item])
             return
-        for (_, future), picture in zip(items, pixels, strict=True):
-            with suppress(InvalidStateError):
-                future.set_result(picture)
+        for i, (_, future) in enumerate(items):
+            if future.set_running_or_notify_cancel():
+                future.set_result(pixels[i]) if problem is None else future.set_exception(problem)

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -75,6 +77,18 @@ class EngineStats:
     budget: int = 0
 
 
+class StepFailed(RuntimeError):
+    """A step ended in an error that is neither a shortage of memory nor one sample's: a fault of the network or its device.
+
+    Attributes:
+        requests: those that took part. They must be aborted; others may go on.
+    """
+
+    def __init__(self, batch: list[Sequence], error: Exception) -> None:
+        self.requests = list({id(s.context.request): s.context.request for s in batch}.values())
+        super().__init__(f"a denoising step of {len(batch)} sequences failed: {type(error).__name__}: {error}")
+
+
 class Engine:
     """Continuous batching between denoising steps. On the CPU, its process keeps the memory that a forward pass has used.
 
@@ -101,13 +115,13 @@ class Engine:
         self.model, self.process, self.dtype = model.eval(), process, dtype
         self.device = next(model.parameters()).device
         self.prompts = PromptCache(text_encoder, self.device, cache_bytes) if text_encoder is not None else None
+        self.merge = merge
+        if merge:
+            merge_lora(model)  # before memory is measured: the unmerged weights are kept
         if self.device.type == "cpu":
             keep_freed_memory()
         itemsize = 2 if dtype == "bfloat16" else 4
         self.plan = plan_memory(model.activation_bytes(itemsize), self.device, max_tokens)
-        self.merge = merge
-        if merge:
-            merge_lora(model)
         self.version = 0
         self.digest: str | None = None
         self._next_weights: tuple[dict[str, Tensor], int, str | None] | None = None
@@ -135,7 +149,7 @@ class Engine:
         context = Context(request, self._path(request), conditioning, negative, tokens)
         ranges = [request.members] if request.shared_steps else [range(m, m + 1) for m in request.members]
         for members in ranges:
-            self._scheduler.add(Sequence.start(context, members, self.device), tokens, request.priority)
+            self._scheduler.add(Sequence.start(context, members, self.device), tokens, request.priority, family=id(request))
 
     def _conditioning(self, prompt: str | None, encoded: Conditioning | None) -> Conditioning:
         if encoded is not None:
@@ -173,8 +187,8 @@ class Engine:
     def set_weights(self, state: dict[str, Tensor], version: int, digest: str | None = None, policy: SwapPolicy = "in_flight") -> None:
         """Swap weights between steps.
 
-        `in_flight`: at once; what runs goes on with the new weights. `drain`: when what runs has finished; nothing is
-        admitted until then. Every transition's log-density is exact for the weights that drew it, and a trajectory
+        `in_flight`: at once; what runs goes on with the new weights. `drain`: when every request that has begun has finished;
+        no other begins until then. Every transition's log-density is exact for the weights that drew it, and a trajectory
         carries its oldest and newest version.
 
         Args:
@@ -214,13 +228,25 @@ class Engine:
 
         A forward pass that does not fit into memory halves the token budget and is tried again in the next steps; a
         single sequence that does not fit fails.
+
+        Raises:
+            StepFailed: a fault of the network.
         """
-        started = time.perf_counter()
+        started, short = time.perf_counter(), self._stats.out_of_memory
         if not self._scheduler.started:
             self._swap()
         batch = self._scheduler.schedule()
         if not batch:
             return []
+        try:
+            finished = self._take_step(batch)
+        except Exception as error:
+            raise StepFailed(batch, error) from error
+        did_step = self._stats.out_of_memory == short
+        self._count(batch if did_step else [], finished, time.perf_counter() - started)
+        return finished
+
+    def _take_step(self, batch: list[Sequence]) -> list[Trajectory | Failure]:
         rows = rows_of(batch, self.device)
         predictions, shortage = None, ""
         try:
@@ -233,9 +259,7 @@ class Engine:
             return self._shrink(batch, shortage)
         for r, prediction in zip(rows, predictions, strict=True):
             self._advance(r, prediction)
-        finished = self._collect(batch)
-        self._count(batch, finished, time.perf_counter() - started)
-        return finished
+        return self._collect(batch)
 
     def _advance(self, rows: Rows, prediction: Tensor) -> None:
         """Take the kernel's step of every row: stochastic rows draw, the others follow the solver."""
@@ -288,9 +312,7 @@ class Engine:
         self._scheduler.finish(batch)
         one = batch[0]
         log.error("out of memory with one sequence of %d tokens (%s); it fails", tokens, one.context.request.shape)
-        failures = [Failure(one.context.request, m, f"out of memory with {tokens} tokens alone: {shortage}") for m in one.members]
-        self._stats = replace(self._stats, failed=self._stats.failed + len(failures))
-        return list(failures)
+        return [Failure(one.context.request, m, f"out of memory with {tokens} tokens alone: {shortage}") for m in one.members]
 
     def _count(self, batch: list[Sequence], finished: list[Trajectory | Failure], seconds: float) -> None:
         s = self._stats
@@ -298,11 +320,11 @@ class Engine:
         failed = sum(isinstance(f, Failure) for f in finished)
         self._stats = replace(
             s,
-            forwards=s.forwards + 1,
+            forwards=s.forwards + bool(batch),
             tokens=s.tokens + tokens,
             sequence_steps=s.sequence_steps + len(batch),
             saved_steps=s.saved_steps + sum(len(one.members) - 1 for one in batch),
-            occupancy=(s.occupancy * s.forwards + tokens / self._scheduler.max_tokens) / (s.forwards + 1),
+            occupancy=(s.occupancy * s.forwards + tokens / self._scheduler.max_tokens) / max(1, s.forwards + bool(batch)),
             seconds=s.seconds + seconds,
             finished=s.finished + len(finished) - failed,
             failed=s.failed + failed,
@@ -313,18 +335,27 @@ class Engine:
 
         Raises:
             SamplingFailed: some samples failed; it carries those that did not.
+            StepFailed: a fault of the network.
         """
-        for request in requests:
-            self.add_request(request)
         done: dict[tuple[int, int], Trajectory] = {}
         failures: list[Failure] = []
-        while self.unfinished:
-            for one in self.step():
-                if isinstance(one, Failure):
-                    failures.append(one)
-                else:
-                    done[id(one.request), one.member] = one
+        for one in chain.from_iterable(self.steps(requests)):
+            if isinstance(one, Failure):
+                failures.append(one)
+            else:
+                done[id(one.request), one.member] = one
         ordered = [done[key] for r in requests for m in r.members if (key := (id(r), m)) in done]
         if failures:
             raise SamplingFailed(failures, ordered)
         return ordered
+
+    def steps(self, requests: Series[SampleRequest]) -> Iterator[list[Trajectory | Failure]]:
+        """Sample all of `requests`: what ended in each step. An error, or leaving early, takes back what is unfinished."""
+        try:
+            for request in requests:
+                self.add_request(request)
+            while self.unfinished:
+                yield self.step()
+        finally:
+            for request in requests:
+                self.abort(request)

@@ -44,7 +44,7 @@ class SamplingParams:
     seed: int = 0
     guidance: float = 1.0
     negative_prompt: str = ""
-    kernel: str = "flow_sde"
+    kernel: str = "ddim_eta"
     noise_level: float = 0.7
     stochastic: str = "none"
     priority: int = 0
@@ -123,37 +123,23 @@ class DiffusionEngine:
             raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one for all, or one each")
         requests = [self.request(prompt, p, group) for group, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
         number = {id(r): i for i, r in enumerate(requests)}
-        added: list[SampleRequest] = []
-        try:
-            for r in requests:
-                added.append(r)
-                self.engine.add_request(r)
-            done = self._finish(sum(r.n for r in requests), number, progress)
-        finally:
-            for r in added:  # nothing is left of it unless an error came between
-                self.engine.abort(r)
-        samples: list[list[Sample]] = [[] for _ in requests]
-        for (i, member), (trajectory, image) in sorted(done.items(), key=lambda item: item[0]):
-            samples[i].append(Sample(prompts[i], each[i], member, image.result(DECODE_DEADLINE_S), trajectory))
-        return samples
-
-    def _finish(
-        self, total: int, number: dict[int, int], progress: Callable[[int, int], None] | None
-    ) -> dict[tuple[int, int], tuple[Trajectory, Future[np.ndarray]]]:
-        """Step until nothing is left; finished latents are decoded meanwhile."""
-        done: dict[tuple[int, int], tuple[Trajectory, Future[np.ndarray]]] = {}
+        done: list[list[tuple[Trajectory, Future[np.ndarray]]]] = [[] for _ in requests]
         failures: list[Failure] = []
-        while self.engine.unfinished:
-            for one in self.engine.step():
-                if isinstance(one, Failure):
-                    failures.append(one)
-                else:
-                    done[number[id(one.request)], one.member] = one, self._decoder.submit(one.latent)
+        total, ended = sum(r.n for r in requests), 0
+        for step in self.engine.steps(requests):
+            good = [one for one in step if isinstance(one, Trajectory)]
+            failures += [one for one in step if isinstance(one, Failure)]
+            for one, image in zip(good, self._decoder.submit([t.latent for t in good]), strict=True):
+                done[number[id(one.request)]].append((one, image))
+            ended += len(step)
             if progress is not None:
-                progress(len(done) + len(failures), total)
+                progress(ended, total)
         if failures:
-            raise SamplingFailed(failures, [t for t, _ in done.values()])
-        return done
+            raise SamplingFailed(failures, [t for samples in done for t, _ in samples])
+        return [
+            [Sample(prompt, p, t.member, image.result(DECODE_DEADLINE_S), t) for t, image in sorted(samples, key=lambda pair: pair[0].member)]
+            for prompt, p, samples in zip(prompts, each, done, strict=True)
+        ]
 
     @property
     def stats(self) -> EngineStats:

@@ -69,10 +69,14 @@ def free_bytes(device: torch.device) -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat"))
     except OSError:
         return available
-    return available if limit == "max" else min(available, int(limit) - int(used))
+    if limit.strip() == "max":
+        return available
+    # file pages that nobody uses (a checkpoint that was read) count as used, and are given up when memory is asked for
+    reclaimable = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")), 0)
+    return max(0, min(available, int(limit) - int(used) + reclaimable))
 
 
 def plan_memory(bytes_per_token: int, device: torch.device, max_tokens: int) -> MemoryPlan:

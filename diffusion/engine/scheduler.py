@@ -22,7 +22,7 @@ fit; when `a` leaves, `b` and `d` start together.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -38,7 +38,7 @@ class _Entry(Generic[T]):
     item: T = field(compare=False)
     tokens: int = field(compare=False)
     entered: int = field(compare=False)
-    continues: bool = field(compare=False)
+    family: Hashable = field(compare=False)
     last_tick: int = field(compare=False, default=0)
 
 
@@ -50,7 +50,7 @@ class Scheduler(Generic[T]):
         patience: ticks that a level of priority is worth, and for which a sequence that does not fit may be overtaken.
 
     Attributes:
-        hold: while true nothing new is admitted; what runs goes on, and so does what continues it (`like`).
+        hold: while true nothing new is admitted; families of which some sequence has begun go on to their end.
     """
 
     def __init__(self, max_tokens: int, patience: int = 32) -> None:
@@ -59,17 +59,24 @@ class Scheduler(Generic[T]):
         self.max_tokens, self.patience, self.hold = max_tokens, patience, False
         self._waiting: list[_Entry[T]] = []
         self._running: list[_Entry[T]] = []
+        self._begun: set[Hashable] = set()
         self._tick = 0
         self._arrivals = 0
 
-    def add(self, item: T, tokens: int, priority: int = 0, like: T | None = None) -> None:
-        """Queue a sequence; with `like`, as the continuation of this running one: at the place that it had in the order."""
+    def add(self, item: T, tokens: int, priority: int = 0, family: Hashable = None, like: T | None = None) -> None:
+        """Queue a sequence.
+
+        Args:
+            family: what belongs together under `hold`; None = it stands alone.
+            like: a running sequence that this one continues: it takes its family and the place that it had in the order.
+        """
         parent = next((e for e in self._running if like is not None and e.item is like), None)
         entered = self._tick if parent is None else parent.entered
         key = entered - priority * self.patience if parent is None else parent.start_key
         arrival = self._arrivals if parent is None else parent.arrival
+        own = ("alone", self._arrivals) if family is None else family
         self._arrivals += 1
-        insort(self._waiting, _Entry(key, arrival, item, tokens, entered, parent is not None))
+        insort(self._waiting, _Entry(key, arrival, item, tokens, entered, own if parent is None else parent.family))
 
     def schedule(self) -> list[T]:
         """The sequences of this tick: running ones, and those waiting that fit beside them."""
@@ -95,7 +102,7 @@ class Scheduler(Generic[T]):
         """Move what fits from waiting to running. `alone`: nothing runs, so the first may exceed the budget."""
         admitted: list[_Entry[T]] = []
         for entry in self._waiting:
-            if self.hold and not entry.continues:
+            if self.hold and entry.family not in self._begun:
                 continue
             if entry.tokens <= room or (alone and not admitted):
                 admitted.append(entry)
@@ -108,19 +115,25 @@ class Scheduler(Generic[T]):
             taken = set(map(id, admitted))
             self._waiting = [e for e in self._waiting if id(e) not in taken]
             self._running += admitted
+            self._begun |= {e.family for e in admitted}
         return admitted
 
     def finish(self, items: list[T]) -> None:
         """Drop running sequences, by identity."""
         done = set(map(id, items))
         self._running = [e for e in self._running if id(e.item) not in done]
+        self._forget_ended()
 
     def remove(self, which: Callable[[T], bool]) -> list[T]:
         """Drop every sequence, waiting or running, that `which` says; returns them."""
         gone = [e.item for e in (*self._waiting, *self._running) if which(e.item)]
         self._waiting = [e for e in self._waiting if not which(e.item)]
         self._running = [e for e in self._running if not which(e.item)]
+        self._forget_ended()
         return gone
+
+    def _forget_ended(self) -> None:
+        self._begun &= {e.family for e in (*self._waiting, *self._running)}
 
     def lower_budget(self, tokens: int) -> None:
         """Set a smaller budget, at least one token; what runs then takes turns."""
@@ -128,8 +141,8 @@ class Scheduler(Generic[T]):
 
     @property
     def started(self) -> bool:
-        """Whether anything runs, or waits to go on."""
-        return bool(self._running) or any(e.continues for e in self._waiting)
+        """Whether anything runs, or belongs to a family that has begun."""
+        return bool(self._begun)
 
     @property
     def waiting(self) -> int:

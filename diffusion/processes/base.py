@@ -43,6 +43,10 @@ class ForwardProcess(ABC):
     def sample_times(self, n: int, generator: torch.Generator) -> Tensor:
         """`n` training times `[n]`, none of them 0."""
 
+    def spread_times(self, u: Tensor) -> Tensor:
+        """Times `[n]` that cover the noise levels of training as `u` `[n]` covers (0, 1); for held-out losses at fixed points."""
+        return u.clamp(1e-3, 1 - 1e-3)
+
     def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Noised sample at time `t` from clean `x0` and Gaussian `eps`, all `[B, …]`."""
         a, s = self.coefficients(t)

@@ -115,6 +115,10 @@ class EDM(ForwardProcess):
         nodes = karras_nodes(steps, self.sigma_max, self.sigma_min, self.rho)
         return torch.cat([nodes, torch.zeros(1, dtype=torch.float64)]).float()
 
+    def spread_times(self, u: Tensor) -> Tensor:
+        """Quantiles of the log-normal noise levels of training."""
+        return (self.p_mean + self.p_std * torch.special.ndtri(u.clamp(1e-3, 1 - 1e-3))).exp()
+
     def sample_times(self, n: int, generator: torch.Generator) -> Tensor:
         """Log-normal noise levels."""
         return (self.p_mean + self.p_std * torch.randn(n, generator=generator)).exp()

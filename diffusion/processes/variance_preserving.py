@@ -84,6 +84,10 @@ class VariancePreserving(ForwardProcess):
         nodes = torch.linspace(self.train_steps, 0, steps + 1, dtype=torch.float64).round()
         return (nodes / self.train_steps).float()
 
+    def spread_times(self, u: Tensor) -> Tensor:
+        """Every timestep in turn."""
+        return (u * self.train_steps).floor().clamp(0, self.train_steps - 1).add(1) / self.train_steps
+
     def sample_times(self, n: int, generator: torch.Generator) -> Tensor:
         """Every timestep equally likely."""
         return torch.randint(1, self.train_steps + 1, (n,), generator=generator).float() / self.train_steps

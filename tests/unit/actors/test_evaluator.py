@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +54,22 @@ def changed_weights(folder: Path, version: int) -> Weights:
     torch.manual_seed(version)
     state = load_policy(ModelConfig(path=str(folder), init=True)).transformer.state_dict()
     return Weights.of(version, save({k: v + 0.1 * torch.randn_like(v) for k, v in state.items()}))
+
+
+SCHEDULERS = [
+    {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5},
+    {"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "prediction_type": "epsilon"},
+]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: s["_class_name"])
+def test_policies_of_every_process_are_evaluated(scheduler: dict[str, Any], policy_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(policy_folder, folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    record = evaluator(folder, tmp_path / "run").evaluate(None, "test", 0)
+    assert record["diffusion_loss"] > 0
+    assert record["prompts"] == 6
 
 
 def test_an_evaluation_keeps_its_per_prompt_numbers(policy_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from diffusion.engine.aio import AsyncEngine, EngineClosed
-from diffusion.engine.engine import Engine
+from diffusion.engine.engine import Engine, StepFailed
 from diffusion.engine.request import SampleRequest, SamplingFailed
 from diffusion.models.sd3 import SD3Transformer
 from diffusion.processes import RectifiedFlow
@@ -103,20 +104,42 @@ def test_new_weights_come_between_the_requests_they_were_given_between(engine: A
         engine.set_weights({}, 6).result(WAIT_S)
 
 
-def test_a_fault_of_the_network_reaches_everyone_in_it_and_the_engine_goes_on(tiny_model: Build) -> None:
+def test_a_fault_of_the_network_reaches_those_in_the_batch_and_nobody_else(tiny_model: Build) -> None:
     model = tiny_model()
-    inner, faults = model.forward, [RuntimeError("illegal instruction")]
+    inner, faults, gate = model.forward, [RuntimeError("illegal instruction")], threading.Event()
 
     def forward(*inputs: Any) -> Any:
+        gate.wait(WAIT_S)
         if faults:
             raise faults.pop()
         return inner(*inputs)
 
     model.forward = forward  # type: ignore[method-assign]
+    with AsyncEngine(Engine(model, PROCESS, 10)) as engine:  # one sample of 9 tokens at a time
+        first, second = engine.submit(request(0)), engine.submit(request(1))
+        gate.set()
+        with pytest.raises(StepFailed, match="illegal instruction"):
+            first.result(WAIT_S)
+        assert len(second.result(WAIT_S)) == 1
+
+
+def test_a_cancelled_command_does_not_end_the_engine(tiny_model: Build) -> None:
+    model, gate = tiny_model(), threading.Event()
+    inner = model.forward
+
+    def forward(*inputs: Any) -> Any:
+        gate.wait(WAIT_S)
+        return inner(*inputs)
+
+    model.forward = forward  # type: ignore[method-assign]
     with AsyncEngine(Engine(model, PROCESS, 100)) as engine:
-        with pytest.raises(RuntimeError, match="illegal instruction"):
-            engine.submit(request(0)).result(WAIT_S)
-        assert len(engine.submit(request(1)).result(WAIT_S)) == 1
+        sampled = engine.submit(request(0))
+        asked = engine.stats()
+        while not asked.cancel() and not asked.done():
+            pass
+        gate.set()
+        assert len(sampled.result(WAIT_S)) == 1
+        assert engine.stats().result(WAIT_S).finished == 1
 
 
 def test_closing_ends_what_is_unfinished(tiny_model: Build) -> None:

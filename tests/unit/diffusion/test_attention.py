@@ -120,30 +120,43 @@ def test_provider_on_a_cpu() -> None:
             resolve_provider(name, cpu)
 
 
-def works(name: str, device: torch.device) -> None:
+def works(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """A GPU on which every provider works."""
 
 
-def fails(name: str, device: torch.device) -> str:
+def fails(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return f"ImportError: no {name}"
+
+
+def halves(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """A GPU whose kernels know half precision only."""
+    return None if dtype == torch.bfloat16 else "RuntimeError: expected Half or BFloat16"
 
 
 def test_provider_on_a_gpu() -> None:
     gpu = torch.device("cuda")
-    assert resolve_provider("auto", gpu, works) == ("xformers", "attention: xformers, which works on this GPU")
+    assert resolve_provider("auto", gpu, trial=works) == ("xformers", "attention: xformers, which works on this GPU")
     for name in PROVIDERS:
-        assert resolve_provider(name, gpu, works).name == name
+        assert resolve_provider(name, gpu, trial=works).name == name
 
 
 def test_a_provider_that_does_not_work_on_a_gpu() -> None:
     gpu = torch.device("cuda")
-    name, why = resolve_provider("auto", gpu, fails)
+    name, why = resolve_provider("auto", gpu, trial=fails)
     assert name == "sdpa"
     assert "xformers does not work here (ImportError: no xformers)" in why
     assert "ddrl[gpu]" in why
-    assert resolve_provider("sdpa", gpu, fails).name == "sdpa"
-    with pytest.raises(ValueError, match=r"'torch_varlen' does not work on cuda \(ImportError: no torch_varlen\)"):
-        resolve_provider("torch_varlen", gpu, fails)
+    assert resolve_provider("sdpa", gpu, trial=fails).name == "sdpa"
+    with pytest.raises(ValueError, match=r"'torch_varlen' does not work on cuda with torch.bfloat16 \(ImportError: no torch_varlen\)"):
+        resolve_provider("torch_varlen", gpu, trial=fails)
+
+
+def test_a_provider_is_tried_in_the_networks_own_precision() -> None:
+    gpu = torch.device("cuda")
+    assert resolve_provider("auto", gpu, torch.bfloat16, halves).name == "xformers"
+    assert resolve_provider("auto", gpu, torch.float32, halves).name == "sdpa"
+    with pytest.raises(ValueError, match=r"does not work on cuda with torch\.float32 \(RuntimeError: expected Half"):
+        resolve_provider("torch_varlen", gpu, torch.float32, halves)
 
 
 def test_a_trial_tells_what_happens() -> None:

@@ -44,33 +44,60 @@ def test_pixels_belong_to_their_latents_whatever_the_mix() -> None:
         assert (picture == round((v + 1) * 127.5)).all()
 
 
-def test_what_waits_is_decoded_together_within_the_batch() -> None:
+def test_what_is_handed_in_together_is_decoded_together_and_apart_from_others() -> None:
     codec = Codec()
     codec.gate.clear()
     with Decoder(codec, batch=3) as decoder:
-        futures = [decoder.submit(latent(0.0, 2 + 2 * (i % 2))) for i in range(6)]
+        mixed = decoder.submit([latent(0.0, 2 + 2 * (i % 2)) for i in range(8)])
+        alone = decoder.submit([latent(0.5, 2)])
         codec.gate.set()
-        for f in futures:
-            f.result(10)
-    assert sum(n for n, *_ in codec.calls) == 6
-    assert max(n for n, *_ in codec.calls) <= 3
-    assert len(codec.calls) < 6  # of those that waited at the gate, equal ones went together
+        assert [f.result(10).shape for f in mixed] == [(2 + 2 * (i % 2), 6, 3) for i in range(8)]
+        assert alone[0].result(10).shape == (2, 6, 3)
+    assert codec.calls == [(3, 3, 2, 6), (1, 3, 2, 6), (3, 3, 4, 6), (1, 3, 4, 6), (1, 3, 2, 6)]
 
 
 def test_an_error_is_raised_where_the_pixels_are_asked_for_and_decoding_goes_on() -> None:
-    with Decoder(Codec(), batch=1) as decoder:
-        good, bad, after = (decoder.submit(latent(v)) for v in (0.0, 7.0, 1.0))
+    with Decoder(Codec()) as decoder:
+        good, bad, after = (decoder.submit([latent(v)])[0] for v in (0.0, 7.0, 1.0))
         assert good.result(10).shape == after.result(10).shape == (4, 6, 3)
         with pytest.raises(ValueError, match="seven"):
             bad.result(10)
+        with pytest.raises(ValueError, match="seven"):
+            decoder.decode([latent(0.0), latent(7.0)], 10)
+
+
+def test_a_batch_that_does_not_fit_is_decoded_one_by_one() -> None:
+    class Narrow(Codec):
+        def decode(self, latents: Tensor) -> np.ndarray:
+            pixels = super().decode(latents)
+            if len(latents) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return pixels
+
+    codec = Narrow()
+    with Decoder(codec) as decoder:
+        assert [p[0, 0, 0] for p in decoder.decode([latent(v) for v in (-1.0, 1.0)], 10)] == [0, 255]
+    assert [n for n, *_ in codec.calls] == [2, 1, 1]
+
+
+def test_a_late_picture_says_what_was_waited_for() -> None:
+    codec = Codec()
+    codec.gate.clear()
+    with Decoder(codec) as decoder:
+        with pytest.raises(TimeoutError, match=r"2 of 2 latents were not decoded within 0\.05 s"):
+            decoder.decode([latent(0.0), latent(0.1)], 0.05)
+        cancelled = decoder.submit([latent(0.0)])[0]
+        assert cancelled.cancel()
+        codec.gate.set()
+        assert len(decoder.decode([latent(0.0)], 10)) == 1  # the thread outlives what nobody waits for
 
 
 def test_closing_decodes_what_waits_and_takes_nothing_more() -> None:
     codec = Codec()
     decoder = Decoder(codec)
-    futures = [decoder.submit(latent(0.0)) for _ in range(5)]
+    futures = [decoder.submit([latent(0.0)])[0] for _ in range(5)]
     decoder.close()
     assert all(f.done() for f in futures)
     with pytest.raises(RuntimeError, match="closed"):
-        decoder.submit(latent(0.0))
+        decoder.submit([latent(0.0)])
     decoder.close()  # again: nothing happens

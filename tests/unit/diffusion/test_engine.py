@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffusion.engine.engine import Engine
+from diffusion.engine.engine import Engine, StepFailed
 from diffusion.engine.memory import free_bytes
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.kernel_names import stochastic_steps
@@ -359,6 +360,16 @@ def test_draining_finishes_what_runs_on_the_old_weights(tiny_model: Build) -> No
         same(t, Engine(model, PROCESS, PLENTY).run([replace(r, member=t.member, n=1)])[0])
 
 
+def test_draining_keeps_a_request_whole_whatever_the_budget(tiny_model: Build) -> None:
+    engine = Engine(tiny_model(seed=1), PROCESS, 45)  # two samples at a time
+    engine.add_request(request(0, n=4))
+    engine.step()
+    engine.set_weights(tiny_model(seed=2).state_dict(), 7, policy="drain")
+    engine.add_request(request(9))
+    done = [t for _ in range(12) for t in stepped(engine)]
+    assert {t.member: t.versions for t in done} == {0: (0, 0), 1: (0, 0), 2: (0, 0), 3: (0, 0), 9: (7, 7)}
+
+
 def test_weights_in_flight_are_recorded_oldest_and_newest(tiny_model: Build) -> None:
     engine = Engine(tiny_model(seed=0), PROCESS, PLENTY)
     engine.add_request(request(0, steps=3, trained=(0, 1)))
@@ -445,8 +456,21 @@ def test_a_sample_that_does_not_fit_alone_fails_and_the_others_go_on(tiny_model:
 
 def test_another_error_of_the_network_is_not_taken_for_a_shortage(tiny_model: Build) -> None:
     engine = Engine(Narrow(tiny_model(), 0, RuntimeError("illegal instruction")), PROCESS, PLENTY)  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="illegal instruction"):
-        engine.run([request()])
+    with pytest.raises(StepFailed, match="a denoising step of 2 sequences failed: RuntimeError: illegal instruction") as caught:
+        engine.run([request(n=2)])
+    assert len(caught.value.requests) == 1
+    assert engine.unfinished == 0
+
+
+def test_an_error_leaves_nothing_of_a_run_behind(tiny_model: Build) -> None:
+    engine = Engine(tiny_model(), PROCESS, PLENTY)
+    with pytest.raises(ValueError, match="not a multiple"):
+        engine.run([request(0), request(1, shape=(3, 7, 8))])
+    assert engine.unfinished == 0
+    steps = engine.steps([request(2)])
+    next(steps)
+    steps.close()
+    assert engine.unfinished == 0
 
 
 def test_the_budget_is_what_memory_holds(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,6 +482,21 @@ def test_the_budget_is_what_memory_holds(tiny_model: Build, monkeypatch: pytest.
     assert str(engine.plan).startswith("70 tokens a forward pass, bound by memory: ")
     assert Engine(model, PROCESS, 50).plan.tokens == 50
     assert "bound by sampler.max_tokens" in str(Engine(model, PROCESS, 50).plan)
+
+
+def test_memory_of_a_container_counts_what_files_would_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"max": "1000\n", "current": "990\n", "stat": "anon 100\ninactive_file 400\nactive_file 3\n"}
+    real = Path.read_text
+
+    def read(path: Path, *arguments: Any) -> str:
+        return files[path.suffix[1:]] if path.parent == Path("/sys/fs/cgroup") else real(path, *arguments)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert free_bytes(torch.device("cpu")) == 1000 - 990 + 400
+    files["current"] = "1500\n"
+    assert free_bytes(torch.device("cpu")) == 0
+    files["max"] = "max\n"
+    assert free_bytes(torch.device("cpu")) > 2**20
 
 
 def test_free_memory_is_a_number_of_this_machine() -> None:

@@ -227,3 +227,13 @@ def test_schedulers_that_are_refused(values: dict[str, Any], message: str) -> No
 def test_more_steps_than_noise_levels_are_refused() -> None:
     with pytest.raises(ValueError, match="11 steps exceed the 10 noise levels"):
         VariancePreserving(train_steps=10).time_grid(11)
+
+
+def test_fixed_points_of_the_held_out_loss_cover_the_levels_of_training() -> None:
+    u = (torch.arange(1000) + 0.5) / 1000
+    assert torch.equal(RectifiedFlow(2.0).spread_times(u), u.clamp(1e-3, 1 - 1e-3))
+    drawn = EDM().sample_times(20_000, torch.Generator().manual_seed(0)).log()
+    spread = EDM().spread_times(u).log()
+    torch.testing.assert_close(torch.stack([spread.mean(), spread.std()]), torch.stack([drawn.mean(), drawn.std()]), atol=0.03, rtol=0)
+    steps = VariancePreserving(train_steps=50).spread_times(u) * 50
+    assert steps.round().long().bincount().tolist() == [0] + [20] * 50

@@ -129,6 +129,23 @@ def test_the_worked_example_of_the_module() -> None:
     assert scheduler.schedule() == ["b", "d"]
 
 
+def test_a_hold_lets_families_that_have_begun_finish_whole() -> None:
+    """Two members of a family run and two wait for room when the hold comes; they begin before it ends, others do not."""
+    scheduler: Scheduler[str] = Scheduler(4)
+    for name in ("a0", "a1", "a2", "b0", "a3"):
+        scheduler.add(name, 2, family=name[0])
+    assert scheduler.schedule() == ["a0", "a1"]
+    scheduler.hold = True
+    scheduler.finish(["a0", "a1"])
+    assert scheduler.started
+    assert scheduler.schedule() == ["a2", "a3"]
+    scheduler.finish(["a2", "a3"])
+    assert not scheduler.started
+    assert scheduler.schedule() == []
+    scheduler.hold = False
+    assert scheduler.schedule() == ["b0"]
+
+
 def test_a_hold_lets_what_runs_and_its_branches_finish_and_nothing_else_begin() -> None:
     scheduler: Scheduler[str] = Scheduler(10)
     scheduler.add("trunk", 2)

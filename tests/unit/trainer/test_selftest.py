@@ -117,6 +117,25 @@ def test_the_learner_is_left_as_it_was(policy_folder: Path) -> None:
     assert not any(p.grad is not None for p in made.model.parameters())
 
 
+def test_the_rank_names_the_noise_and_nothing_else(policy_folder: Path) -> None:
+    """Ranks with other trained steps would make other numbers of forward passes, and FSDP would hang."""
+    made = learner_of(config_of(policy_folder))
+    first = requests_of(made, 0)
+    for rank in range(1, 6):
+        for a, b in zip(requests_of(made, rank), first, strict=True):
+            assert (a.trained, a.stochastic, a.shape) == (b.trained, b.stochastic, b.shape)
+            assert a.seed != b.seed
+
+
+def test_a_token_budget_of_one_sample_is_enough(policy_folder: Path) -> None:
+    config = config_of(policy_folder)
+    made = learner_of(config)
+    tokens = made.model.packed_tokens(made.shape, 10)
+    tight = config.model_copy(update={"sampler": config.sampler.model_copy(update={"max_tokens": tokens})})
+    made.config = tight
+    assert self_test(made).largest < 1e-6
+
+
 def test_a_size_that_the_model_does_not_take_is_left_out(policy_folder: Path) -> None:
     made = learner_of(config_of(policy_folder, width=4))
     assert shapes_of(made) == [(3, 8, 4)]
