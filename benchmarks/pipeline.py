@@ -4,8 +4,8 @@
 
 *ddrl*: `ddrl train recipes/glyph-ocr.yaml` at the recipe's own settings, evaluation off; *bare*: `benchmarks/bare.py`, the same
 groups, engine, scorer, objective and optimiser in one process. Both may use every core of the machine. Sides take turns,
-another one first in each repeat. Counted is the steady state, from the end of the first update to the end of the last;
-what goes before is reported apart. Both must have learnt on the same number of samples in the same number of updates.
+another one first in each repeat. Counted is the steady state, from the end of the third update to the end of the last; what
+goes before the end of the first is reported apart. Both must have learnt on the same number of samples in the same number of updates.
 `--quick` is a check that everything runs, not a measurement.
 """
 
@@ -37,21 +37,24 @@ NO_EVALUATION = (
 )
 """The evaluations before and after cannot be left out; the first is over before the first update is."""
 SMALL = ("rollout.groups_per_step=4", "rollout.group_size=4", "sampler.steps=4", "sampler.trained_steps=2")
+LEAD = 3
+"""Updates before the steady state: they use up what the generators have made ahead while the learner started."""
 DEADLINE_S = 1800.0
 
 
 def steady(records: Sequence[dict[str, Any]], group_size: int) -> dict[str, float]:
-    """Samples a second and seconds an update from the end of the first update to the end of the last.
+    """Samples a second, seconds an update and of its parts, from the end of update `LEAD` to the end of the last.
 
     Raises:
-        ValueError: fewer than two updates.
+        ValueError: no update after `LEAD`.
     """
-    if len(records) < 2:
-        raise ValueError(f"{len(records)} updates have no steady state; ask for at least 2")
-    seconds = float(records[-1]["time"] - records[0]["time"])
-    found = {"samples_per_s": sum(samples(r, group_size) for r in records[1:]) / seconds, "update_s": seconds / (len(records) - 1)}
-    parts = {name for r in records[1:] for name in r["seconds"]}
-    return found | {f"{name}_s": sum(r["seconds"].get(name, 0.0) for r in records[1:]) / (len(records) - 1) for name in parts}
+    counted = records[LEAD:]
+    if not counted:
+        raise ValueError(f"{len(records)} updates have no steady state; ask for more than {LEAD}")
+    seconds = float(counted[-1]["time"] - records[LEAD - 1]["time"])
+    found = {"samples_per_s": sum(samples(r, group_size) for r in counted) / seconds, "update_s": seconds / len(counted)}
+    parts = {name for r in counted for name in r["seconds"]}
+    return found | {f"{name}_s": sum(r["seconds"].get(name, 0.0) for r in counted) / len(counted) for name in parts}
 
 
 def samples(record: dict[str, Any], group_size: int) -> int:
@@ -143,7 +146,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three small updates, once: does everything run?")
+    parser.add_argument("--quick", action="store_true", help="five small updates, once: does everything run?")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--markdown", action="store_true", help="print Markdown (the default)")
     parser.add_argument("--updates", type=int, help="updates of a run [default: 15]")
@@ -152,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.json and options.markdown:
         parser.error("choose one of --json and --markdown")
-    updates, repeats = options.updates or (3 if options.quick else 15), options.repeats or (1 if options.quick else 3)
+    updates, repeats = options.updates or (5 if options.quick else 15), options.repeats or (1 if options.quick else 3)
     overrides = [*(SMALL if options.quick else ()), *options.set]
     result = measure(updates, repeats, overrides, lambda line: print(line, file=sys.stderr, flush=True)) | {"quick": options.quick}
     print(json.dumps(result, indent=1) if options.json else markdown(result))
