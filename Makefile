@@ -40,7 +40,7 @@ results: setup  ## every run of docs/results.md, one after the other (about 45 m
 	@for s in 0 1 2; do $(BIN)/ddrl train recipes/glyph-ocr.yaml --set seed=$$s --set name=glyph-ocr-$$s || exit 1; done
 	@for s in 0 1 2; do $(BIN)/ddrl train recipes/glyph-control.yaml --set seed=$$s --set name=glyph-control-$$s || exit 1; done
 	@$(BIN)/ddrl train recipes/glyph-ocr.yaml --set objective.data_weight=0 --set name=glyph-free
-	@$(BIN)/python benchmarks/results.py --ddrl runs/glyph-ocr-[012] --control runs/glyph-control-[012] --free runs/glyph-free
+	@$(BIN)/python -m benchmarks.results --ddrl runs/glyph-ocr-[012] --control runs/glyph-control-[012] --free runs/glyph-free
 
 glyph-base: setup  ## train the demo's starting policy again (about 35 minutes)
 	@$(BIN)/python -m diffusion.glyph_policy recipes/glyph-base

@@ -25,6 +25,7 @@ from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
 from diffusion.evaluation import diffusion_losses, pairwise_rms, scene_statistics
+from diffusion.lora import trained_weights
 from diffusion.seeds import generator, key
 from services.client.base import ItemScore
 from services.client.connect import connect
@@ -58,7 +59,7 @@ class Evaluator:
         self.policy = load_policy(spec.model, seed=spec.seed)
         self.engine = Engine(self.policy.transformer, self.policy.process, spec.sampler.max_tokens, spec.model.dtype, self.policy.text_encoder)
         self.client = connect(spec.reward)
-        self._start = Weights.of(0, save(self.policy.transformer.state_dict()))
+        self._start = Weights.of(0, save(trained_weights(self.policy.transformer)))
         self.run_dir = Path(spec.run_dir)
 
     def _use(self, weights: Weights | None) -> None:

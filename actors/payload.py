@@ -1,8 +1,9 @@
 """The wire format of groups and data batches: safetensors bytes with a versioned table of names, shapes and types.
 
-This is the only encoder and decoder. G: members N, trained steps K, latent shape C h w, prompt tokens L D, pooled P.
+This is the only encoder and decoder. Members N, trained steps K, latent shape C h w (or C f h w), prompt tokens L D, pooled P.
 
     group  x, x_next         f32 [N, K, C, h, w]    states before and after each trained step
+           previous          f32 [N, K, C, h, w]    prediction of x0 in the step before; only for kernels that use it
            log_prob          f32 [N, K]             exact log-density (mean over entries) under the sampling weights
            trained           i64 [K]                trained step indices
            times             f32 [steps + 1]        time grid that was sampled on
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 
 
 class PayloadError(ValueError):
@@ -53,11 +54,14 @@ _DIMS = {
     GroupPayload: {"x": 5, "x_next": 5, "log_prob": 2, "trained": 1, "times": 1, "prompt_embeds": 2, "pooled": 1},
     DataPayload: {"x0": 4, "prompt_embeds": 3, "pooled": 2},
 }
+_LATENTS = {"x", "x_next", "previous", "x0"}  # one dimension more for video
+_OPTIONAL = {GroupPayload: {"previous": 5}, DataPayload: {}}
 
 
 def encode(payload: GroupPayload | DataPayload) -> bytes:
     """Payload to bytes."""
-    tensors = {f.name: value.contiguous() for f in fields(payload) if (value := getattr(payload, f.name)) is not None}
+    given = {f.name: getattr(payload, f.name) for f in fields(payload)}
+    tensors = {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
     data: bytes = save({**tensors, "format": torch.tensor([FORMAT])})
     return data
 
@@ -70,9 +74,9 @@ def _decode(kind: type, data: bytes) -> dict[str, Tensor]:
     version = tensors.pop("format", None)
     if version is None or version.tolist() != [FORMAT]:
         raise PayloadError(f"payload format {None if version is None else version.tolist()} is not {FORMAT}; it was written by another version of ddrl")
-    dims = _DIMS[kind]
+    dims = _DIMS[kind] | {name: count for name, count in _OPTIONAL[kind].items() if name in tensors}
     found = {name: tensor.dim() for name, tensor in tensors.items()}
-    if {name: d for name, d in found.items() if name != "previous"} != dims:
+    if found not in (dims, {name: count + (name in _LATENTS) for name, count in dims.items()}):
         raise PayloadError(f"{kind.__name__} needs tensors of dimensions {dims}, found {found}")
     types = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != (torch.int64 if name == "trained" else torch.float32)}
     if types:
@@ -83,7 +87,8 @@ def _decode(kind: type, data: bytes) -> dict[str, Tensor]:
 def decode_group(data: bytes) -> GroupPayload:
     """Bytes to a group. Raises PayloadError."""
     group = GroupPayload(**_decode(GroupPayload, data))
-    if group.x.shape != group.x_next.shape or group.log_prob.shape != group.x.shape[:2] or len(group.trained) != group.x.shape[1]:
+    latents = {group.x.shape, group.x_next.shape} | ({group.previous.shape} if group.previous is not None else set())
+    if len(latents) > 1 or group.log_prob.shape != group.x.shape[:2] or len(group.trained) != group.x.shape[1]:
         raise PayloadError("group payload has tensors of clashing shapes")
     return group
 

@@ -8,7 +8,6 @@ trained steps are drawn from named generators.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -33,7 +32,7 @@ from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.aio import AsyncEngine
 from diffusion.engine.cache import PromptCache
 from diffusion.engine.decode import Decoder
-from diffusion.engine.engine import Engine
+from diffusion.engine.engine import Engine, compile_for_batches
 from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.kernel_names import stochastic_steps
 from diffusion.seeds import key
@@ -43,8 +42,6 @@ from replay.errors import ReplayError
 from services.client.base import ItemScore, ScoreFailure
 from services.client.connect import connect
 from services.config import RewardConfig
-
-log = logging.getLogger(__name__)
 
 IDLE_S = 1.0
 """Longest a generator waits for a lease before it looks at its stop flag."""
@@ -160,9 +157,19 @@ class RolloutGenerator:
         self.policy = load_policy(spec.model, device, spec.seed)
         sampler = spec.sampler
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
-        engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype)
+        merge = spec.model.lora.rank > 0 and spec.model.lora.merge
+        engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge)
         self.text = PromptCache(self.policy.text_encoder, device)
-        log.info("engine of %s: %s; %s", self.owner, engine.plan, self.policy.transformer.provider)
+        if spec.model.compile:
+            compile_for_batches(self.policy.transformer)
+        self._description = {
+            "kind": "engine",
+            "step": 0,
+            "generator": self.owner,
+            "budget": str(engine.plan),
+            "network": engine.describe_network(),
+            "attention": self.policy.attention.why,
+        }
         self.engine = AsyncEngine(engine)
         self.decoder = Decoder(self.policy.codec, device)
         self.held: tuple[int, int] | None = None  # (lineage, version) of the newest weights that the engine was given
@@ -177,8 +184,12 @@ class RolloutGenerator:
         """Process id, so that an operator can find (or a fault test can kill) it."""
         return os.getpid()
 
+    def describe(self) -> dict[str, Any]:
+        """How this generator samples, as a line of metrics.jsonl: token budget, attention provider, precision."""
+        return self._description
+
     def stop(self) -> None:
-        """Finish the group in hand and return from `run`."""
+        """Finish the groups in hand and return from `run`."""
         self._stop.set()
 
     def run(self) -> int:

@@ -1,6 +1,6 @@
 """The table of docs/results.md from finished runs: DDRL against its control for each seed, and without the data term.
 
-    python benchmarks/results.py --ddrl runs/glyph-ocr runs/glyph-ocr-1 … --control runs/glyph-control-0 … [--free runs/glyph-free]
+    python -m benchmarks.results --ddrl runs/glyph-ocr runs/glyph-ocr-1 … --control runs/glyph-control-0 … [--free runs/glyph-free]
 
 Every figure is computed from the per-prompt numbers in the runs' `eval/` folders. `--json` prints them as JSON.
 """

@@ -12,7 +12,7 @@ What a provider needs beside the tensors (a mask, cumulative lengths) is made on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
@@ -119,27 +119,6 @@ class Provider(NamedTuple):
     why: str
 
 
-def resolve_provider(name: str, device: torch.device) -> Provider:
-    """Provider to use: `auto` picks xformers on a GPU where it imports, else sdpa.
-
-    Raises:
-        ValueError: unknown provider, or one without kernels for this device.
-    """
-    if name == "auto":
-        if device.type != "cuda":
-            return Provider("sdpa", f"attention: sdpa, because xformers and torch_varlen have no kernels for {device.type}")
-        try:
-            import xformers.ops
-        except ImportError as error:
-            return Provider("sdpa", f"attention: sdpa, because xformers does not import ({error}); pip install 'ddrl[gpu]'")
-        return Provider("xformers", f"attention: xformers {xformers.__version__}, found beside a GPU")
-    if name not in PROVIDERS:
-        raise ValueError(f"unknown attention provider {name!r}; known: auto, {', '.join(PROVIDERS)}")
-    if name != "sdpa" and device.type != "cuda":
-        raise ValueError(f"attention provider {name!r} has no kernels for {device.type}; use model.attention=auto or sdpa")
-    return Provider(name, f"attention: {name}, as model.attention says")
-
-
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, provider: str = "sdpa") -> Tensor:
     """Attention of packed documents.
 
@@ -156,3 +135,40 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, provid
     if provider == "xformers":
         return _xformers(q, k, v, segments)
     return _torch_varlen(q, k, v, segments)
+
+
+def trial(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Make a small call of a provider: None when it works on this device, else why it does not."""
+    try:
+        x = torch.zeros(1, 48, 2, 64, dtype=dtype, device=device)
+        varlen_attention(x, x, x, Segments([16, 32]), name)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # a missing package, no kernel for the device or its generation: each raises its own class
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]:.120}"
+    return None
+
+
+def resolve_provider(name: str, device: torch.device, trial: Callable[[str, torch.device], str | None] = trial) -> Provider:
+    """Provider to use: `auto` picks xformers on a GPU where it works, else sdpa.
+
+    Args:
+        trial: says None of a provider that works on a device, else why it does not.
+    Raises:
+        ValueError: unknown provider, or one that does not work on this device.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return Provider("sdpa", f"attention: sdpa, because xformers and torch_varlen have no kernels for {device.type}")
+        problem = trial("xformers", device)
+        if problem is not None:
+            return Provider("sdpa", f"attention: sdpa, because xformers does not work here ({problem}); pip install 'ddrl[gpu]'")
+        return Provider("xformers", "attention: xformers, which works on this GPU")
+    if name not in PROVIDERS:
+        raise ValueError(f"unknown attention provider {name!r}; known: auto, {', '.join(PROVIDERS)}")
+    if name != "sdpa" and device.type != "cuda":
+        raise ValueError(f"attention provider {name!r} has no kernels for {device.type}; use model.attention=auto or sdpa")
+    problem = None if name == "sdpa" else trial(name, device)
+    if problem is not None:
+        raise ValueError(f"attention provider {name!r} does not work on {device} ({problem}); use model.attention=auto or sdpa")
+    return Provider(name, f"attention: {name}, as model.attention says")

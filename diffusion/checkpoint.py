@@ -1,7 +1,7 @@
 """Policies on disk: folders in diffusers' layout.
 
     model_index.json  transformer/{config.json, diffusion_pytorch_model.safetensors}  scheduler/scheduler_config.json
-    text_encoder/{config.json, model.safetensors}
+    text_encoder/{config.json, model.safetensors}  vae/{config.json, diffusion_pytorch_model.safetensors} (none: pixel space)
 
 Read: one safetensors file or a sharded set with its index. Written: one file. Everything is checked: a missing,
 unexpected or misshapen tensor is an error, never a silent re-initialisation.
@@ -11,25 +11,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion.attention import resolve_provider
-from diffusion.codecs import Codec, IdentityCodec
+from diffusion.attention import Provider, resolve_provider
+from diffusion.codecs import Codec, IdentityCodec, VAECodec
 from diffusion.config import ModelConfig
-from diffusion.models.sd3 import SD3Config, SD3Transformer
+from diffusion.lora import add_lora
+from diffusion.models.base import PackedModel
+from diffusion.models.registry import FAMILIES, Family
 from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
 from diffusion.text import glyph
 from diffusion.text.base import TextEncoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MODEL_CLASS = "SD3Transformer2DModel"
+FROZEN = ("model_index.json", "scheduler", "text_encoder", "vae")
+"""What training never changes: copied from the starting policy to everything written."""
 
 
 class CheckpointError(Exception):
@@ -38,12 +42,16 @@ class CheckpointError(Exception):
 
 @dataclass
 class Policy:
-    """A policy with everything around it: network, frozen text encoder, latent codec, forward process."""
+    """A policy with everything around it: network, frozen text encoder, latent codec, forward process.
 
-    transformer: SD3Transformer
+    `attention` is the provider in use, with a line for the log that says why.
+    """
+
+    transformer: PackedModel
     text_encoder: TextEncoder
     codec: Codec
     process: ForwardProcess
+    attention: Provider
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -58,15 +66,13 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_transformer_config(folder: Path) -> SD3Config:
-    """Architecture of a policy folder. Raises CheckpointError."""
+def _network_config(folder: Path) -> tuple[Family, dict[str, Any]]:
+    """Architecture of a policy folder's network and the keys of its config.json."""
     values = _json(folder / "transformer" / "config.json")
-    if values.get("_class_name", MODEL_CLASS) != MODEL_CLASS:
-        raise CheckpointError(f"{folder}/transformer is a {values['_class_name']}; this build trains {MODEL_CLASS} policies")
-    try:
-        return SD3Config.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}/transformer/config.json: {error}") from None
+    name = values.get("_class_name")
+    if name not in FAMILIES:
+        raise CheckpointError(f"{folder}/transformer is a {name}; this build knows {', '.join(FAMILIES)}")
+    return FAMILIES[name], values
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -76,18 +82,18 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """State dict of `folder`, from one file or from shards with an index."""
+def read_weights(folder: Path, remedy: str = "download the folder again") -> dict[str, Tensor]:
+    """State dict of `folder`, from one file or from shards with an index. Raises CheckpointError; `remedy` is for weights that are not there."""
     single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
     if single.exists():
         return _tensors(single)
     if index.exists():
         names = sorted(set(_json(index).get("weight_map", {}).values()))
         return {k: v for name in names for k, v in _tensors(folder / name).items()}
-    raise CheckpointError(f"{folder} holds no {WEIGHTS}; set model.init=true to start from random weights")
+    raise CheckpointError(f"{folder} holds no {WEIGHTS}; {remedy}")
 
 
-def load_state(model: SD3Transformer, state: dict[str, Tensor], origin: str) -> None:
+def load_state(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """Load every tensor or refuse. Raises CheckpointError listing what differs."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -100,8 +106,8 @@ def load_state(model: SD3Transformer, state: dict[str, Tensor], origin: str) -> 
     model.load_state_dict(state)
 
 
-def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
-    """The policy of `config.path`, fp32 on `device`. With `config.init`, weights are drawn from `seed`.
+def load_network(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> tuple[PackedModel, Provider]:
+    """The network of `config.path` alone, fp32 on `device`, and its attention provider. With `config.init`, weights are drawn from `seed`.
 
     A provider without CPU kernels gives way to `sdpa` on the CPU, where evaluators and feeders of a GPU run live.
 
@@ -111,17 +117,63 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     folder, device = Path(config.path), torch.device(device)
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint folder {folder} does not exist; set model.path to a folder in diffusers' layout")
-    if (folder / "vae").exists():
-        raise CheckpointError(f"{folder} has a VAE; this build trains pixel-space policies only (see the status table in README.md)")
-    encoder_class = _json(folder / "text_encoder" / "config.json").get("_class_name")
-    if encoder_class != glyph.CLASS_NAME:
-        raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {glyph.CLASS_NAME}")
-    provider = "auto" if device.type == "cpu" else config.attention
-    model = SD3Transformer(read_transformer_config(folder), resolve_provider(provider, device).name)
+    provider = resolve_provider("auto" if device.type == "cpu" else config.attention, device)
+    family, values = _network_config(folder)
+    try:
+        model = family.build(values, provider.name)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/transformer/config.json: {error}") from None
     if config.init:
         model.init_weights(generator(seed, "init"))
     else:
-        load_state(model, read_weights(folder / "transformer"), str(folder))
+        load_state(model, read_weights(folder / "transformer", "set model.init=true to start from random weights"), str(folder))
+    if config.lora.rank:
+        try:
+            add_lora(model, config.lora, generator(seed, "lora"))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+    return model.to(device), provider
+
+
+def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
+    """Codec of a policy folder: its `vae/` (frozen, fp32 on `device`), or the identity where there is none.
+
+    Raises:
+        CheckpointError: a VAE of another class, or weights that do not fit.
+    """
+    if not (folder / "vae").exists():
+        return IdentityCodec()
+    try:
+        codec = VAECodec.build(_json(folder / "vae" / "config.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/vae/config.json: {error}") from None
+    load_state(codec.vae, read_weights(folder / "vae"), f"{folder}/vae")
+    codec.vae.to(device)
+    return codec
+
+
+def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
+    """The policy of `config.path`: `load_network` and everything around it.
+
+    Raises:
+        CheckpointError: what `load_network` and `load_codec` raise, and parts this build does not have: T5 and CLIP text
+            encoders, video codecs.
+    """
+    folder = Path(config.path)
+    if folder.is_dir():
+        family, values = _network_config(folder)
+        if family.video:
+            raise CheckpointError(
+                f"{folder}/transformer is a {values['_class_name']}, which samples video; this build has its network (diffusion.checkpoint.load_network) "
+                "but no video codec and no T5 encoder, so that it cannot be trained"
+            )
+        encoder_class = _json(folder / "text_encoder" / "config.json").get("_class_name")
+        if encoder_class != glyph.CLASS_NAME:
+            raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {glyph.CLASS_NAME}")
+    model, provider = load_network(config, device, seed)
+    codec = load_codec(folder, device)
+    if codec.channels != model.config.in_channels:
+        raise CheckpointError(f"{folder}: the network takes latents of {model.config.in_channels} channels, its codec makes {codec.channels}")
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     try:
         process = process_from_scheduler(scheduler)
@@ -131,15 +183,16 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
         encoder = glyph.GlyphTextEncoder.load(folder / "text_encoder")
     except Exception as error:  # safetensors raises its own class for every kind of damage
         raise CheckpointError(f"{folder}/text_encoder (config.json, model.safetensors) cannot be read: {error}") from None
-    return Policy(model.to(device), encoder, IdentityCodec(), process)
+    return Policy(model, encoder, codec, process, provider)
 
 
-def save_policy(folder: Path, source: Path, state: dict[str, Tensor]) -> None:
-    """Write `state` as a policy folder; all other parts are copied from `source`. Visible only when complete (rename)."""
+def save_policy(folder: Path, source: Path, state: dict[str, Tensor], extra: Mapping[str, bytes] | None = None) -> None:
+    """Write `state` as a policy folder, with `extra` files; all other parts are copied from `source`. Visible only when
+    complete (rename)."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "transformer").mkdir(parents=True)
-    for name in ("model_index.json", "scheduler", "text_encoder"):
+    for name in FROZEN:
         if (source / name).is_dir():
             shutil.copytree(source / name, partial / name, copy_function=shutil.copyfile)
         elif (source / name).exists():
@@ -147,5 +200,7 @@ def save_policy(folder: Path, source: Path, state: dict[str, Tensor]) -> None:
     shutil.copy(source / "transformer" / "config.json", partial / "transformer" / "config.json")
     data = save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata={"format": "pt"})
     (partial / "transformer" / WEIGHTS).write_bytes(data)  # save_file makes files that only their owner may read
+    for name, content in (extra or {}).items():
+        (partial / name).write_bytes(content)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -1,28 +1,44 @@
-"""Latent codecs: pixels to latents and back. Pixel-space policies use the identity."""
+"""Latent codecs: pixels to latents and back. Pixel-space policies use the identity, latent-space ones a VAE."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import inspect
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Codec(Protocol):
-    """Pixels are uint8 RGB `[B, H, W, 3]`; latents fp32 `[B, C, h, w]`."""
+    """Pixels are uint8 RGB `[B, H, W, 3]`; latents fp32 `[B, C, h, w]` on the CPU."""
 
     channels: int
 
-    def latent_size(self, height: int, width: int) -> tuple[int, int]: ...
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Latent height and width of an image. Raises ValueError for a size that has no latent."""
+        ...
 
     def encode(self, pixels: np.ndarray) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> np.ndarray: ...
 
 
+def to_unit(pixels: np.ndarray) -> Tensor:
+    """uint8 `[B, H, W, 3]` to fp32 `[B, 3, H, W]` in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """`[B, 3, H, W]` to uint8 `[B, H, W, 3]`: clamps to [-1, 1] and rounds to the nearest of 256 levels."""
+    unit = (images.float().clamp(-1, 1) + 1) * 127.5
+    array: np.ndarray = unit.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return array
+
+
 class IdentityCodec:
-    """Pixel space: latents are pixels scaled to [-1, 1]. Decoding clamps and rounds to the nearest of 256 levels."""
+    """Pixel space: latents are pixels scaled to [-1, 1]."""
 
     channels = 3
 
@@ -30,9 +46,70 @@ class IdentityCodec:
         return height, width
 
     def encode(self, pixels: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return to_unit(pixels)
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        unit = (latents.float().clamp(-1, 1) + 1) * 127.5
-        array: np.ndarray = unit.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return array
+        return to_pixels(latents)
+
+
+class VAECodec:
+    """A diffusers `AutoencoderKL`, frozen: latent = (mean of the encoder - shift) x scale, so that anchor data is the same every time.
+
+    Args:
+        vae: the autoencoder, with its weights.
+        tile_above: images with a longer edge go through in overlapping tiles of this size, in pixels.
+        max_pixels: pixels of one call: larger batches are split.
+    """
+
+    vae: Any
+
+    def __init__(self, vae: nn.Module, tile_above: int = 1024, max_pixels: int = 4 * 1024 * 1024) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        config = self.vae.config
+        self.channels: int = config.latent_channels
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0.0)
+        self.max_pixels = max_pixels
+        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = tile_above, tile_above // self.factor
+        self.vae.enable_tiling()
+
+    @classmethod
+    def build(cls, values: dict[str, Any]) -> VAECodec:
+        """Codec with undefined weights from a config.json.
+
+        Raises:
+            ValueError: another class than AutoencoderKL, or a key it does not know.
+        """
+        from diffusers import AutoencoderKL
+
+        name = values.get("_class_name")
+        if name != "AutoencoderKL":
+            raise ValueError(f"a {name}; this build decodes AutoencoderKL latents")
+        extra = {k for k in values if not k.startswith("_")} - set(inspect.signature(AutoencoderKL.__init__).parameters)
+        if extra:
+            raise ValueError(f"keys AutoencoderKL does not know: {', '.join(sorted(extra))}")
+        autoencoder: Any = AutoencoderKL
+        return cls(autoencoder.from_config(values))
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        if height < 1 or width < 1 or height % self.factor or width % self.factor:
+            raise ValueError(f"{height}x{width} pixels is not a multiple of {self.factor}, by which this policy's VAE shrinks images")
+        return height // self.factor, width // self.factor
+
+    def _batches(self, items: Tensor, pixels_each: int) -> Iterator[Tensor]:
+        parameter = next(self.vae.parameters())
+        for part in items.split(max(1, self.max_pixels // pixels_each)):
+            yield part.to(parameter.device, parameter.dtype)
+
+    @torch.no_grad()
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        height, width = pixels.shape[1:3]
+        self.latent_size(height, width)
+        means = [self.vae.encode(part).latent_dist.mean.float().cpu() for part in self._batches(to_unit(pixels), height * width)]
+        return (torch.cat(means) - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
+        raw = latents.float() / self.scale + self.shift
+        return np.concatenate([to_pixels(self.vae.decode(part).sample) for part in self._batches(raw, pixels)])

@@ -15,6 +15,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class LoRAConfig(Strict):
+    """A low-rank adapter that is trained instead of the whole network (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(0, ge=0, description="rank r; 0 = no adapter, all weights are trained (DiffusionNFT on SD3.5: 32)")
+    alpha: float = Field(64.0, gt=0, description="the adapter's output is scaled by alpha / rank (DiffusionNFT on SD3.5: 64)")
+    targets: tuple[str, ...] = Field((), description="linear layers that get one, by the end of their name; none named = every projection of attention")
+    merge: bool = Field(False, description="rollouts: merge the adapter into the weights; needs objective.old_log_prob=learner, because merging rounds")
+
+
 class ModelConfig(Strict):
     """Which policy is trained and how its forward pass runs."""
 
@@ -23,6 +32,10 @@ class ModelConfig(Strict):
     attention: Literal["auto", "sdpa", "xformers", "torch_varlen"] = Field(
         "auto", description="attention provider; auto = xformers on a GPU that has it, else sdpa"
     )
+    compile: bool = Field(
+        False, description="rollouts: compile the network's per-token parts (torch.compile); token counts are then padded to buckets so that shapes repeat"
+    )
+    lora: LoRAConfig = Field(default_factory=lambda: LoRAConfig(), description="low-rank adapter")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type inside the network, same for sampling and training")
 
 
@@ -47,7 +60,7 @@ class SamplerConfig(Strict):
     )
     height: int = Field(16, ge=1, description="height of a sample in pixels")
     width: int = Field(48, ge=1, description="width of a sample in pixels")
-    max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine")
+    max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine, at most; less where memory does not hold it")
 
     @model_validator(mode="after")
     def _noise_level_fits(self) -> SamplerConfig:

@@ -19,8 +19,9 @@ def diffusion_losses(
     parts = []
     for i in range(0, len(x0), chunk):
         s = slice(i, i + chunk)
-        velocity = model(process.noise(x0[s], eps[s], t[s]), t[s], prompt_embeds[s], pooled[s])
-        parts.append(process.loss(velocity, x0[s], eps[s], t[s]))
+        x = process.noise(x0[s], eps[s], t[s])
+        prediction = model(process.model_input(x, t[s]), process.model_time(t[s]), prompt_embeds[s], pooled[s])
+        parts.append(process.loss(prediction, x0[s], eps[s], t[s]))
     return torch.cat(parts)
 
 

@@ -10,7 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-from diffusion.checkpoint import MODEL_CLASS
 from diffusion.models.sd3 import SD3Config
 from diffusion.text.glyph import CLASS_NAME, GlyphTextEncoder
 
@@ -29,6 +28,7 @@ CONFIG = SD3Config(
     pos_embed_max_size=24,
     qk_norm="rms_norm",
 )
+MODEL_CLASS = "SD3Transformer2DModel"
 SHIFT = 2.0
 """Time shift: signs are decided at high noise, so half of the grid lies above t = 2/3."""
 

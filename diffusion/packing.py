@@ -166,7 +166,7 @@ class Layout:
         return self.image.unflat(image[None]) if self.image.even else image[None], self.text.unflat(text[None]) if self.text.even else text[None]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def layout(image: tuple[int, ...], text: tuple[int, ...], buckets: int | None) -> Layout:
     """Layout of requests with these token counts; remembered, since an engine's batch repeats for many steps.
 

@@ -7,13 +7,14 @@ ranks, and a step that is trained again after a crash sees the same noise.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from actors.payload import DataPayload, GroupPayload, decode_data, decode_group
+from actors.payload import DataPayload, GroupPayload, PayloadError, decode_data, decode_group
 from actors.rollout import trained_steps
+from diffusion.kernels import StepKernel
 from diffusion.processes import ForwardProcess
 from diffusion.seeds import INITIAL, generator, step_noise
 from replay.buffer import Claim, ReplayBuffer
@@ -40,39 +41,57 @@ class StepBatch:
 
 def take(rows: Rows, part: slice, device: torch.device | str = "cpu") -> Rows:
     """A micro-batch of `rows` on `device`; an empty slice gives one row of weight zero."""
-    if part.stop > part.start:
-        return type(rows)(**{f.name: getattr(rows, f.name)[part].to(device) for f in fields(rows)})
-    first = type(rows)(**{f.name: getattr(rows, f.name)[:1].to(device) for f in fields(rows)})
-    return replace(first, weight=torch.zeros(1, device=device))
+    empty = part.stop <= part.start
+    given: dict[str, Any] = {f.name: getattr(rows, f.name) for f in fields(rows)}
+    chosen = slice(0, 1) if empty else part
+    parts: dict[str, Any] = {name: None if value is None else value[chosen].to(device) for name, value in given.items()}
+    taken = type(rows)(**parts)
+    return replace(taken, weight=torch.zeros(1, device=device)) if empty else taken
 
 
-def _transitions(payload: GroupPayload, advantages: list[float]) -> Transitions:
-    """Rows of one group, member-major."""
+def transitions_of(payload: GroupPayload, advantages: list[float], kernel: StepKernel) -> Transitions:
+    """Rows of one group, member-major.
+
+    Raises PayloadError when the group was sampled on another time grid or by another kind of kernel than this run's.
+    """
     n, k = payload.log_prob.shape
-    times = payload.times
-    t, t_next = times[payload.trained].repeat(n), times[payload.trained + 1].repeat(n)
+    times, step = payload.times, payload.trained
+    if times.shape != (kernel.steps + 1,) or not torch.allclose(times, kernel.time_grid(kernel.steps), rtol=1e-6, atol=0):
+        raise PayloadError(
+            f"a group was sampled on another time grid than {kernel.name}'s of {kernel.steps} steps; sampler and learner differ in settings or build"
+        )
+    if kernel.uses_previous and payload.previous is None:
+        raise PayloadError(f"a group holds no predictions of the step before, which {kernel.name} needs; it was sampled by another kernel")
+    t, t_next = times[step].repeat(n), times[step + 1].repeat(n)
+    before = torch.where(step > 0, times[(step - 1).clamp_min(0)], torch.full((k,), torch.inf))
+    history = kernel.uses_previous and payload.previous is not None
     return Transitions(
         x=payload.x.flatten(0, 1),
         x_next=payload.x_next.flatten(0, 1),
         t=t,
         t_next=t_next,
+        step=step.repeat(n),
         old_log_prob=payload.log_prob.flatten(),
         advantage=torch.tensor(advantages).repeat_interleave(k),
         weight=torch.ones(n * k),
         prompt_embeds=payload.prompt_embeds[None].expand(n * k, -1, -1),
         pooled=payload.pooled[None].expand(n * k, -1),
+        previous=payload.previous.flatten(0, 1) if history and payload.previous is not None else None,
+        t_previous=before.repeat(n) if history else None,
     )
 
 
 def _cat(parts: list[Transitions]) -> Transitions:
-    return Transitions(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Transitions)})
+    columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Transitions)}
+    joined: dict[str, Any] = {name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
+    return Transitions(**joined)
 
 
 def _anchor_rows(config: RunConfig, process: ForwardProcess, step: int, data: DataPayload, times: Tensor | None, groups: list[int]) -> Anchors:
     """All anchor evaluations of an update (of every rank).
 
     Args:
-        times: `[G, K]` times of the trained steps of each claimed group; None without rollouts.
+        times: `[G, K]` times of the trained steps of each claimed group, in the policy's own process; None without rollouts.
         groups: claimed group indices, for shared noise.
     """
     objective, rollout = config.objective, config.rollout
@@ -96,8 +115,14 @@ def _anchor_rows(config: RunConfig, process: ForwardProcess, step: int, data: Da
     return Anchors(x0, eps, t, torch.ones(len(x0)), data.prompt_embeds[index], data.pooled[index])
 
 
-def step_batch(config: RunConfig, process: ForwardProcess, buffer: ReplayBuffer, claim: Claim, rank: int, world: int) -> StepBatch:
-    """One rank's rows of `claim`. Ranks fetch only their own groups; the anchor batch is read by all and sliced."""
+def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, buffer: ReplayBuffer, claim: Claim, rank: int, world: int) -> StepBatch:
+    """One rank's rows of `claim`. Ranks fetch only their own groups; the anchor batch is read by all and sliced.
+
+    Args:
+        process, kernel: the policy's process and the step kernel of its rollouts.
+    Raises:
+        PayloadError: bytes that are no group or data batch, or a group that this run's kernel did not sample.
+    """
     objective = config.objective
     rewards = [g.header.rewards for g in claim.groups]
     transitions, times, rows = None, None, []
@@ -105,11 +130,11 @@ def step_batch(config: RunConfig, process: ForwardProcess, buffer: ReplayBuffer,
         advantages = group_advantages(rewards, objective.advantage_scale, objective.advantage_clip, objective.exponential_advantage)
         mine = share(len(claim.groups), rank, world)
         payloads = {i: decode_group(buffer.fetch(claim.groups[i])) for i in mine}
-        transitions = _cat([_transitions(p, advantages[i]) for i, p in payloads.items()])
+        transitions = _cat([transitions_of(p, advantages[i], kernel) for i, p in payloads.items()])
         k = next(iter(payloads.values())).log_prob.shape[1]
         rows = [sum(len(rewards[i]) * k for i in share(len(rewards), r, world)) for r in range(world)]
         if claim.data and (objective.data_noise == "shared" or objective.data_per == "transition"):
-            times = _all_times(config, process, [g.group for g in claim.groups])
+            times = _all_times(config, process, kernel, [g.group for g in claim.groups])
     anchors, anchor_rows, total = None, [], 0
     if claim.data:
         data = decode_data(buffer.fetch(claim.data[0]))
@@ -121,7 +146,12 @@ def step_batch(config: RunConfig, process: ForwardProcess, buffer: ReplayBuffer,
     return StepBatch(transitions, anchors, sum(rows), total, rows, anchor_rows, zero_variance(rewards))
 
 
-def _all_times(config: RunConfig, process: ForwardProcess, groups: list[int]) -> Tensor:
-    """Times of the trained steps of each group `[G, K]`: a function of (seed, group), so no payload is needed."""
-    grid = process.time_grid(config.sampler.steps)
+def _all_times(config: RunConfig, process: ForwardProcess, kernel: StepKernel, groups: list[int]) -> Tensor:
+    """Times of the trained steps of each group `[G, K]`: a function of (seed, group), so no payload is needed.
+
+    A kernel in sigma space has sigmas on its grid; the flow time of a sigma is the time that the network is given there.
+    """
+    grid = kernel.time_grid(config.sampler.steps)
+    if kernel.process is not process:
+        grid = kernel.process.model_time(grid)
     return torch.stack([grid[list(trained_steps(config.sampler, config.seed, g))] for g in groups])

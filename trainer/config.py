@@ -52,6 +52,11 @@ class ObjectiveConfig(Strict):
     log_prob: Literal["exact", "unscaled", "std_weighted"] = Field(
         "exact", description="scaling of log-probabilities: exact density; unscaled = squared error only (public DDRL code); std_weighted between"
     )
+    old_log_prob: Literal["rollout", "learner"] = Field(
+        "rollout",
+        description="denominator of probability ratios: rollout = the density stored when sampling; learner = recomputed by the learner before its update, "
+        "so that ratios start at 1 whatever the sampler's precision",
+    )
     clip: float = Field(1e-3, gt=0, description="probability ratios are clipped to 1 ± clip, in units of the chosen log_prob scaling")
     advantage_scale: Literal["group", "batch"] = Field("group", description="whose standard deviation divides the advantage")
     advantage_clip: float = Field(5.0, gt=0, description="bound on |advantage|")
@@ -162,6 +167,11 @@ class RunConfig(Strict):
         rows = min([self.rollout.groups_per_step] * self.uses_policy + [self.data_rows] * self.uses_data)
         if self.learner.ranks > rows:
             raise ValueError(f"learner.ranks={self.learner.ranks} exceeds the {rows} groups or anchor samples of an update: some rank would have nothing to do")
+        if self.model.lora.merge and self.model.lora.rank and self.objective.old_log_prob == "rollout":
+            raise ValueError(
+                "model.lora.merge=true rounds otherwise than the adapter that is trained, and log-probabilities of such rollouts would not match; "
+                "set objective.old_log_prob=learner, or model.lora.merge=false"
+            )
         if self.objective.data_noise == "shared" and not self.uses_policy:
             raise ValueError("objective.data_noise=shared needs rollouts; use fresh")
         if self.redis.url == "embedded" and self.ray.address is not None:

@@ -68,6 +68,7 @@ class Driver:
         self._buffer: ReplayBuffer | None = None
         self._training = threading.Event()
         self._stopping = False
+        self._began = time.time()  # the file may tell of earlier starts of this run
 
     def run(self) -> dict[str, Any]:
         """Run to the end; returns the summary. Raises RunFailed, Interrupted, KeyboardInterrupt."""
@@ -93,6 +94,9 @@ class Driver:
             counts = self._counts()
             self.wall["total"] = time.monotonic() - started
             summary = summarise(self.config, self.folder.path, step, counts.get("settled", 0), self.wall | self._update_seconds())
+            tests = [r for r in self.folder.records() if r.get("kind") == "self_test"]
+            if tests:
+                summary["self_test_ratio_deviation"] = tests[-1].get("ratio_deviation_max")
             summary["skipped_updates"] = sum(int(r["skipped"]) for r in self._updates())
             self.folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
             self.display.stage("Stopping")
@@ -140,7 +144,7 @@ class Driver:
 
     def _train(self, parts: Parts) -> int:
         """Watch until the learner group returns; the step of its last checkpoint."""
-        pending = parts.evaluate_before() if evaluation(self.folder.path, 0) is None else []
+        pending = parts.describe_generators() + (parts.evaluate_before() if evaluation(self.folder.path, 0) is None else [])
         asked: set[int] = set()
         first_update: float | None = None
         began = time.monotonic()
@@ -178,6 +182,9 @@ class Driver:
             self.display.event(record)
             for sink in self._sinks:
                 sink.add(record)
+        for record in fresh:
+            if record.get("refused") and float(record["time"]) >= self._began:
+                raise RunFailed("log-probability self-test", record["refused"])
         return fresh
 
     def _gather(self, parts: Parts, pending: list[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The training loop of one learner rank, run by Ray Train: claim → update → publish → (every few steps) checkpoint.
+"""The training loop of one learner rank, run by Ray Train: self-test, then claim → update → publish → (every few steps) checkpoint.
 
 Truth lies outside: the ledger says which groups a step has, the last registered checkpoint says which step to start
 from. A checkpoint carries the ids claimed since the one before it, so a restart can settle them even if the ledger
@@ -25,12 +25,15 @@ from safetensors.torch import save
 from actors.connect import Target
 from diffusion.checkpoint import save_policy
 from diffusion.engine.memory import keep_freed_memory
+from diffusion.lora import WEIGHTS as LORA_WEIGHTS
+from diffusion.lora import adapter_bytes, merged_state
 from replay.buffer import Claim, ReplayBuffer
 from trainer.batch import step_batch
 from trainer.config import RunConfig
 from trainer.learner import Learner
 from trainer.metrics import ClaimMetrics
 from trainer.runfolder import append_metrics, drop_metrics_after
+from trainer.selftest import self_test
 
 PUBLISH_DEADLINE_S = 60.0
 EXPORTS_KEPT = 2
@@ -83,6 +86,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     if rank == 0:
         drop_metrics_after(run_dir, progress.step)
     publish(spec, buffer, learner, progress, rank, world)
+    if config.uses_policy and progress.step < config.updates and not passes_self_test(learner, progress.step, run_dir if rank == 0 else None):
+        return
 
     skipped, claims = 0, ClaimMetrics(config.name)
     while progress.step < config.updates:
@@ -92,7 +97,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         step, started = progress.step + 1, time.monotonic()
         claim = buffer.claim(step, progress.epoch, config.replay.claim_timeout_s)
         claimed = time.monotonic()
-        batch = step_batch(config, learner.process, buffer, claim, rank, world)
+        batch = step_batch(config, learner.process, learner.kernel, buffer, claim, rank, world)
         stats = learner.update(batch, step)
         trained = time.monotonic()
         progress.step = step
@@ -114,6 +119,17 @@ def train_loop(settings: dict[str, Any]) -> None:
             checkpoint(spec, learner, progress, rank)
     if progress.saved < progress.step:
         checkpoint(spec, learner, progress, rank)
+
+
+def passes_self_test(learner: Learner, step: int, run_dir: Path | None) -> bool:
+    """Run the log-probability self-test; collective, and all ranks get the same answer. The rank with `run_dir` records it.
+
+    A refusal is a recorded answer, not an exception: Ray Train would start the ranks again, and they would find the same.
+    """
+    result = self_test(learner)
+    if run_dir is not None:
+        append_metrics(run_dir, result.record(learner.config, step))
+    return result.refusal(learner.config) is None
 
 
 def is_evaluated(config: RunConfig, step: int) -> bool:
@@ -163,11 +179,15 @@ def checkpoint(spec: LoopSpec, learner: Learner, progress: Progress, rank: int) 
 
 
 def export(spec: LoopSpec, step: int, raw: dict[str, torch.Tensor], average: dict[str, torch.Tensor] | None) -> None:
-    """Write `exports/step-N` and, with an average, `exports/step-N-ema`: folders that diffusers opens. Keeps the newest two."""
-    root, source = Path(spec.run_dir) / "exports", Path(spec.config.model.path)
-    save_policy(root / f"step-{step:06d}", source, raw)
-    if average is not None:
-        save_policy(root / f"step-{step:06d}-ema", source, average)
+    """Write `exports/step-N` and, with an average, `exports/step-N-ema`: folders that diffusers opens. Keeps the newest two.
+
+    A trained adapter stands there merged into the network, and beside it as a file of its own.
+    """
+    root, source, lora = Path(spec.run_dir) / "exports", Path(spec.config.model.path), spec.config.model.lora
+    for suffix, state in (("", raw), ("-ema", average)):
+        if state is not None:
+            extra = {LORA_WEIGHTS: adapter_bytes(state, lora)} if lora.rank else {}
+            save_policy(root / f"step-{step:06d}{suffix}", source, merged_state(state, lora), extra)
     steps = sorted({f.name.split("-")[1] for f in root.glob("step-*") if f.suffix != ".partial"})
     for old in steps[:-EXPORTS_KEPT]:
         for folder in root.glob(f"step-{old}*"):
@@ -179,7 +199,7 @@ def _states(buffer: ReplayBuffer) -> dict[str, int]:
     return {k: counts[k] for k in ("leased", "ready", "claimed", "settled", "evicted", "dead", "data_ready") if k in counts}
 
 
-def update_record(step: int, claim: Claim, stats: dict[str, float], seconds: dict[str, float], zero_variance_groups: int) -> dict[str, Any]:
+def update_record(step: int, claim: Claim, stats: dict[str, Any], seconds: dict[str, float], zero_variance_groups: int) -> dict[str, Any]:
     """The metrics line of one update."""
     record: dict[str, Any] = {"kind": "update", "step": step, **stats, "seconds": {k: round(v, 4) for k, v in seconds.items()}}
     if claim.groups:

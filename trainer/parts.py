@@ -11,6 +11,7 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from safetensors.torch import save
 
 from actors.anchor import AnchorFeeder, AnchorSpec
 from actors.connect import Target
@@ -18,6 +19,8 @@ from actors.evaluator import Evaluator, EvaluatorSpec
 from actors.rollout import RolloutGenerator, RolloutSpec
 from actors.weights import Weights, WeightStore
 from diffusion.checkpoint import WEIGHTS
+from diffusion.lora import WEIGHTS as LORA_WEIGHTS
+from diffusion.lora import read_adapter
 from trainer.config import RunConfig
 from trainer.errors import RunFailed, describe
 from trainer.loop import LoopSpec, train_loop
@@ -102,6 +105,10 @@ class Parts:
                 raise RunFailed(name, describe(error)) from error
             raise RunFailed(name, "stopped by itself")
 
+    def describe_generators(self) -> list[Any]:
+        """References to how each generator's engine runs."""
+        return [generator.describe.remote() for generator in self.generators]
+
     def stop_producers(self) -> None:
         """Let producers finish what they hold and wait for them, within a deadline."""
         for actor in self.producers.values():
@@ -172,8 +179,11 @@ class Parts:
         return jobs
 
     def _exported(self, step: int, suffix: str) -> Weights:
-        file: Path = self.folder.exports / f"step-{step:06d}{suffix}" / "transformer" / WEIGHTS
-        return Weights.of(step, file.read_bytes())
+        """What was trained, of an exported policy."""
+        folder: Path = self.folder.exports / f"step-{step:06d}{suffix}"
+        if self.config.model.lora.rank:
+            return Weights.of(step, save(read_adapter((folder / LORA_WEIGHTS).read_bytes())))
+        return Weights.of(step, (folder / "transformer" / WEIGHTS).read_bytes())
 
     def split_ready(self, references: list[Any]) -> tuple[list[Any], list[Any]]:
         """References whose results are there, and the others."""

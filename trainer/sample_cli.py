@@ -88,6 +88,7 @@ def _draw(
 
     from actors.sources.prompts import prompt_lines
     from diffusion.checkpoint import CheckpointError, load_policy
+    from diffusion.engine.engine import compile_for_batches
     from diffusion.engine.generate import DiffusionEngine, SamplingParams
     from diffusion.engine.request import SamplingFailed
 
@@ -102,8 +103,10 @@ def _draw(
         plan = spread(texts, choices, n or len(texts) * len(choices))
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         policy = load_policy(config.model, where, config.seed)
+        if config.model.compile:
+            compile_for_batches(policy.transformer)
         with DiffusionEngine(policy, s.max_tokens, config.model.dtype) as engine, _progress(len(plan)) as told:
-            typer.echo(f"{engine.engine.plan}; attention: {policy.transformer.provider}")
+            typer.echo(f"{engine.engine.plan}; {engine.engine.describe_network()}; {policy.attention.why}")
             started = time.perf_counter()
             done = engine.generate([text for text, _ in plan], [choice for _, choice in plan], told)
             seconds, stats = time.perf_counter() - started, engine.stats

@@ -11,8 +11,9 @@ from trainer.errors import RunFailed
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(tag, value) of a metrics line: `update/reward_mean`, `update/seconds/train`, `test/raw/reward`, …"""
-    prefix = "update" if record.get("kind") == "update" else f"{record.get('split')}/{record.get('weights')}"
+    """(tag, value) of a metrics line: `update/reward_mean`, `update/seconds/train`, `test/raw/reward`, `self_test/…`"""
+    kind = str(record.get("kind"))
+    prefix = kind if kind in ("update", "self_test") else f"{record.get('split')}/{record.get('weights')}"
     for name, value in record.items():
         if name in ("kind", "step", "time", "prompts"):
             continue

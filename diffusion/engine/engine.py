@@ -27,6 +27,7 @@ from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Tra
 from diffusion.engine.scheduler import Scheduler
 from diffusion.engine.sequence import Context, Path, Sequence, previous_of
 from diffusion.kernels import log_prob, make_kernel
+from diffusion.lora import merge_lora, trained_weights
 from diffusion.models.base import PackedModel
 from diffusion.processes import ForwardProcess
 from diffusion.text.base import Conditioning, TextEncoder
@@ -34,6 +35,15 @@ from diffusion.text.base import Conditioning, TextEncoder
 log = logging.getLogger(__name__)
 
 SwapPolicy = Literal["in_flight", "drain"]
+
+RUNGS = 8
+"""Buckets an octave of total tokens when the network is compiled: at most an eighth of the tokens is padding."""
+
+
+def compile_for_batches(model: PackedModel) -> None:
+    """Compile the network's per-token parts and pad token counts to buckets, so that batches of any mix repeat few shapes."""
+    model.buckets = RUNGS
+    model.compile_blocks()
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,7 @@ class Engine:
         dtype: `float32` or `bfloat16` autocast inside the network.
         text_encoder: for requests that bring a prompt and not its conditioning.
         cache_bytes: bound on the encoded prompts that are kept.
+        merge: merge adapters (LoRA) into the weights. Their log-densities then differ from the learner's by rounding.
     """
 
     def __init__(
@@ -85,6 +96,7 @@ class Engine:
         dtype: str = "float32",
         text_encoder: TextEncoder | None = None,
         cache_bytes: int = MAX_BYTES,
+        merge: bool = False,
     ) -> None:
         self.model, self.process, self.dtype = model.eval(), process, dtype
         self.device = next(model.parameters()).device
@@ -93,12 +105,20 @@ class Engine:
             keep_freed_memory()
         itemsize = 2 if dtype == "bfloat16" else 4
         self.plan = plan_memory(model.activation_bytes(itemsize), self.device, max_tokens)
+        self.merge = merge
+        if merge:
+            merge_lora(model)
         self.version = 0
         self.digest: str | None = None
         self._next_weights: tuple[dict[str, Tensor], int, str | None] | None = None
         self._scheduler: Scheduler[Sequence] = Scheduler(self.plan.tokens)
         self._paths: dict[tuple[str, float, int], Path] = {}
         self._stats = EngineStats()
+
+    def describe_network(self) -> str:
+        """How the network runs, for a log: precision, device, padding."""
+        padded = "" if self.model.buckets is None else f", token counts in {self.model.buckets} buckets an octave"
+        return f"{self.dtype} on {self.device}{padded}"
 
     # --- requests
 
@@ -158,14 +178,14 @@ class Engine:
         carries its oldest and newest version.
 
         Args:
-            state: the whole state dict.
+            state: everything that is trained (`diffusion.lora.trained_weights`): the whole state dict, or an adapter.
             version: its number.
             digest: hash of its bytes; a swap to the digest that is in place only takes over the number.
 
         Raises:
             ValueError: names or shapes differ from the model's; nothing has changed then.
         """
-        own = self.model.state_dict()
+        own = trained_weights(self.model)
         wrong = sorted(own.keys() ^ state.keys()) or sorted(n for n in own if own[n].shape != state[n].shape)
         if wrong:
             raise ValueError(
@@ -181,7 +201,9 @@ class Engine:
             return
         state, self.version, digest = self._next_weights
         if digest is None or digest != self.digest:
-            self.model.load_state_dict(state)
+            self.model.load_state_dict(state, strict=False)  # names were checked; with an adapter the rest stays
+            if self.merge:
+                merge_lora(self.model)
         self.digest, self._next_weights, self._scheduler.hold = digest, None, False
 
     # --- steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import groupby
 from typing import Any, ClassVar, Protocol, cast
 
@@ -24,6 +25,19 @@ class ModelConfigLike(Protocol):
     def in_channels(self) -> int: ...
 
     def to_dict(self) -> dict[str, Any]: ...
+
+
+def known_keys(config: type[Any], values: dict[str, Any], family: str) -> dict[str, Any]:
+    """The fields of a config dataclass from a config.json: lists as tuples, keys with an underscore left out.
+
+    Raises:
+        ValueError: a key that the dataclass does not have.
+    """
+    known = {f.name for f in fields(config)}
+    extra = {k for k in values if k not in known and not k.startswith("_")}
+    if extra:
+        raise ValueError(f"{family} config has keys this model does not know: {', '.join(sorted(extra))}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
 
 
 class Block(nn.Module):
@@ -102,7 +116,7 @@ class PackedModel(nn.Module, ABC):
         """Draw fresh weights for training from scratch."""
 
     @abstractmethod
-    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor) -> Tensor | list[Tensor]:
+    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor | None) -> Tensor | list[Tensor]:
         """Velocities of a batch of requests.
 
         Args:

@@ -8,7 +8,7 @@ runs over `[image_i, text_i]` segments, modulation is per request.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.attention import varlen_attention
-from diffusion.models.base import Block, PackedModel, by_shape, feed_forward_bytes
+from diffusion.models.base import Block, PackedModel, by_shape, feed_forward_bytes, known_keys
 from diffusion.models.layers import FeedForward, TwoLayer, norm, time_features
 from diffusion.packing import Layout, spread
 
@@ -46,12 +46,7 @@ class SD3Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SD3Config:
         """From a config.json. Raises ValueError on a key or value this implementation does not know."""
-        known = {f.name for f in fields(cls)}
-        extra = {k for k in values if k not in known and not k.startswith("_")}
-        if extra:
-            raise ValueError(f"SD3 config has keys this model does not know: {', '.join(sorted(extra))}")
-        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-        config = cls(**kept)
+        config = cls(**known_keys(cls, values, "SD3"))
         if config.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm={config.qk_norm!r} is not known; SD3 uses none, SD3.5 'rms_norm'")
         if config.caption_projection_dim != config.inner_dim:
@@ -59,7 +54,7 @@ class SD3Config:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def sincos_table(dim: int, grid: int, base: int) -> Tensor:
@@ -289,7 +284,7 @@ class SD3Transformer(PackedModel):
         """See `PackedModel.activation_bytes`; the peak is the feed-forward of a block, on either stream."""
         return feed_forward_bytes(self.config.inner_dim, 4 * self.config.inner_dim, itemsize)
 
-    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor) -> Tensor | list[Tensor]:
+    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor | None) -> Tensor | list[Tensor]:
         """Velocities of a batch of requests (see `PackedModel.forward`); `pooled` is `[B, pooled_projection_dim]`."""
         layout = self._layout(latents, prompt_embeds)
         image = layout.image.pack(self.pos_embed(latents) if isinstance(latents, Tensor) else by_shape(latents, self.pos_embed))

@@ -119,7 +119,9 @@ def test_example(page: Path, index: int, code: str, tmp_path: Path) -> None:
 def test_readme_use_it_section_at_reduced_size(tmp_path: Path) -> None:
     """The `ddrl` commands of the README in their order, as one would type them."""
     lines = [shlex.split(line) for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines() if line.startswith(".venv/bin/ddrl")]
-    assert [words[1] for words in lines] == ["config", "train", "train", "report"]
+    assert [words[1] for words in lines] == ["config", "train", "train", "report", "replay", "sample"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('a sign that says "407"\na sign that says "22"\n')
     done = []
     for words in lines:
         arguments = [w.replace("runs/", f"{tmp_path}/") for w in words[1:]]
@@ -127,6 +129,11 @@ def test_readme_use_it_section_at_reduced_size(tmp_path: Path) -> None:
             arguments += [*settings(*REDUCED), "--run-dir", str(tmp_path / "mine")]
         if arguments[0] == "report":
             arguments = ["report", str(tmp_path / "mine"), str(tmp_path / "mine")]
+        if arguments[0] == "replay":
+            arguments = [w.replace("glyph-ocr", "mine") for w in arguments]
+        if arguments[0] == "sample":
+            arguments = [w.replace("prompts.txt", str(prompts)) for w in arguments] + ["--out", str(tmp_path / "pictures")]
         done.append(subprocess.run(command(*arguments), cwd=ROOT, text=True, capture_output=True, timeout=420, check=False))
         assert done[-1].returncode == 0, done[-1].stderr
     assert (tmp_path / "mine" / "comparison.html").exists()
+    assert (tmp_path / "pictures" / "grid.png").exists()

@@ -28,13 +28,23 @@ def group(n: int = 2, k: int = 3, c: int = 3, h: int = 4, w: int = 5, tokens: in
     )
 
 
+def two_step(frames: int = 0, seed: int = 0) -> GroupPayload:
+    """A group of a two-step kernel; with `frames`, of video."""
+    plain = group(seed=seed)
+    if frames:
+        clip = torch.randn(2, 3, 3, frames, 4, 5, generator=torch.Generator().manual_seed(seed))
+        return replace(plain, x=clip, x_next=clip + 1, previous=clip - 1)
+    return replace(plain, previous=plain.x - 1)
+
+
 def data(rows: int = 3, tokens: int = 6, seed: int = 0) -> DataPayload:
     g = torch.Generator().manual_seed(seed)
     return DataPayload(torch.randn(rows, 3, 4, 5, generator=g), torch.randn(rows, tokens, 2, generator=g), torch.randn(rows, 3, generator=g))
 
 
 def equal(a: GroupPayload | DataPayload, b: GroupPayload | DataPayload) -> bool:
-    return type(a) is type(b) and all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
+    return type(a) is type(b) and all(p is q is None or (p is not None and q is not None and torch.equal(p, q)) for p, q in pairs)
 
 
 @given(n=SIZE, k=SIZE, c=SIZE, h=SIZE, w=SIZE, tokens=SIZE, dim=SIZE, pooled=SIZE, seed=st.integers(0, 99))
@@ -49,6 +59,18 @@ def test_a_group_comes_back(n: int, k: int, c: int, h: int, w: int, tokens: int,
 def test_a_data_batch_comes_back(rows: int, tokens: int, seed: int) -> None:
     payload = data(rows, tokens, seed)
     assert equal(decode_data(encode(payload)), payload)
+
+
+@pytest.mark.parametrize("frames", [0, 1, 3])
+def test_predictions_of_the_step_before_and_video_come_back(frames: int) -> None:
+    payload = two_step(frames)
+    assert equal(decode_group(encode(payload)), payload)
+    without = replace(payload, previous=None)
+    back = decode_group(encode(without))
+    assert back.previous is None
+    assert equal(back, without)
+    clips = DataPayload(torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 6, 2), torch.zeros(2, 3))
+    assert equal(decode_data(encode(clips)), clips)
 
 
 def test_views_and_non_finite_values_come_back() -> None:
@@ -96,6 +118,9 @@ CLASHES = {
     "log_prob of another group": {"log_prob": torch.zeros(3, 3)},
     "other trained steps": {"trained": torch.arange(2)},
     "a dimension too few": {"pooled": torch.zeros(())},
+    "predictions of another shape": {"previous": torch.zeros(2, 3, 3, 4, 4)},
+    "predictions of video": {"previous": torch.zeros(2, 3, 3, 2, 4, 5)},
+    "states of video, next states of images": {"x": torch.zeros(2, 3, 3, 2, 4, 5)},
 }
 
 

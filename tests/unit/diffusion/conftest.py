@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from diffusion.models.sd3 import SD3Config, SD3Transformer
 
@@ -43,5 +44,18 @@ def tiny_model() -> Callable[..., SD3Transformer]:
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
         return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_vae() -> Callable[..., AutoencoderKL]:
+    """`tiny_vae(latent_channels, **keys)`: an autoencoder of factor 2 with random weights."""
+
+    def build(latent_channels: int = 3, **keys: Any) -> AutoencoderKL:
+        torch.manual_seed(0)
+        blocks = {"block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        config = {**blocks, "latent_channels": latent_channels, "norm_num_groups": 4, "sample_size": 16, "scaling_factor": 1.5, "shift_factor": 0.25}
+        return AutoencoderKL(**{**config, **keys}).eval()
 
     return build

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import pairwise
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion.attention import PROVIDERS, Segments, resolve_provider, varlen_attention
+from diffusion.attention import PROVIDERS, Segments, resolve_provider, trial, varlen_attention
 
 LENS = st.lists(st.integers(1, 5), min_size=1, max_size=8)
 PAIRS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=8)
@@ -121,19 +120,37 @@ def test_provider_on_a_cpu() -> None:
             resolve_provider(name, cpu)
 
 
+def works(name: str, device: torch.device) -> None:
+    """A GPU on which every provider works."""
+
+
+def fails(name: str, device: torch.device) -> str:
+    return f"ImportError: no {name}"
+
+
 def test_provider_on_a_gpu() -> None:
     gpu = torch.device("cuda")
-    assert resolve_provider("auto", gpu).name == "xformers"  # importable here, see the oracle above
+    assert resolve_provider("auto", gpu, works) == ("xformers", "attention: xformers, which works on this GPU")
     for name in PROVIDERS:
-        assert resolve_provider(name, gpu).name == name
+        assert resolve_provider(name, gpu, works).name == name
 
 
-def test_auto_without_xformers_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # what a failed import leaves
-    name, why = resolve_provider("auto", torch.device("cuda"))
+def test_a_provider_that_does_not_work_on_a_gpu() -> None:
+    gpu = torch.device("cuda")
+    name, why = resolve_provider("auto", gpu, fails)
     assert name == "sdpa"
-    assert "xformers does not import" in why
+    assert "xformers does not work here (ImportError: no xformers)" in why
     assert "ddrl[gpu]" in why
+    assert resolve_provider("sdpa", gpu, fails).name == "sdpa"
+    with pytest.raises(ValueError, match=r"'torch_varlen' does not work on cuda \(ImportError: no torch_varlen\)"):
+        resolve_provider("torch_varlen", gpu, fails)
+
+
+def test_a_trial_tells_what_happens() -> None:
+    assert trial("sdpa", CPU) is None
+    problem = trial("xformers", CPU)
+    assert problem is not None
+    assert problem.startswith("NotImplementedError")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from diffusion.checkpoint import WEIGHTS, CheckpointError, Policy, load_policy, read_weights, save_policy
+from diffusion.checkpoint import WEIGHTS, CheckpointError, Policy, load_codec, load_network, load_policy, read_weights, save_policy
+from diffusion.codecs import VAECodec
 from diffusion.config import ModelConfig
 from diffusion.glyph_policy import CONFIG, SHIFT, write_skeleton
 from diffusion.models.sd3 import SD3Transformer
@@ -132,6 +133,50 @@ def test_saving_replaces_a_folder_and_leaves_nothing_beside_it(complete: Path, t
     assert all(torch.equal(v, state[k] + 1) for k, v in read_weights(target / "transformer").items())
 
 
+# -- latent codec and other networks ----------------------------------------------------------------------------------
+
+
+def test_a_vae_is_read_used_and_copied(complete: Path, tmp_path: Path, tiny_vae: Callable[..., AutoencoderKL]) -> None:
+    vae = tiny_vae(latent_channels=3)
+    vae.save_pretrained(complete / "vae")
+    policy = load(complete)
+    assert isinstance(policy.codec, VAECodec)
+    assert all(torch.equal(v, vae.state_dict()[k]) for k, v in policy.codec.vae.state_dict().items())
+    assert policy.codec.latent_size(16, 48) == (8, 24)
+    save_policy(tmp_path / "saved", complete, policy.transformer.state_dict())
+    again = AutoencoderKL.from_pretrained(tmp_path / "saved" / "vae")
+    assert all(torch.equal(v, vae.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_vae_of_other_channels_is_refused(complete: Path, tiny_vae: Callable[..., AutoencoderKL]) -> None:
+    tiny_vae(latent_channels=4).save_pretrained(complete / "vae")
+    with pytest.raises(CheckpointError, match="the network takes latents of 3 channels, its codec makes 4"):
+        load(complete)
+
+
+def test_vae_weights_must_fit(complete: Path, tiny_vae: Callable[..., AutoencoderKL]) -> None:
+    tiny_vae().save_pretrained(complete / "vae")
+    file = complete / "vae" / WEIGHTS
+    state = load_file(file)
+    state.pop("decoder.conv_out.bias")
+    save_file(state, file)
+    with pytest.raises(CheckpointError, match=r"vae do not fit the model: 1 missing \['decoder.conv_out.bias'\]"):
+        load_codec(complete)
+
+
+def test_networks_load_by_their_class_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, freq_dim=8, ffn_dim=32, num_layers=2
+    )
+    theirs.save_pretrained(tmp_path / "transformer")
+    model, provider = load_network(ModelConfig(path=str(tmp_path)))
+    assert provider.name == "sdpa"
+    x, t, embeds = torch.randn(2, 4, 3, 4, 4), torch.tensor([0.2, 0.9]), torch.randn(2, 5, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x, t, embeds, None), theirs.eval()(x, 1000 * t, embeds).sample, atol=1e-5, rtol=1e-5)
+
+
 def test_random_start_follows_the_seed_and_reads_no_weights(complete: Path) -> None:
     (complete / "transformer" / WEIGHTS).write_bytes(b"never read")
     states = [load_policy(ModelConfig(path=str(complete), init=True), seed=seed).transformer.state_dict() for seed in (0, 0, 1)]
@@ -154,6 +199,11 @@ def edit_json(name: str, **change: Any) -> Callable[[Path], None]:
         (folder / name).write_text(json.dumps({**content, **change}))
 
     return edit
+
+
+def new_json(path: Path, **content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
 
 
 def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -190,7 +240,14 @@ def broken_index(folder: Path) -> None:
 BIAS = "proj_out.bias"
 REFUSALS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing folder": (remove("."), ["checkpoint folder", "does not exist", "model.path"]),
-    "vae": (lambda folder: (folder / "vae").mkdir(), ["has a VAE", "pixel-space"]),
+    "empty vae": (lambda folder: (folder / "vae").mkdir(), ["vae/config.json does not exist"]),
+    "another vae": (lambda folder: new_json(folder / "vae" / "config.json", _class_name="VQModel"), ["vae/config.json", "VQModel", "AutoencoderKL"]),
+    "vae without weights": (lambda folder: AutoencoderKL(norm_num_groups=32).save_config(folder / "vae"), ["vae holds no", "download the folder again"]),
+    "video": (
+        lambda folder: new_json(folder / "transformer" / "config.json", _class_name="WanTransformer3DModel"),
+        ["WanTransformer3DModel", "samples video", "no video codec", "load_network"],
+    ),
+    "no class name": (lambda folder: new_json(folder / "transformer" / "config.json", num_layers=1), ["transformer is a None", "SD3Transformer2DModel"]),
     "no text encoder": (remove("text_encoder"), ["text_encoder/config.json does not exist"]),
     "another text encoder": (edit_json("text_encoder/config.json", _class_name="T5EncoderModel"), ["text_encoder is a T5EncoderModel", "GlyphTextEncoder"]),
     "no transformer config": (remove("transformer/config.json"), ["transformer/config.json does not exist"]),

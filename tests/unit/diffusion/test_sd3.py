@@ -121,14 +121,17 @@ def test_the_position_table_is_diffusers(dim: int, grid: int, base: int) -> None
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("buckets", [None, 8, 32])
 @pytest.mark.parametrize("mixed", ["sizes", "lengths", "both", "neither"])
-def test_packed_equals_one_by_one(mixed: str, style: str, tiny_model: Build) -> None:
+def test_packed_equals_one_by_one(mixed: str, buckets: int | None, style: str, tiny_model: Build) -> None:
     model = tiny_model(style)
     latents = latents_of(model.config, SIZES if mixed in ("sizes", "both") else [(8, 8)] * 4)
     t, embeds, pooled = conditioning(model.config, LENGTHS if mixed in ("lengths", "both") else [6] * 4)
+    alone = [model(x[None], t[i : i + 1], e[None], pooled[i : i + 1])[0] for i, (x, e) in enumerate(zip(latents, embeds, strict=True))]
+    model.buckets = buckets
     packed = model(latents, t, embeds, pooled)
-    for i, (x, e) in enumerate(zip(latents, embeds, strict=True)):
-        torch.testing.assert_close(packed[i], model(x[None], t[i : i + 1], e[None], pooled[i : i + 1])[0], **CLOSE)
+    for a, b in zip(packed, alone, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
     if mixed == "neither":
         torch.testing.assert_close(torch.stack(packed), model(torch.stack(latents), t, torch.stack(embeds), pooled), **CLOSE)
 
@@ -145,18 +148,34 @@ def test_the_order_of_requests_does_not_matter(order: list[int], style: str, tin
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("buckets", [None, 8])
 @pytest.mark.parametrize("even", [False, True], ids=["mixed", "even"])
 @pytest.mark.parametrize("poisoned", ["latents", "embeds", "pooled", "t"])
-def test_a_nan_request_does_not_leak(poisoned: str, even: bool, style: str, tiny_model: Build) -> None:
+def test_a_nan_request_does_not_leak(poisoned: str, even: bool, buckets: int | None, style: str, tiny_model: Build) -> None:
+    """Neither to its neighbours nor, from the last request, through the padding behind it."""
     model = tiny_model(style)
-    latents = latents_of(model.config, [(8, 8)] * 4 if even else SIZES)
-    t, embeds, pooled = conditioning(model.config, [6] * 4 if even else LENGTHS)
-    clean = model(latents, t, embeds, pooled)
-    {"latents": latents, "embeds": embeds, "pooled": pooled, "t": t}[poisoned][1].fill_(torch.nan)
-    dirty = model(latents, t, embeds, pooled)
-    assert dirty[1].isnan().any()
-    for i in (0, 2, 3):
-        torch.testing.assert_close(dirty[i], clean[i], **CLOSE)
+    model.buckets = buckets
+    for culprit in (1, 3):
+        latents = latents_of(model.config, [(8, 8)] * 4 if even else SIZES)
+        t, embeds, pooled = conditioning(model.config, [6] * 4 if even else LENGTHS)
+        clean = model(latents, t, embeds, pooled)
+        {"latents": latents, "embeds": embeds, "pooled": pooled, "t": t}[poisoned][culprit].fill_(torch.nan)
+        dirty = model(latents, t, embeds, pooled)
+        assert dirty[culprit].isnan().any()
+        for i in {0, 1, 2, 3} - {culprit}:
+            torch.testing.assert_close(dirty[i], clean[i], **CLOSE)
+
+
+def test_gradients_with_padding_are_those_without(style: str, tiny_model: Build) -> None:
+    model = tiny_model(style)
+    found = []
+    for buckets in (None, 8):
+        model.zero_grad()
+        model.buckets = buckets
+        torch.cat([v.flatten() for v in model(*requests(model))]).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_do_not_cross_requests(style: str, tiny_model: Build) -> None:
@@ -187,6 +206,17 @@ def test_bf16_autocast_stays_near_fp32(tiny_model: Build) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(latents, t, embeds, pooled)
     for a, b in zip(exact, rough, strict=True):
+        assert 0 < (a - b).abs().max() < 0.05 * a.abs().max()
+
+
+@torch.no_grad()
+def test_bf16_weights_stay_near_fp32(style: str, tiny_model: Build) -> None:
+    model = tiny_model(style)
+    latents, t, embeds, pooled = requests(model)
+    exact = model(latents, t, embeds, pooled)
+    rough = model.to(torch.bfloat16)([x.bfloat16() for x in latents], t, [e.bfloat16() for e in embeds], pooled.bfloat16())
+    for a, b in zip(exact, rough, strict=True):
+        assert b.dtype == torch.bfloat16
         assert 0 < (a - b).abs().max() < 0.05 * a.abs().max()
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from actors.payload import DataPayload, GroupPayload, PayloadError, encode
 from actors.rollout import trained_steps
+from diffusion.kernels import StepKernel, make_kernel
 from diffusion.processes import RectifiedFlow
 from diffusion.seeds import INITIAL, step_noise
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
@@ -25,15 +26,19 @@ GROUPS, MEMBERS, TRAINED = [3, 4, 7, 8, 9], 3, 2
 SHAPE = (3, 2, 2)
 
 
-def config_of(**objective: Any) -> RunConfig:
+def config_of(kernel: str = "flow_sde", **objective: Any) -> RunConfig:
     return parse_config(
         {
             "seed": 5,
-            "sampler": {"steps": 6, "trained_steps": TRAINED},
+            "sampler": {"kernel": kernel, "steps": 6, "trained_steps": TRAINED},
             "rollout": {"groups_per_step": len(GROUPS), "group_size": MEMBERS},
             "objective": objective,
         }
     )
+
+
+def kernel_of(config: RunConfig) -> StepKernel:
+    return make_kernel(config.sampler.kernel, PROCESS, config.sampler.noise_level, config.sampler.steps)
 
 
 def members_of(group: int) -> int:
@@ -77,9 +82,10 @@ class Ledger:
             x_next=x + 0.5,
             log_prob=-number,
             trained=torch.tensor(trained_steps(config.sampler, config.seed, group)),
-            times=PROCESS.time_grid(config.sampler.steps),
+            times=kernel_of(config).time_grid(config.sampler.steps),
             prompt_embeds=torch.full((4, 2), float(group)),
             pooled=torch.full((3,), float(group)),
+            previous=x - 0.5 if kernel_of(config).uses_previous else None,
         )
 
     def fetch(self, item: ClaimedGroup | ClaimedData) -> bytes:
@@ -89,12 +95,13 @@ class Ledger:
 
 def rows_of(config: RunConfig, rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> StepBatch:
     ledger = ledger or Ledger(config)
-    return step_batch(config, PROCESS, ledger, ledger.claim, rank, world)  # type: ignore[arg-type]
+    return step_batch(config, PROCESS, kernel_of(config), ledger, ledger.claim, rank, world)  # type: ignore[arg-type]
 
 
 def whole(parts: list[Any], kind: type) -> dict[str, torch.Tensor]:
     """All rows of all ranks, by field, in an order that does not depend on the ranks."""
-    joined = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(kind)}
+    columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(kind)}
+    joined = {name: torch.cat(values) for name, values in columns.items() if values[0] is not None}
     flat = torch.cat([v.reshape(len(v), -1).double() for v in joined.values()], 1)
     order = sorted(range(len(flat)), key=lambda i: flat[i].tolist())
     return {name: value[order] for name, value in joined.items()}
@@ -108,6 +115,7 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"preset": "flow_grpo"},
     {"preset": "sft"},
     {"advantage_scale": "batch", "exponential_advantage": True},
+    {"kernel": "edm_2ab", "data_noise": "shared"},
 ]
 
 
@@ -133,12 +141,13 @@ def test_the_ranks_have_every_row_once_whatever_their_number(objective: dict[str
     assert {r.zero_variance_groups for r in ranks} == {1 if config.uses_policy else 0}
 
 
-def test_a_row_of_a_group_carries_its_own_times_advantage_and_prompt() -> None:
-    config = config_of(advantage_scale="batch")
+@pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
+def test_a_row_of_a_group_carries_its_own_times_advantage_and_prompt(kernel: str) -> None:
+    config = config_of(kernel, advantage_scale="batch")
     rows = rows_of(config).transitions
     assert rows is not None
     advantages = dict(zip(GROUPS, group_advantages([rewards_of(g) for g in GROUPS], "batch"), strict=True))
-    grid = PROCESS.time_grid(6)
+    grid = kernel_of(config).time_grid(6)
     seen = set()
     for i in range(len(rows.weight)):
         number = round(float(rows.x[i].flatten()[0]))
@@ -147,7 +156,13 @@ def test_a_row_of_a_group_carries_its_own_times_advantage_and_prompt() -> None:
         step = trained_steps(config.sampler, 5, group)[k]
         assert float(rows.x_next[i].flatten()[0]) == number + 0.5
         assert float(rows.old_log_prob[i]) == -number
-        assert (rows.t[i], rows.t_next[i]) == (grid[step], grid[step + 1])
+        assert (rows.t[i], rows.t_next[i], rows.step[i]) == (grid[step], grid[step + 1], step)
+        if kernel == "flow_sde":
+            assert rows.history is None
+        else:
+            assert rows.history is not None
+            assert float(rows.history.x0[i].flatten()[0]) == number - 0.5
+            assert rows.history.t[i] == (grid[step - 1] if step else torch.inf)
         assert float(rows.advantage[i]) == pytest.approx(advantages[group][member], rel=1e-6)
         assert rows.prompt_embeds[i].unique().tolist() == rows.pooled[i].unique().tolist() == [group]
     assert seen == {(g, m, k) for g in GROUPS for m in range(members_of(g)) for k in range(TRAINED)}
@@ -168,6 +183,18 @@ def test_more_ranks_than_groups_are_refused() -> None:
     config = config_of()
     with pytest.raises(ValueError, match="5 items cannot be shared among 6 ranks"):
         rows_of(config, 0, 6)
+
+
+def test_groups_of_another_sampler_are_refused() -> None:
+    """What a generator with other settings, or of another build, has sampled cannot be scored by this run's kernel."""
+    ours, theirs = config_of("edm_2ab"), config_of("edm_euler")
+    with pytest.raises(PayloadError, match="holds no predictions of the step before, which edm_2ab needs"):
+        rows_of(ours, ledger=Ledger(theirs))
+    with pytest.raises(PayloadError, match="another time grid than flow_sde's of 6 steps"):
+        rows_of(config_of(), ledger=Ledger(theirs))
+    rows = rows_of(theirs, ledger=Ledger(ours)).transitions  # the same grid and states, and a history that is not needed
+    assert rows is not None
+    assert rows.history is None
 
 
 # -- anchor evaluations ---------------------------------------------------------------------------------------------
@@ -203,12 +230,16 @@ def test_fresh_noise_is_named_by_seed_and_step() -> None:
 
 @pytest.mark.parametrize("same_start", [False, True])
 @pytest.mark.parametrize("data_per", ["transition", "rollout"])
-def test_shared_noise_is_the_rollouts_own_start_and_times(data_per: str, same_start: bool) -> None:
-    config = config_of(data_noise="shared", data_per=data_per)
+@pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
+def test_shared_noise_is_the_rollouts_own_start_and_times(kernel: str, data_per: str, same_start: bool) -> None:
+    """A kernel in sigma space visits sigma where the flow's time is sigma / (1 + sigma)."""
+    config = config_of(kernel, data_noise="shared", data_per=data_per)
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"same_initial_noise": same_start})})
     anchors = rows_of(config).anchors
     assert anchors is not None
-    grid, i = PROCESS.time_grid(6), 0
+    grid, i = kernel_of(config).time_grid(6), 0
+    if kernel == "edm_2ab":
+        grid = grid / (1 + grid)
     for group in GROUPS:
         times = [float(grid[k]) for k in trained_steps(config.sampler, 5, group)]
         for member in range(MEMBERS):
@@ -228,10 +259,12 @@ def test_take_slices_every_field_and_pads_with_weight_zero() -> None:
     rows = rows_of(config_of()).transitions
     assert rows is not None
     part = take(rows, slice(3, 7))
-    assert all(torch.equal(getattr(part, f.name), getattr(rows, f.name)[3:7]) for f in fields(Transitions))
+    filled = [f.name for f in fields(Transitions) if getattr(rows, f.name) is not None]
+    assert set(filled) == {f.name for f in fields(Transitions)} - {"previous", "t_previous"}
+    assert all(torch.equal(getattr(part, name), getattr(rows, name)[3:7]) for name in filled)
     padding = take(rows, slice(4, 4))
     assert padding.weight.tolist() == [0.0]
-    assert all(len(getattr(padding, f.name)) == 1 for f in fields(Transitions))
+    assert all(len(getattr(padding, name)) == 1 for name in filled)
     assert padding.x.isfinite().all()
 
 

@@ -1,0 +1,155 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers of a packed network.
+
+A wrapped layer computes W x + b + (alpha / r) B A x with W, b frozen and A `[r, in]`, B `[out, r]` trained; B starts at zero, so
+a fresh adapter changes nothing. Parameter names are those of peft without an adapter's name (`….to_q.lora_A.weight`), which
+is how diffusers stores LoRA weights.
+
+For sampling an adapter can be *merged*: W + (alpha / r) B A in W's place, one product a layer instead of three. That rounds
+differently from the two products that the learner trains, so merged rollouts need `objective.old_log_prob: learner`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from diffusion.config import LoRAConfig
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""File name of an adapter in diffusers' layout."""
+PREFIX = "transformer."
+"""What diffusers puts before the network's own parameter names in that file."""
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Projections of attention, of both streams (what Flow-GRPO adapts of SD3.5); a network has some of them."""
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter. Takes over the layer's own parameters, and so their names.
+
+    Args:
+        layer: the layer to wrap.
+        rank, alpha: r and alpha.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        where = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **where)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, **where)
+        self.scale, self.active = alpha / rank, True
+        self._base: Tensor | None = None  # W, while the adapter is merged into it
+
+    def init_adapter(self, generator: torch.Generator) -> None:
+        """A uniform as in peft (Kaiming with a = √5: bound 1/√in), B zero. Drawn on the CPU."""
+        bound = self.in_features**-0.5
+        drawn = torch.empty(self.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            self.lora_A.weight.copy_(drawn)
+            self.lora_B.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        if self._base is not None or not self.active:
+            return out
+        low: Tensor = self.lora_B(self.lora_A(x))
+        return out + self.scale * low
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Take the adapter as it is now into the weight; again after the adapter changed."""
+        if self._base is None:
+            self._base = self.weight.detach().clone()
+        self.weight.copy_(self._base + self.scale * self.lora_B.weight @ self.lora_A.weight)
+
+
+def _layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -> None:
+    """Wrap the linear layers whose name ends with one of `config.targets` (none: those of `ATTENTION`), and freeze
+    everything but the adapters.
+
+    Args:
+        generator: CPU generator of the first values.
+    Raises:
+        ValueError: a target that names no linear layer; nothing has changed then.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in config.targets or ATTENTION}
+    unknown = [target for target, names in chosen.items() if not names]
+    if unknown and config.targets:
+        ends = sorted({".".join(part for part in n.split(".")[-2:]) for n in linear})
+        raise ValueError(f"model.lora.targets names no linear layer: {', '.join(unknown)}; layers end with {', '.join(ends)}")
+    model.requires_grad_(False)
+    for name in sorted({n for names in chosen.values() for n in names}):
+        parent, _, last = name.rpartition(".")
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        wrapped = LoRALinear(layer, config.rank, config.alpha)
+        wrapped.init_adapter(generator)
+        setattr(model.get_submodule(parent), last, wrapped)
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes and publishes: the adapter's parameters, or the whole state dict of a model without one."""
+    state: dict[str, Tensor] = model.state_dict()
+    layers = _layers(model)
+    if not layers:
+        return state
+    return {f"{name}.{part}.weight": state[f"{name}.{part}.weight"] for name in layers for part in ("lora_A", "lora_B")}
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Merge every adapter of `model` into its layer, for sampling."""
+    for layer in _layers(model).values():
+        layer.merge()
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """The network without its adapters: the policy that training started from."""
+    layers = _layers(model).values()
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
+
+
+def adapter_bytes(state: dict[str, Tensor], config: LoRAConfig) -> bytes:
+    """The adapter of a whole state dict as a file that diffusers' `load_lora_weights` reads: safetensors with the adapter's
+    settings as metadata."""
+    layers = sorted(n.removesuffix(".lora_A.weight") for n in state if n.endswith(".lora_A.weight"))
+    settings = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": layers}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({PREFIX + key: value for key, value in settings.items()})}
+    data: bytes = save({PREFIX + n: t.detach().cpu().contiguous() for n, t in state.items() if ".lora_" in n}, metadata=metadata)
+    return data
+
+
+def read_adapter(data: bytes) -> dict[str, Tensor]:
+    """The parameters in a file of `adapter_bytes`, by the network's own names (`trained_weights`)."""
+    return {name.removeprefix(PREFIX): tensor for name, tensor in load(data).items()}
+
+
+def merged_state(state: dict[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
+    """Whole state dict with adapters to the state dict of the plain network that computes the same."""
+    merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name, a in state.items():
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            product = state[f"{layer}.lora_B.weight"].float() @ a.float()
+            merged[f"{layer}.weight"] = merged[f"{layer}.weight"] + config.alpha / config.rank * product
+    return merged

@@ -1,0 +1,31 @@
+"""Which networks exist, by the `_class_name` of their config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from diffusion.models.base import PackedModel
+from diffusion.models.sd3 import SD3Config, SD3Transformer
+from diffusion.models.wan import WanConfig, WanTransformer
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network architecture.
+
+    Attributes:
+        build: network with undefined weights from a config.json's keys and an attention provider. Raises ValueError or
+            TypeError on keys or values it does not know.
+        video: latents have a frame axis, `[C, f, h, w]`.
+    """
+
+    build: Callable[[dict[str, Any], str], PackedModel]
+    video: bool
+
+
+FAMILIES = {
+    "SD3Transformer2DModel": Family(lambda values, provider: SD3Transformer(SD3Config.from_dict(values), provider), video=False),
+    "WanTransformer3DModel": Family(lambda values, provider: WanTransformer(WanConfig.from_dict(values), provider), video=True),
+}

@@ -1,0 +1,43 @@
+"""Whole runs that train an adapter, at reduced size: it alone travels, and what is exported opens with it and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion.checkpoint import read_weights
+from diffusion.lora import WEIGHTS, read_adapter
+from tests.e2e.test_kernels import FEW, trained
+from tests.pipeline import ROOT, Run, settings
+
+ADAPTER = settings("model.lora.rank=4", "model.lora.alpha=8", "objective.kl_weight=0.01", "replay.max_staleness=0", "optimizer.lr=1e-3")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_adapter_is_trained_published_and_exported(merge: bool, start: Callable[..., Run]) -> None:
+    merged = settings("model.lora.merge=true", "objective.old_log_prob=learner") if merge else []
+    run = start("run", *FEW, *ADAPTER, *merged)
+    _, updates = trained(run)
+    assert all(update["ratio_deviation"] < 1e-5 for update in updates)
+    assert updates[-1]["reverse_kl"] > 0
+    (published,) = (run.folder / "weights").glob("weights-*.safetensors")
+    adapter = load_file(published)
+    assert adapter
+    assert all(".lora_" in name for name in adapter)
+    out = newest(run.folder / "exports")
+    stored = read_adapter((out / WEIGHTS).read_bytes())
+    assert stored.keys() == adapter.keys()
+    assert all(torch.equal(stored[name], adapter[name]) for name in adapter)
+    base, weights = read_weights(ROOT / "recipes" / "glyph-base" / "transformer"), read_weights(out / "transformer")
+    changed = {name for name in base if not torch.equal(base[name], weights[name])}
+    adapted = {name.replace("lora_A.", "") for name in adapter if "lora_A" in name}
+    assert changed == adapted - {"transformer_blocks.3.attn.add_q_proj.weight"}  # the last block asks nothing for the text
+
+
+def newest(exports: Path) -> Path:
+    return max(f for f in exports.glob("step-*") if not f.name.endswith("-ema"))

@@ -1,0 +1,150 @@
+"""Adapters: a fresh one changes nothing, merged and unmerged ones compute the same, and nothing else is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion.checkpoint import load_policy, save_policy
+from diffusion.config import LoRAConfig, ModelConfig
+from diffusion.engine.engine import Engine
+from diffusion.engine.request import SampleRequest
+from diffusion.lora import WEIGHTS, adapter_bytes, add_lora, merge_lora, merged_state, read_adapter, trained_weights, without_lora
+from diffusion.models.sd3 import SD3Transformer
+from diffusion.processes import RectifiedFlow
+from diffusion.text.base import Conditioning
+
+Build = Callable[..., SD3Transformer]
+CONFIG = LoRAConfig(rank=3, alpha=6.0)
+
+
+def inputs(n: int = 2) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, 8, 8, generator=g), torch.rand(n, generator=g), torch.randn(n, 5, 12, generator=g), torch.randn(n, 6, generator=g)
+
+
+def adapted(tiny_model: Build, seed: int = 0, moved: bool = True) -> SD3Transformer:
+    """A tiny policy with an adapter; `moved`: as after some training."""
+    model = tiny_model()
+    add_lora(model, CONFIG, torch.Generator().manual_seed(seed))
+    if moved:
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            if ".lora_B." in name:
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i + seed))
+    return model
+
+
+@torch.no_grad()
+def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(tiny_model: Build) -> None:
+    plain = tiny_model()(*inputs())
+    assert torch.equal(adapted(tiny_model, moved=False)(*inputs()), plain)
+    trained = adapted(tiny_model)
+    assert (trained(*inputs()) - plain).abs().max() > 0.01
+    with without_lora(trained):
+        assert torch.equal(trained(*inputs()), plain)
+    assert (trained(*inputs()) - plain).abs().max() > 0.01
+
+
+def test_only_adapters_get_gradients_and_all_of_them(tiny_model: Build) -> None:
+    model = adapted(tiny_model)
+    model(*inputs()).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == (".lora_" in name), name
+        if ".lora_A." in name and "blocks.1.attn.add_q_proj" not in name:  # the last block asks nothing for the text
+            assert parameter.grad is not None
+            assert parameter.grad.abs().max() > 0, name
+    assert set(trained_weights(model)) == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(trained_weights(tiny_model())) == set(tiny_model().state_dict())
+
+
+@torch.no_grad()
+def test_merging_computes_the_same_and_can_be_repeated(tiny_model: Build) -> None:
+    model, after = adapted(tiny_model, 1), adapted(tiny_model, 2)
+    expected, later = model(*inputs()), after(*inputs())
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    merge_lora(model)
+    torch.testing.assert_close(model(*inputs()), expected, atol=1e-5, rtol=1e-5)
+    merge_lora(model)  # from the base, not on top
+    torch.testing.assert_close(model(*inputs()), expected, atol=1e-5, rtol=1e-5)
+    model.load_state_dict(trained_weights(after), strict=False)
+    merge_lora(model)
+    torch.testing.assert_close(model(*inputs()), later, atol=1e-5, rtol=1e-5)
+    plain = tiny_model(seed=9)
+    plain.load_state_dict(merged_state(state, CONFIG))
+    torch.testing.assert_close(plain(*inputs()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_rule_of_the_adapter(tiny_model: Build) -> None:
+    """W x + b + (alpha / r) B A x on one layer."""
+    layer = adapted(tiny_model).transformer_blocks[0].attn.to_q
+    x = torch.randn(4, 16)
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    assert (a.shape, b.shape) == ((3, 16), (16, 3))
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + 2.0 * (x @ a.T) @ b.T)
+
+
+def test_names_are_those_of_diffusers_adapters(tiny_model: Build) -> None:
+    names = set(trained_weights(adapted(tiny_model, moved=False)))
+    assert "transformer_blocks.0.attn.to_q.lora_A.weight" in names
+    assert "transformer_blocks.0.attn.to_out.0.lora_B.weight" in names
+    assert not any(n.startswith("transformer_blocks.1.attn.to_add_out") for n in names)  # the last block has none
+
+
+def test_the_engine_swaps_adapters_alone_merged_or_not(tiny_model: Build) -> None:
+    g = torch.Generator().manual_seed(0)
+    text = Conditioning(torch.randn(5, 12, generator=g), torch.randn(6, generator=g))
+    request, process = SampleRequest((3, 8, 8), 4, conditioning=text, stochastic=frozenset({0, 1}), trained=(0, 1)), RectifiedFlow(2.0)
+    new = {n: t.clone() for n, t in trained_weights(adapted(tiny_model, 5)).items()}
+    done = []
+    for merge in (False, True):
+        engine = Engine(adapted(tiny_model, 4), process, 1000, merge=merge)
+        engine.set_weights(new, 3)
+        done.append(engine.run([request])[0])
+    torch.testing.assert_close(done[0].latent, done[1].latent, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(Engine(adapted(tiny_model, 5), process, 1000).run([request])[0].latent, done[0].latent, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="do not fit the model"):
+        Engine(adapted(tiny_model), process, 1000).set_weights(tiny_model().state_dict(), 4)
+
+
+def test_a_folder_with_an_adapter_loads_in_diffusers_both_ways(tmp_path: Path, policy_folder: Path) -> None:
+    """The exported folder as it is, and the policy's own network with the adapter's file on top, are our network."""
+    from diffusers import SD3Transformer2DModel
+
+    config = ModelConfig(path=str(policy_folder), init=True, lora=LoRAConfig(rank=4, alpha=8.0))
+    model = load_policy(config).transformer
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    state = model.state_dict()
+    base = {n: t for n, t in state.items() if ".lora_" not in n}
+    save_policy(tmp_path / "base", policy_folder, base)
+    save_policy(tmp_path / "out", policy_folder, merged_state(state, config.lora), {WEIGHTS: adapter_bytes(state, config.lora)})
+    g = torch.Generator().manual_seed(0)
+    x, t, text, pooled = (
+        torch.randn(2, 3, 16, 48, generator=g),
+        torch.rand(2, generator=g),
+        torch.randn(2, 10, 64, generator=g),
+        torch.randn(2, 64, generator=g),
+    )
+    with torch.no_grad():
+        expected = model(x, t, text, pooled)
+        merged = SD3Transformer2DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+        found = merged(hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=1000 * t).sample
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        adapted = SD3Transformer2DModel.from_pretrained(tmp_path / "base", subfolder="transformer")
+        adapted.load_lora_adapter(tmp_path / "out", weight_name=WEIGHTS, prefix="transformer")
+        found = adapted(hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=1000 * t).sample
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    data = (tmp_path / "out" / WEIGHTS).read_bytes()
+    own = trained_weights(model)
+    assert {n: torch.equal(t, own[n]) for n, t in read_adapter(data).items()} == dict.fromkeys(own, True)
+
+
+def test_an_unknown_target_is_refused_before_anything_changes(tiny_model: Build) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"model\.lora\.targets names no linear layer: to_x; layers end with .*attn\.to_q"):
+        add_lora(model, LoRAConfig(targets=("to_q", "to_x")), torch.Generator())
+    assert all(p.requires_grad for p in model.parameters())
+    assert set(model.state_dict()) == set(tiny_model().state_dict())
