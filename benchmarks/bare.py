@@ -26,34 +26,25 @@ from actors.payload import DataPayload, encode
 from actors.rollout import group_payload, group_request, scored_members
 from actors.sources.anchor import training_batch
 from actors.sources.prompts import training_prompt
-from diffusion.checkpoint import Policy, load_policy
+from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
-from diffusion.kernels import make_kernel
 from replay.buffer import ReplayBuffer
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
 from services.client.base import Media
 from services.scorers.registry import build_scorer, parse_reward
 from trainer.batch import StepBatch, step_batch
 from trainer.config import RunConfig, load_config
-from trainer.learner import Learner, learning_rate
+from trainer.learner import BY_STEP, SUMS, Learner, learning_rate
 
 
 class BareLearner(Learner):
     """The learner without its process group: the same losses, clipping, optimiser and average on a plain module."""
 
-    def __init__(self, config: RunConfig, policy: Policy) -> None:
-        self.config, self.device = config, torch.device("cpu")
-        self.process, self.model = policy.process, policy.transformer.train()
-        self.reference = (
-            load_policy(config.model, self.device, config.seed).transformer.eval().requires_grad_(False) if config.objective.kl_weight > 0 else None
-        )
-        self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
-        o = config.optimizer
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
-        self.ema = {n: p.detach().clone() for n, p in self.model.named_parameters()} if o.ema > 0 else {}
+    def _wrap(self) -> None:
+        """Nothing is sharded."""
 
-    def update(self, batch: StepBatch, step: int) -> dict[str, float]:
-        sums = torch.zeros(5, dtype=torch.float64)
+    def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
+        sums = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64)
         for compute in self._losses(batch, sums):
             compute().backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip))
@@ -63,7 +54,8 @@ class BareLearner(Learner):
             self.optimizer.step()
             self._update_ema()
         self.optimizer.zero_grad()
-        return {"grad_norm": norm, "policy_loss": float(sums[0]) / max(1, batch.transition_count), "data_loss": float(sums[4]) / max(1, batch.anchor_count)}
+        policy, data = (float(sums[SUMS.index(name)]) for name in ("policy_loss", "data_loss"))
+        return {"grad_norm": norm, "policy_loss": policy / max(1, batch.transition_count), "data_loss": data / max(1, batch.anchor_count)}
 
 
 class Held:
@@ -88,8 +80,8 @@ class BareLoop:
         torch.set_num_threads(threads)
         self.config = config
         self.policy = load_policy(config.model, seed=config.seed)
-        self.learner = BareLearner(config, self.policy)
-        self.engine = Engine(self.policy.transformer, self.policy.process, config.sampler.max_tokens, config.model.dtype)
+        self.learner = BareLearner(config, torch.device("cpu"))
+        self.engine = Engine(self.learner.model, self.policy.process, config.sampler.max_tokens, config.model.dtype)
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(config.sampler.height, config.sampler.width))
         reward = {"kind": "ocr", **config.reward.ocr.model_dump()}
         self.scorers = [build_scorer(parse_reward(reward)) for _ in range(threads)]
@@ -116,7 +108,7 @@ class BareLoop:
         if config.uses_data:
             held.payloads["data"] = encode(self._anchors(step - 1))
             data = [ClaimedData(step - 1, "data", "")]
-        batch = step_batch(config, self.policy.process, cast(ReplayBuffer, held), Claim(step, 0, claimed, data), 0, 1)
+        batch = step_batch(config, self.learner.process, self.learner.kernel, cast(ReplayBuffer, held), Claim(step, 0, claimed, data), 0, 1)
         clock.append(time.monotonic())
         stats = self.learner.update(batch, step)
         clock.append(time.monotonic())

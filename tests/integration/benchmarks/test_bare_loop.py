@@ -25,10 +25,10 @@ def loop() -> BareLoop:
 
 
 def test_updates_learn_on_groups_in_order_and_change_the_weights(loop: BareLoop) -> None:
-    before = {name: p.detach().clone() for name, p in loop.policy.transformer.named_parameters()}
+    before = {name: p.detach().clone() for name, p in loop.learner.model.named_parameters()}
     records = [loop.update(1), loop.update(2)]
     assert [r["trained_groups"] for r in records] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [samples(r, 4) for r in records] == [16, 16]
     assert abs(records[0]["policy_loss"]) < 1e-3  # ratios are 1: the densities are those of the weights that sampled
     assert records[0]["data_loss"] > 0
-    assert any(not torch.equal(before[name], p) for name, p in loop.policy.transformer.named_parameters())
+    assert any(not torch.equal(before[name], p) for name, p in loop.learner.model.named_parameters())
