@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraint
 TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo control glyph-base results test test-long test-chaos test-mutation benchmark-replay lint format clean
+.PHONY: help setup setup-dev demo control glyph-base results test test-long test-chaos test-mutation benchmark-replay benchmark-rollout benchmark-pipeline lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,12 @@ test-mutation: setup-dev  ## break the ledger on purpose, one place at a time: t
 benchmark-replay: setup-dev  ## the figures of docs/benchmarks.md (about 8 minutes on a quiet machine)
 	@$(PIP) -e '.[bench]'
 	@$(BIN)/python benchmarks/replay.py --markdown
+
+benchmark-rollout: setup-dev  ## the engine's figures of docs/benchmarks.md (about 15 minutes on a quiet machine)
+	@$(BIN)/python benchmarks/rollout.py --markdown
+
+benchmark-pipeline: setup-dev  ## the whole pipeline against a bare loop (about 12 minutes on a quiet machine)
+	@$(BIN)/python benchmarks/pipeline.py --markdown
 
 lint: setup-dev  ## ruff, mypy, import arrows
 	@$(BIN)/ruff check .

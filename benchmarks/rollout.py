@@ -1,6 +1,6 @@
 """Sampling: our engine against the bare forward pass, a diffusers pipeline and the loop of the Flow-GRPO family.
 
-    python benchmarks/rollout.py [--quick] [--json | --markdown] [--device cuda] [--threads N]
+    python benchmarks/rollout.py [--quick] [--json | --markdown] [--device cuda] [--threads N] [--only uniform,mixed,…]
 
 (a) the bare packed forward passes that the engine makes, in a loop: no noise, no kernel, no scheduler; (b) the engine;
 (c) `StableDiffusion3Pipeline` with prompt_embeds and output_type="latent", a call for each (size, steps) with the largest
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import sys
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from benchmarks.sampling.sides import Bench
     from benchmarks.sampling.workload import Job
 
+SECTIONS = ("uniform", "mixed", "mixed_groups", "small", "streaming", "growth", "memory")
 REPEATS, QUICK_REPEATS = 5, 2
 MEMORY_OF = ("uniform", "mixed")
 
@@ -56,7 +58,7 @@ def ratio(found: dict[str, dict[str, list[float]]], one: str, two: str, name: st
     return spread([a / b for a, b in zip(found[one][name], found[two][name], strict=True)])
 
 
-def offline(bench: Bench, name: str, repeats: int, quick: bool, loads: list[float]) -> dict[str, Any]:
+def offline(bench: Bench, name: str, repeats: int, quick: bool) -> dict[str, Any]:
     """Every side on a workload whose requests are all there from the start."""
     from benchmarks.sampling.tables import RATIOS
     from benchmarks.sampling.workload import Batch, batches, jobs, tokens_per_forward
@@ -65,7 +67,6 @@ def offline(bench: Bench, name: str, repeats: int, quick: bool, loads: list[floa
     work = jobs(name, bench.text_tokens, quick)
     check = bench.check(work)
     calls = bench.record(work)
-    loads.append(os.getloadavg()[0])
     sides: dict[str, Callable[[], object]] = {
         "limit": lambda: bench.run_limit(calls),
         "engine": lambda: bench.run_engine(work, rollout=False),
@@ -91,7 +92,7 @@ def offline(bench: Bench, name: str, repeats: int, quick: bool, loads: list[floa
     }
 
 
-def streaming(bench: Bench, repeats: int, quick: bool, loads: list[float], share: float) -> dict[str, Any]:
+def streaming(bench: Bench, repeats: int, quick: bool, share: float) -> dict[str, Any]:
     """Requests that arrive while others are sampled."""
     from benchmarks.sampling.stream import BatchServer, EngineServer, serve
     from benchmarks.sampling.workload import arrivals, jobs
@@ -101,7 +102,6 @@ def streaming(bench: Bench, repeats: int, quick: bool, loads: list[float], share
     samples = sum(job.n for job in work)
     capacity = [timed(bench, work, lambda: bench.run_engine(work, rollout=False))["samples_per_s"] for _ in range(repeats + 1)][1:]
     times = arrivals(len(work), share * statistics.median(capacity) * len(work) / samples)
-    loads.append(os.getloadavg()[0])
     servers: dict[str, Callable[[], Any]] = {
         "engine": lambda: EngineServer(bench, work),
         "pipeline": lambda: BatchServer(bench, work, lambda batch: bench.run_batch(work, batch), join=True),
@@ -124,8 +124,8 @@ def streaming(bench: Bench, repeats: int, quick: bool, loads: list[float], share
     }
 
 
-def measure(device: str, threads: int, repeats: int, quick: bool, share: float | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every section."""
+def measure(options: argparse.Namespace, sections: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """Every one of `sections`."""
     import diffusers
     import torch
 
@@ -135,34 +135,29 @@ def measure(device: str, threads: int, repeats: int, quick: bool, share: float |
     from benchmarks.sampling.workload import names, spec
     from diffusion.engine.memory import keep_freed_memory
 
-    torch.set_num_threads(threads)
-    here = machine() | {"threads": threads, "device": torch.cuda.get_device_name() if device == "cuda" else "the CPU"}
+    device, quick = options.device, options.quick
+    repeats = options.repeats or (QUICK_REPEATS if quick else REPEATS)
+    torch.set_num_threads(options.threads)
+    here = machine() | {"threads": options.threads, "device": torch.cuda.get_device_name() if device == "cuda" else "the CPU"}
     here |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
     keep_freed_memory()
     bench = Bench(device, spec()["max_tokens"][device], spec()["noise_level"])
     loads: list[float] = []
-    offline_found = {}
-    for name in names():
+    result: dict[str, Any] = {"machine": here, "quick": quick, "repeats": repeats, "max_tokens": bench.max_tokens, "load_before_each_section": loads}
+    result["workloads"] = {}
+    for name in sections:
         say(f"{name} …")
-        offline_found[name] = offline(bench, name, repeats, quick, loads)
-    say("streaming …")
-    streamed = streaming(bench, repeats, quick, loads, spec()["share"] if share is None else share)
-    say("growth …")
-    grown = growth.measure(bench, repeats, quick)
-    loads.append(os.getloadavg()[0])
-    say("memory …")
-    held = {name: {side: memory.measure(side, name, device, threads, quick) for side in memory.SIDES} for name in MEMORY_OF[: 1 if quick else None]}
-    return {
-        "machine": here,
-        "quick": quick,
-        "repeats": repeats,
-        "max_tokens": bench.max_tokens,
-        "load_before_each_repeat": loads,
-        "workloads": offline_found,
-        "streaming": streamed,
-        "growth": grown,
-        "memory": held,
-    }
+        loads.append(os.getloadavg()[0])
+        if name in names():
+            result["workloads"][name] = offline(bench, name, repeats, quick)
+        elif name == "streaming":
+            result[name] = streaming(bench, repeats, quick, spec()["share"] if options.share is None else options.share)
+        elif name == "growth":
+            result[name] = growth.measure(bench, repeats, quick)
+        else:
+            sides, of = (("engine", "pipeline"), MEMORY_OF[:1]) if quick else (tuple(memory.SIDES), MEMORY_OF)
+            result[name] = {workload: {side: memory.measure(side, workload, device, options.threads, quick) for side in sides} for workload in of}
+    return result
 
 
 def main() -> None:
@@ -174,17 +169,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads of every side [default: 1, as a rollout generator has]")
     parser.add_argument("--repeats", type=int, help=f"[default: {REPEATS}, or {QUICK_REPEATS} with --quick]")
     parser.add_argument("--share", type=float, help="arrivals over the engine's capacity [default: the workload's]")
+    parser.add_argument("--only", metavar="NAMES", help=f"some of: {', '.join(SECTIONS)}")
     options = parser.parse_args()
-    if options.json and options.markdown:
-        parser.error("choose one of --json and --markdown")
-    import logging
-
+    chosen = options.only.split(",") if options.only else list(SECTIONS)
+    unknown = set(chosen) - set(SECTIONS)
+    if unknown or (options.json and options.markdown):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}" if unknown else "choose one of --json and --markdown")
     logging.getLogger("xformers").setLevel(logging.ERROR)
     from benchmarks.sampling.tables import markdown
 
-    repeats = options.repeats or (QUICK_REPEATS if options.quick else REPEATS)
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    result = measure(options.device, options.threads, repeats, options.quick, options.share, say)
+    result = measure(options, chosen, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(result, indent=1) if options.json else markdown(result))
 
 

@@ -88,15 +88,19 @@ class Learner:
         if config.uses_policy:
             self.guidance, self.probe = guidance_of(config, policy, device), policy.text_encoder.encode([PROBE])[0]
         self.shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        if config.learner.shard_blocks:
-            for block in self.model.blocks:
-                fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh, reshard_after_forward=config.learner.shard_blocks)
+        self._wrap()
         o = config.optimizer
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(trained.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
         self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
+
+    def _wrap(self) -> None:
+        """Shard the model over the ranks."""
+        mesh, blocks = init_device_mesh(self.device.type, (dist.get_world_size(),)), self.config.learner.shard_blocks
+        if blocks:
+            for block in self.model.blocks:
+                fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh, reshard_after_forward=blocks)
 
     def _reference(self, config: RunConfig, device: torch.device) -> PackedModel | None:
         """The starting policy, for the reverse KL: a copy; or, where only an adapter is trained, the policy without it."""

@@ -21,18 +21,24 @@ RATIOS = (("engine, rollout", "limit"), ("engine", "limit"), ("engine", "pipelin
 def markdown(result: dict[str, Any]) -> str:
     """All sections."""
     m = result["machine"]
-    loads = result["load_before_each_repeat"]
+    loads = result["load_before_each_section"]
     head = (
-        f"{m['cores']} cores ({m['processor']}), {m['threads']} thread{'s' if m['threads'] > 1 else ''} on {m['device']}, load average before the repeats "
+        f"{m['cores']} cores ({m['processor']}), {m['threads']} thread{'s' if m['threads'] > 1 else ''} on {m['device']}, load average before the sections "
         f"{min(loads):.1f} to {max(loads):.1f}, Python {m['python']}, torch {m['torch']}, diffusers {m['diffusers']}; "
         f"token budget {result['max_tokens']}, {result['repeats']} repeats."
     )
     if result["quick"]:
         head += " **A quick check, not a measurement.**"
-    sections = [head, "### Sampling: everything there from the start", *(offline(name, found) for name, found in result["workloads"].items())]
-    sections += ["### Sampling: requests that arrive", streaming(result["streaming"])]
-    sections += ["### Sampling: what batching gains", growth(result["growth"])]
-    sections += ["### Sampling: peak memory", memory(result["memory"])]
+    sections = [head]
+    if result["workloads"]:
+        sections += ["### Sampling: everything there from the start", *(offline(name, found) for name, found in result["workloads"].items())]
+    for name, title, write in (
+        ("streaming", "Sampling: requests that arrive", streaming),
+        ("growth", "Sampling: what batching gains", growth),
+        ("memory", "Sampling: peak memory", memory),
+    ):
+        if name in result:
+            sections += [f"### {title}", write(result[name])]
     return "\n\n".join(sections)
 
 

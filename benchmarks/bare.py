@@ -1,0 +1,146 @@
+"""The bare loop that benchmarks/pipeline.py holds ddrl against: sample, score, learn, in one process, one after the other.
+
+    python -m benchmarks.bare RECIPE UPDATES FILE [--set KEY=VALUE …]
+
+The same groups (prompts, noise, trained steps), the same engine, scorer, objective and optimiser, on all cores; no Ray, no
+Redis, no HTTP, no FSDP. The engine samples with the learner's own module, so no weights are copied. Every thread of the
+machine is used: torch on all cores, a scorer of one thread for each core. Writes what each update took to FILE, in the
+form of a run's metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from actors.payload import DataPayload, encode
+from actors.rollout import group_payload, group_request, scored_members
+from actors.sources.anchor import training_batch
+from actors.sources.prompts import training_prompt
+from diffusion.checkpoint import load_policy
+from diffusion.engine.engine import Engine
+from replay.buffer import ReplayBuffer
+from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
+from services.client.base import Media
+from services.scorers.registry import build_scorer, parse_reward
+from trainer.batch import StepBatch, step_batch
+from trainer.config import RunConfig, load_config
+from trainer.learner import BY_STEP, SUMS, Learner, learning_rate
+
+
+class BareLearner(Learner):
+    """The learner without its process group: the same losses, clipping, optimiser and average on a plain module."""
+
+    def _wrap(self) -> None:
+        """Nothing is sharded."""
+
+    def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
+        sums = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64)
+        for compute in self._losses(batch, sums):
+            compute().backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config.optimizer, step, self.config.updates)
+            self.optimizer.step()
+            self._update_ema()
+        self.optimizer.zero_grad()
+        policy, data = (float(sums[SUMS.index(name)]) for name in ("policy_loss", "data_loss"))
+        return {"grad_norm": norm, "policy_loss": policy / max(1, batch.transition_count), "data_loss": data / max(1, batch.anchor_count)}
+
+
+class Held:
+    """Payloads in this process: what `step_batch` fetches."""
+
+    def __init__(self) -> None:
+        self.payloads: dict[str, bytes] = {}
+
+    def fetch(self, entry: ClaimedGroup | ClaimedData) -> bytes:
+        return self.payloads.pop(entry.ref)
+
+
+class BareLoop:
+    """One run of the recipe in one process.
+
+    Args:
+        config: the run.
+        threads: torch threads, and scorers.
+    """
+
+    def __init__(self, config: RunConfig, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.config = config
+        self.policy = load_policy(config.model, seed=config.seed)
+        self.learner = BareLearner(config, torch.device("cpu"))
+        self.engine = Engine(self.learner.model, self.policy.process, config.sampler.max_tokens, config.model.dtype)
+        self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(config.sampler.height, config.sampler.width))
+        reward = {"kind": "ocr", **config.reward.ocr.model_dump()}
+        self.scorers = [build_scorer(parse_reward(reward)) for _ in range(threads)]
+        self.pool = ThreadPoolExecutor(threads, "scorer")
+
+    def update(self, step: int) -> dict[str, Any]:
+        """Update `step`: its groups and data batch, made and learnt from; a line like that of metrics.jsonl."""
+        config, held, clock = self.config, Held(), [time.monotonic()]
+        first = (step - 1) * config.rollout.groups_per_step
+        groups = range(first, first + config.rollout.groups_per_step)
+        prompts = [training_prompt(config.prompts, config.seed, g) for g in groups]
+        texts = self.policy.text_encoder.encode(prompts)
+        requests = [group_request(config.sampler, config.rollout, config.seed, g, texts[i], None, self.shape) for i, g in enumerate(groups)]
+        trajectories = self.engine.run(requests)
+        clock.append(time.monotonic())
+        rewards = self._score(prompts, [t.latent for t in trajectories])
+        clock.append(time.monotonic())
+        size, claimed = config.rollout.group_size, []
+        for i, g in enumerate(groups):
+            mine = trajectories[i * size : (i + 1) * size]
+            held.payloads[str(g)] = encode(group_payload(mine, texts[i]))
+            claimed.append(ClaimedGroup(g, GroupHeader(rewards[i * size : (i + 1) * size], size, step - 1, len(held.payloads[str(g)]), ""), str(g)))
+        data = []
+        if config.uses_data:
+            held.payloads["data"] = encode(self._anchors(step - 1))
+            data = [ClaimedData(step - 1, "data", "")]
+        batch = step_batch(config, self.learner.process, self.learner.kernel, cast(ReplayBuffer, held), Claim(step, 0, claimed, data), 0, 1)
+        clock.append(time.monotonic())
+        stats = self.learner.update(batch, step)
+        clock.append(time.monotonic())
+        seconds = dict(zip(("sample", "score", "batch", "train"), (b - a for a, b in itertools.pairwise(clock)), strict=True))
+        record = {"kind": "update", "time": time.time(), "step": step, "trained_groups": list(groups), "failed_members": 0}
+        return record | {"seconds": seconds, "reward_mean": sum(rewards) / len(rewards)} | stats
+
+    def _anchors(self, batch: int) -> DataPayload:
+        """Anchor batch `batch`, as the feeder makes it."""
+        config = self.config
+        captions, pixels = training_batch(config.data, config.seed, batch, config.data_rows, config.sampler.height, config.sampler.width)
+        text = self.policy.text_encoder.encode(captions)
+        return DataPayload(self.policy.codec.encode(pixels), text.prompt_embeds, text.pooled)
+
+    def _score(self, prompts: list[str], latents: list[torch.Tensor]) -> list[float]:
+        images = [Media.image(image) for image in self.policy.codec.decode(torch.stack(latents))]
+        asked = [p for p in prompts for _ in range(self.config.rollout.group_size)]
+        n, count = len(images), len(self.scorers)
+        parts = [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+        jobs = [self.pool.submit(scorer.score, asked[part], images[part]) for scorer, part in zip(self.scorers, parts, strict=True)]
+        return scored_members([score for job in jobs for score in job.result()], n)[1]
+
+
+def main() -> None:
+    recipe, updates, file, *overrides = sys.argv[1:]
+    config = load_config(Path(recipe), [f"updates={updates}", *(value for value in overrides if value != "--set")])
+    loop = BareLoop(config, len(os.sched_getaffinity(0)))
+    with Path(file).open("w") as out:
+        for step in range(1, config.updates + 1):
+            out.write(json.dumps(loop.update(step)) + "\n")
+            out.flush()
+
+
+if __name__ == "__main__":
+    main()
