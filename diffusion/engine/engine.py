@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 SwapPolicy = Literal["in_flight", "drain"]
 
+PATHS_KEPT = 256
+"""Kernels with their time grids that are kept for the next request of the kind."""
 RUNGS = 8
 """Buckets an octave of total tokens when the network is compiled: at most an eighth of the tokens is padding."""
 
@@ -126,7 +128,7 @@ class Engine:
         self.digest: str | None = None
         self._next_weights: tuple[dict[str, Tensor], int, str | None] | None = None
         self._scheduler: Scheduler[Sequence] = Scheduler(self.plan.tokens)
-        self._paths: dict[tuple[str, float, int], Path] = {}
+        self._paths: dict[tuple[str, float, int, tuple[float, ...] | None], Path] = {}
         self._stats = EngineStats()
 
     def describe_network(self) -> str:
@@ -160,10 +162,16 @@ class Engine:
         return self.prompts.get([prompt])[0]
 
     def _path(self, request: SampleRequest) -> Path:
-        name = (request.kernel, request.noise_level, request.steps)
+        name = (request.kernel, request.noise_level, request.steps, request.times)
         if name not in self._paths:
-            kernel = make_kernel(request.kernel, self.process, request.noise_level, request.steps)
-            self._paths[name] = Path(kernel, kernel.time_grid(request.steps))
+            process = self.process if request.times is None else self.process.on_grid(request.times)
+            kernel = make_kernel(request.kernel, process, request.noise_level, request.steps)
+            path = Path(kernel, kernel.time_grid(request.steps))
+            if request.times is not None and not torch.equal(path.times, process.time_grid(request.steps)):
+                raise ValueError(f"step kernel {request.kernel} has a time grid of its own; leave `times` out")
+            if len(self._paths) == PATHS_KEPT:
+                self._paths.pop(next(iter(self._paths)))
+            self._paths[name] = path
         return self._paths[name]
 
     def abort(self, request: SampleRequest) -> int:

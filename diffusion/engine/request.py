@@ -21,6 +21,7 @@ class SampleRequest:
         prompt, conditioning: what to draw, as text (the engine encodes it, once) or already encoded; exactly one of the two.
         n, member: the samples are members `member … member + n - 1` of their group.
         seed, group: with the member and the step, the name of each noise (`diffusion.seeds.step_noise`).
+        times: time grid of this request, `steps + 1` decreasing times of the policy's process, the last 0; None = the kernel's.
         kernel, noise_level: step kernel (`diffusion.kernels`); the deterministic steps follow its solver.
         stochastic: step indices that draw noise (the SDE window). Empty = a deterministic sample.
         trained: step indices whose transitions are stored, ascending; a subset of `stochastic`.
@@ -40,6 +41,7 @@ class SampleRequest:
     member: int = 0
     seed: int = 0
     group: int = 0
+    times: tuple[float, ...] | None = None
     kernel: str = "flow_sde"
     noise_level: float = 0.7
     stochastic: frozenset[int] = frozenset()
@@ -56,6 +58,8 @@ class SampleRequest:
             raise ValueError("a request needs a prompt or its conditioning, and not both")
         if self.n < 1:
             raise ValueError(f"a request is for at least one sample, got n={self.n}")
+        if self.times is not None and len(self.times) != self.steps + 1:
+            raise ValueError(f"{self.steps} steps need a grid of {self.steps + 1} times, got {len(self.times)}")
         if not set(self.trained) <= self.stochastic:
             raise ValueError(f"trained steps {self.trained} must be stochastic; stochastic steps are {sorted(self.stochastic)}")
         if list(self.trained) != sorted(set(self.trained)):

@@ -7,7 +7,10 @@ a = 1 and s = 0; its unit is the process's own (1 … 0, or sigma). Tensors carr
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -38,6 +41,15 @@ class ForwardProcess(ABC):
     @abstractmethod
     def time_grid(self, steps: int) -> Tensor:
         """`steps + 1` decreasing times, `[steps + 1]` fp32; the last is 0."""
+
+    def on_grid(self, times: Sequence[float]) -> Self:
+        """This process with a given sampling grid: decreasing times in its own unit, the last 0. Raises ValueError."""
+        grid = torch.tensor(times, dtype=torch.float32)
+        if len(grid) < 2 or float(grid[-1]) != 0 or not bool((grid[1:] < grid[:-1]).all()):
+            raise ValueError(f"a time grid has at least two decreasing times and ends at 0, got {tuple(times)}")
+        other = copy.copy(self)
+        other.time_grid = lambda steps: grid  # type: ignore[method-assign]
+        return other
 
     @abstractmethod
     def sample_times(self, n: int, generator: torch.Generator) -> Tensor:

@@ -175,6 +175,37 @@ def test_guidance_mixes_two_predictions(tiny_model: Build) -> None:
     torch.testing.assert_close(plain.latent, (x - vc)[0], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_request_may_bring_its_own_time_grid(tiny_model: Build) -> None:
+    model, times = tiny_model(), (0.9, 0.4, 0.1, 0.0)
+    plain, own = request(0, steps=3, stochastic=frozenset()), request(0, steps=3, stochastic=frozenset(), times=times)
+    found = Engine(model, PROCESS, PLENTY).run([own, plain])
+    assert found[0].times.tolist() == pytest.approx(times)
+    x = 0.9 * step_noise(7, 0, 0, INITIAL, own.shape)[None]  # noise at its share of the first time
+    for t, t_next in itertools.pairwise(torch.tensor(times)):
+        x = x + (t_next - t) * model(x, t[None], *batched(own))
+    torch.testing.assert_close(found[0].latent, x[0], atol=1e-5, rtol=1e-5)
+    same(found[1], Engine(model, PROCESS, PLENTY).run([plain])[0])
+    noisy = Engine(model, PROCESS, PLENTY).run([request(1, steps=3, times=(1.0, 0.5, 0.2, 0.0), trained=(0,))])[0]
+    _, std = make_kernel("flow_sde", PROCESS.on_grid((1.0, 0.5, 0.2, 0.0)), 0.7, 3).moments(noisy.x, noisy.x, torch.ones(1), torch.tensor([0.5]))
+    assert float(std) == pytest.approx(0.7 * (1 / (1 - 0.5)) ** 0.5 * 0.5**0.5)  # at t = 1 the second node stands in
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"times": (1.0, 0.0)}, "4 steps need a grid of 5 times, got 2"),
+        ({"steps": 2, "times": (1.0, 1.0, 0.0)}, "decreasing times and ends at 0"),
+        ({"steps": 2, "times": (1.0, 0.5, 0.1)}, "decreasing times and ends at 0"),
+        ({"kernel": "edm_2ab", "steps": 3, "times": (9.0, 5.0, 1.0, 0.0)}, "edm_2ab has a time grid of its own"),
+        ({"kernel": "ancestral", "steps": 2, "times": (1.0, 0.5, 0.0)}, "ancestral has a time grid of its own"),
+    ],
+)
+def test_time_grids_that_are_refused(keys: dict[str, Any], message: str, tiny_model: Build) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(tiny_model(), PROCESS, PLENTY).add_request(request(**keys))
+
+
 def test_nan_in_one_request_reaches_no_other(style: str, tiny_model: Build) -> None:
     model = tiny_model(style)
     broken = conditioning(9)
