@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,27 +72,29 @@ def run_ddrl(folder: Path, updates: int, overrides: Sequence[str]) -> tuple[list
     return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "update"], started
 
 
-def run_bare(folder: Path, updates: int, overrides: Sequence[str]) -> tuple[list[dict[str, Any]], float]:
-    """The same of the bare loop."""
+def run_bare(folder: Path, updates: int, overrides: Sequence[str], spin: bool) -> tuple[list[dict[str, Any]], float]:
+    """The same of the bare loop. `spin`: its waiting threads spin, which is faster on a machine that nobody else uses."""
     folder.mkdir()
     file = folder / "metrics.jsonl"
     started = time.time()
-    _run([sys.executable, "-m", "benchmarks.bare", RECIPE, str(updates), str(file), *overrides])
+    _run([sys.executable, "-m", "benchmarks.bare", RECIPE, str(updates), str(file), *overrides], spin)
     return list(map(json.loads, file.read_text().splitlines())), started
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], spin: bool = False) -> None:
     from trainer.environment import QUIET
 
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    environment |= QUIET  # what ddrl sets for itself, waiting threads that sleep among it, serves the bare loop as well
+    environment |= QUIET  # what ddrl sets for itself, waiting threads that sleep among it
+    if spin:
+        del environment["OMP_WAIT_POLICY"]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command[1:4])} failed with status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
 
 
-def measure(updates: int, repeats: int, overrides: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+def measure(updates: int, repeats: int, overrides: Sequence[str], spin: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Both sides, taking turns."""
     from benchmarks.machine import machine
     from benchmarks.stats import spread
@@ -99,7 +102,7 @@ def measure(updates: int, repeats: int, overrides: Sequence[str], say: Callable[
 
     here, config = machine(), load_config(ROOT / RECIPE, list(overrides))
     size = config.rollout.group_size
-    sides = {"ddrl": run_ddrl, "bare": run_bare}
+    sides = {"ddrl": run_ddrl, "bare": partial(run_bare, spin=spin)}
     found: dict[str, dict[str, list[float]]] = {side: {} for side in sides}
     counts: set[tuple[int, int]] = set()
     loads = []
@@ -120,6 +123,7 @@ def measure(updates: int, repeats: int, overrides: Sequence[str], say: Callable[
         "machine": here,
         "load_before_each_repeat": loads,
         "updates": updates,
+        "bare_spins": spin,
         "samples": counts.pop()[1],
         "sides": {side: {name: spread(values) for name, values in figures.items()} for side, figures in found.items()},
         "ddrl / bare": spread(ratios),
@@ -149,15 +153,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="five small updates, once: does everything run?")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--markdown", action="store_true", help="print Markdown (the default)")
-    parser.add_argument("--updates", type=int, help="updates of a run [default: 15]")
+    parser.add_argument("--updates", type=int, help="updates of a run [default: 12]")
     parser.add_argument("--repeats", type=int, help="[default: 3]")
+    parser.add_argument("--spin", action="store_true", help="let the bare loop's waiting threads spin: faster, on a machine that nobody else uses")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe, for both sides")
     options = parser.parse_args()
     if options.json and options.markdown:
         parser.error("choose one of --json and --markdown")
-    updates, repeats = options.updates or (5 if options.quick else 15), options.repeats or (1 if options.quick else 3)
+    updates, repeats = options.updates or (5 if options.quick else 12), options.repeats or (1 if options.quick else 3)
     overrides = [*(SMALL if options.quick else ()), *options.set]
-    result = measure(updates, repeats, overrides, lambda line: print(line, file=sys.stderr, flush=True)) | {"quick": options.quick}
+    result = measure(updates, repeats, overrides, options.spin, lambda line: print(line, file=sys.stderr, flush=True)) | {"quick": options.quick}
     print(json.dumps(result, indent=1) if options.json else markdown(result))
 
 
