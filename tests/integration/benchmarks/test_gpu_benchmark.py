@@ -21,6 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.long
 def test_the_tiny_size_measures_every_side() -> None:
     done = run("--size", "tiny", "--device", "cpu", "--dtype", "float32", "--repeats", "2", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
