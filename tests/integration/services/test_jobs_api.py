@@ -128,7 +128,7 @@ def test_acceptance_8_an_answer_replays_from_another_process(rest: Serve, redis_
 
 
 def test_a_full_store_refuses(rest: Serve, redis_url: str) -> None:
-    client = rest(fleet(redis_url, delay_s=2.0, jobs={"max_unfinished": 1, "concurrency": 1}))
+    client = rest(fleet(redis_url, delay_s=20.0, jobs={"max_unfinished": 1, "concurrency": 1}))
     place = client.post("/v1/jobs", **form()).headers["location"]
     full = client.post("/v1/jobs", **form())
     assert (full.status_code, full.json()["code"], full.headers["retry-after"]) == (503, "queue_full", "5")
