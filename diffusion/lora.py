@@ -25,8 +25,6 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 """File name of an adapter in diffusers' layout."""
 PREFIX = "transformer."
 """What diffusers puts before the network's own parameter names in that file."""
-
-
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Projections of attention, of both streams (what Flow-GRPO adapts of SD3.5); a network has some of them."""
 
@@ -89,7 +87,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -
     chosen = {target: [n for n in linear if n == target or n.endswith("." + target)] for target in config.targets or ATTENTION}
     unknown = [target for target, names in chosen.items() if not names]
     if unknown and config.targets:
-        ends = sorted({".".join(part for part in n.split(".")[-2:]) for n in linear})
+        ends = sorted({".".join(n.split(".")[-2:]) for n in linear})
         raise ValueError(f"model.lora.targets names no linear layer: {', '.join(unknown)}; layers end with {', '.join(ends)}")
     model.requires_grad_(False)
     for name in sorted({n for names in chosen.values() for n in names}):

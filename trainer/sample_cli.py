@@ -73,7 +73,7 @@ def sample(
     except (ConfigError, ValueError) as error:
         fail(str(error), 2)
     folder = out or Path("samples") / config.name
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"{folder} is not empty; give another folder with --out", 2)
     try:
         _draw(config, prompts, sizes, counts, n, noise, seed, folder, device)
@@ -88,7 +88,7 @@ def _draw(
 
     from actors.sources.prompts import prompt_lines
     from diffusion.checkpoint import CheckpointError, load_policy
-    from diffusion.engine.engine import compile_for_batches
+    from diffusion.engine.engine import StepFailed, compile_for_batches
     from diffusion.engine.generate import DiffusionEngine, SamplingParams
     from diffusion.engine.request import SamplingFailed
 
@@ -110,10 +110,10 @@ def _draw(
             started = time.perf_counter()
             done = engine.generate([text for text, _ in plan], [choice for _, choice in plan], told)
             seconds, stats = time.perf_counter() - started, engine.stats
+    except (SamplingFailed, StepFailed, TimeoutError) as error:
+        fail(str(error), 1)
     except (CheckpointError, ValueError, RuntimeError) as error:  # RuntimeError: no such device
         fail(str(error), 2)
-    except SamplingFailed as error:
-        fail(str(error), 1)
     pictures = [one for samples in done for one in samples]
     _write(folder, pictures, seed)
     typer.echo(

@@ -24,6 +24,14 @@ from diffusion.engine.memory import out_of_memory
 _Item = tuple[Tensor, "Future[np.ndarray]"]
 
 
+def collect(futures: Sequence[Future[np.ndarray]], timeout_s: float) -> list[np.ndarray]:
+    """Pixels that were asked for, in order. Raises TimeoutError, or what the codec raised."""
+    late = wait(futures, timeout_s).not_done
+    if late:
+        raise TimeoutError(f"{len(late)} of {len(futures)} latents were not decoded within {timeout_s:g} s")
+    return [f.result() for f in futures]
+
+
 class Decoder:
     """See the module's docstring. Close it, or use it as a context manager.
 
@@ -51,11 +59,7 @@ class Decoder:
 
     def decode(self, latents: Sequence[Tensor], timeout_s: float) -> list[np.ndarray]:
         """Pixels of several latents, in order. Raises TimeoutError, or what the codec raised."""
-        futures = self.submit(latents)
-        late = wait(futures, timeout_s).not_done
-        if late:
-            raise TimeoutError(f"{len(late)} of {len(futures)} latents were not decoded within {timeout_s:g} s")
-        return [f.result() for f in futures]
+        return collect(self.submit(latents), timeout_s)
 
     def close(self) -> None:
         """Decode what waits, then end the thread."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from diffusion.checkpoint import Policy, load_policy
 from diffusion.config import ModelConfig
-from diffusion.engine.decode import Decoder
+from diffusion.engine.decode import Decoder, collect
 from diffusion.engine.engine import Engine, EngineStats
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.kernel_names import stochastic_steps
@@ -117,6 +117,8 @@ class DiffusionEngine:
         Raises:
             ValueError: a prompt or a size that cannot be sampled.
             SamplingFailed: some samples failed.
+            StepFailed: a fault of the network.
+            TimeoutError: latents were not decoded in time.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
@@ -136,8 +138,9 @@ class DiffusionEngine:
                 progress(ended, total)
         if failures:
             raise SamplingFailed(failures, [t for samples in done for t, _ in samples])
+        collect([image for samples in done for _, image in samples], DECODE_DEADLINE_S)
         return [
-            [Sample(prompt, p, t.member, image.result(DECODE_DEADLINE_S), t) for t, image in sorted(samples, key=lambda pair: pair[0].member)]
+            [Sample(prompt, p, t.member, image.result(), t) for t, image in sorted(samples, key=lambda pair: pair[0].member)]
             for prompt, p, samples in zip(prompts, each, done, strict=True)
         ]
 

@@ -78,11 +78,17 @@ class PackedModel(nn.Module, ABC):
             raise AttributeError(self.block_list)
         return cast(nn.ModuleList, blocks)
 
+    @property
+    @abstractmethod
+    def longest_edge(self) -> tuple[int, str]:
+        """Most patches along an axis that have positions, and the config key that says so."""
+
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Patches along each axis of a latent `(C, h, w)` or `(C, f, h, w)`.
 
         Raises:
-            ValueError: another number of axes or channels, or a size that is no multiple of the patch.
+            ValueError: another number of axes or channels, a size that is no multiple of the patch, or one beyond the
+                table of positions.
         """
         channels, *sizes = shape
         if len(sizes) != len(self.patch) or channels != self.config.in_channels:
@@ -91,7 +97,11 @@ class PackedModel(nn.Module, ABC):
         if any(n < 1 or n % p for n, p in zip(sizes, self.patch, strict=True)):
             size, patch = ("x".join(map(str, x)) for x in (sizes, self.patch))
             raise ValueError(f"latent size {size} is not a multiple of the patch size {patch}")
-        return tuple(n // p for n, p in zip(sizes, self.patch, strict=True))
+        grid = tuple(n // p for n, p in zip(sizes, self.patch, strict=True))
+        longest, key = self.longest_edge
+        if max(grid) > longest:
+            raise ValueError(f"{'x'.join(map(str, grid))} patches exceed {key}={longest}; sample a smaller size")
+        return grid
 
     def tokens(self, shape: Sequence[int]) -> int:
         """Latent tokens of one request of this latent shape. Raises ValueError when it does not fit the patches."""

@@ -84,8 +84,6 @@ class PatchEmbed(nn.Module):
         self.register_buffer("pos_embed", table, persistent=True)
 
     def crop(self, rows: int, columns: int) -> Tensor:
-        if rows > self.grid or columns > self.grid:
-            raise ValueError(f"{rows}x{columns} patches exceed pos_embed_max_size={self.grid}; sample a smaller size")
         top, left = (self.grid - rows) // 2, (self.grid - columns) // 2
         table = self.pos_embed.reshape(self.grid, self.grid, -1)[top : top + rows, left : left + columns]
         return table.reshape(rows * columns, -1)
@@ -275,6 +273,10 @@ class SD3Transformer(PackedModel):
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.proj_out.weight)
+
+    @property
+    def longest_edge(self) -> tuple[int, str]:
+        return self.config.pos_embed_max_size, "pos_embed_max_size"
 
     def packed_tokens(self, shape: Sequence[int], prompt_tokens: int) -> int:
         """Image and text tokens: both go through every layer."""

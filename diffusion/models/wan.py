@@ -86,9 +86,7 @@ class Rotary:
         return self._tables[device]
 
     def __call__(self, grid: tuple[int, ...], device: torch.device) -> Tensor:
-        """`[tokens, 2, head_dim / 2]`: cosine and sine of each token of a grid. Raises ValueError beyond `length`."""
-        if max(grid) > self.length:
-            raise ValueError(f"{'x'.join(map(str, grid))} patches exceed rope_max_seq_len={self.length}; sample a smaller size")
+        """`[tokens, 2, head_dim / 2]`: cosine and sine of each token of a grid, no axis of which is longer than `length`."""
         frames, rows, columns = grid
         f, r, c = (table[:n] for table, n in zip(self._angles(device), grid, strict=True))
         parts = f[:, None, None].expand(-1, rows, columns, -1), r[None, :, None].expand(frames, -1, columns, -1), c[None, None].expand(frames, rows, -1, -1)
@@ -254,6 +252,10 @@ class WanTransformer(PackedModel):
             if name.endswith("scale_shift_table"):
                 nn.init.normal_(table, std=self.config.inner_dim**-0.5, generator=generator)
         nn.init.zeros_(self.proj_out.weight)
+
+    @property
+    def longest_edge(self) -> tuple[int, str]:
+        return self.config.rope_max_seq_len, "rope_max_seq_len"
 
     def packed_tokens(self, shape: Sequence[int], prompt_tokens: int) -> int:
         """Video tokens: text goes through two projections a layer only."""

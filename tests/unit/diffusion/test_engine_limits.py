@@ -115,8 +115,10 @@ def test_a_request_that_cannot_run_is_refused(tiny_model: Build) -> None:
         ValueError, match=r"one sample of \(3, 8, 8\) needs 21 tokens, more than the budget: 20 tokens a forward pass, bound by sampler.max_tokens"
     ):
         engine.add_request(request())  # 16 patches and 5 prompt tokens
-    with pytest.raises(ValueError, match="7"):
+    with pytest.raises(ValueError, match="latent size 7x8 is not a multiple of the patch size 2x2"):
         engine.add_request(request(shape=(3, 7, 8)))
+    with pytest.raises(ValueError, match="4x9 patches exceed pos_embed_max_size=8; sample a smaller size"):
+        engine.add_request(request(shape=(3, 8, 18)))
     assert engine.step() == []
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusion.engine.generate import SamplingParams
+from diffusion.models.sd3 import SD3Transformer
 from trainer.cli import app
 from trainer.sample_cli import parse_sizes, parse_steps, spread
 
@@ -86,6 +87,20 @@ def test_a_folder_that_holds_something_is_left_alone(prompts: Path, tmp_path: Pa
     code, _, stderr = sample("--prompts", str(prompts), "--out", str(tmp_path))
     assert (code, "is not empty; give another folder with --out" in stderr) == (2, True)
     assert [f.name for f in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_a_file_in_the_folders_place_is_said_before_anything_is_drawn(prompts: Path) -> None:
+    code, stdout, stderr = sample("--prompts", str(prompts), "--out", str(prompts))
+    assert (code, stdout, "give another folder with --out" in stderr) == (2, "", True)
+
+
+def test_a_fault_while_drawing_is_not_the_callers_mistake(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*inputs: object) -> None:
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr(SD3Transformer, "forward", forward)
+    code, _, stderr = sample("--prompts", str(prompts), "--out", str(tmp_path / "out"))
+    assert (code, "denoising step of 2 sequences failed: RuntimeError: illegal instruction" in stderr) == (1, True)
 
 
 def test_prompts_that_are_not_there_or_cannot_be_drawn(tmp_path: Path) -> None:
