@@ -94,6 +94,11 @@ def _draw(
 
     s = config.sampler
     try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown; not in this build of torch; not in this machine
+        fail(f"--device {device} cannot be used here: {error}", 2)
+    try:
         texts = prompt_lines(str(file))
         choices = [
             SamplingParams(h, w, c, 1, seed, s.guidance, s.negative_prompt, s.kernel, s.noise_level, "all" if noise else "none")
@@ -101,7 +106,6 @@ def _draw(
             for c in counts
         ]
         plan = spread(texts, choices, n or len(texts) * len(choices))
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         policy = load_policy(config.model, where, config.seed)
         if config.model.compile:
             compile_for_batches(policy.transformer)
@@ -112,7 +116,7 @@ def _draw(
             seconds, stats = time.perf_counter() - started, engine.stats
     except (SamplingFailed, StepFailed, TimeoutError) as error:
         fail(str(error), 1)
-    except (CheckpointError, ValueError, RuntimeError) as error:  # RuntimeError: no such device
+    except (CheckpointError, ValueError) as error:
         fail(str(error), 2)
     pictures = [one for samples in done for one in samples]
     _write(folder, pictures, seed)

@@ -72,7 +72,8 @@ def test_the_same_seed_draws_the_same_pictures_and_another_others(prompts: Path,
         (["--size", "160x480"], "pos_embed_max_size"),
         (["--set", "sampler.kernal=cps"], "did you mean"),
         (["--set", "model.path=nowhere"], "nowhere does not exist"),
-        (["--device", "tpu7"], "tpu7"),
+        (["--device", "tpu7"], "--device tpu7 cannot be used here"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments: list[str], message: str, prompts: Path, tmp_path: Path) -> None:
