@@ -108,8 +108,9 @@ class Driver:
         config = self.config
         self.display.stage("Reading the policy")
         try:
-            load_policy(config.model, seed=config.seed)
-        except CheckpointError as error:
+            policy = load_policy(config.model, seed=config.seed)
+            policy.transformer.tokens((policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width)))
+        except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
             raise RunFailed("model", str(error)) from error
         cluster.check_reward_url(config.reward)
         self.display.stage("Starting Redis")

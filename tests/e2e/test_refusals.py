@@ -35,6 +35,10 @@ def test_missing_checkpoint_folder(start: Callable[..., Run]) -> None:
     refuse(start("run", "--set", "model.path=recipes/no-such-policy"), 1, "no-such-policy", "model.path")
 
 
+def test_a_size_that_the_policy_cannot_sample(start: Callable[..., Run]) -> None:
+    refuse(start("run", "--set", "sampler.height=160"), 1, "40x12 patches exceed pos_embed_max_size=24", "sample a smaller size")
+
+
 def test_unreachable_redis_does_not_show_the_password(start: Callable[..., Run]) -> None:
     run = start("run", "--set", "redis.url=redis://:sesame@127.0.0.1:1/0", "--set", "redis.connect_timeout_s=2")
     refuse(run, 1, "Redis", "127.0.0.1:1")
