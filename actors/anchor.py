@@ -11,7 +11,7 @@ import torch
 from actors.config import DataConfig
 from actors.connect import Target
 from actors.payload import DataPayload, encode
-from actors.sources.anchor import training_batch
+from actors.sources.draws import data_source, training_batch
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 
@@ -38,6 +38,7 @@ class AnchorFeeder:
         torch.set_num_threads(1)
         self.spec = spec
         self.policy = load_policy(spec.model, seed=spec.seed)
+        self.source = data_source(spec.data)
         self.buffer = spec.target.buffer()
         self._stop = threading.Event()
 
@@ -51,7 +52,7 @@ class AnchorFeeder:
     def make(self, batch: int) -> DataPayload:
         """Anchor batch `batch`: clean latents and their own captions, encoded."""
         sampler = self.spec.sampler
-        captions, pixels = training_batch(self.spec.data, self.spec.seed, batch, self.spec.rows, sampler.height, sampler.width)
+        captions, pixels = training_batch(self.source, self.spec.data.caption_dropout, self.spec.seed, batch, self.spec.rows, sampler.height, sampler.width)
         text = self.policy.text_encoder.encode(captions)
         return DataPayload(self.policy.codec.encode(pixels), text.prompt_embeds, text.pooled)
 

@@ -14,23 +14,29 @@ class Strict(BaseModel):
 
 
 class PromptConfig(Strict):
-    """Where prompts come from. Prompts are split into train, dev and test by a hash of their text."""
+    """Where prompts come from. They are split into train, dev and test by a hash of the example's id."""
 
-    kind: Literal["glyph", "file"] = Field("glyph", description="glyph = signs with 2 to 4 digits; file = one prompt a line")
-    path: str | None = Field(None, description="file of prompts (kind: file)")
+    kind: Literal["data", "glyph", "file", "folder"] = Field(
+        "data",
+        description="data = captions of the anchor data; glyph = signs with 2 to 4 digits; file = one prompt a line; folder = captions of pictures",
+    )
+    path: str | None = Field(None, description="file of prompts (kind: file) or image folder (kind: folder)")
 
     @model_validator(mode="after")
     def _path_given(self) -> PromptConfig:
-        if self.kind == "file" and not self.path:
-            raise ValueError("prompts.kind=file needs prompts.path")
+        if self.kind in ("file", "folder") and not self.path:
+            raise ValueError(f"prompts.kind={self.kind} needs prompts.path")
         return self
 
 
 class DataConfig(Strict):
     """Anchor data: the distribution that the data term holds the policy to."""
 
-    kind: Literal["glyph", "folder"] = Field("glyph", description="glyph = rendered signs; folder = images with a metadata.jsonl (file_name, text)")
+    kind: Literal["glyph", "folder"] = Field("glyph", description="glyph = rendered signs; folder = images or clips with a metadata.jsonl (file_name, text)")
     path: str | None = Field(None, description="image folder (kind: folder)")
+    pairing: Literal["free", "own"] = Field(
+        "free", description="free = anchor data is drawn apart from the prompts; own = each rollout's own example is its datum (public DDRL code)"
+    )
     batch_size: int | None = Field(None, ge=1, description="anchor samples per update; null = as many as rollouts")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of anchor captions replaced by the empty prompt (public DDRL code: 0.2)")
 
@@ -56,6 +62,7 @@ class RolloutConfig(Strict):
     weights: Literal["in_flight", "drain"] = Field(
         "in_flight", description="new weights: in_flight = between two denoising steps; drain = when the groups being sampled have finished"
     )
+    score_timeout_s: float = Field(60.0, gt=0, description="deadline of scoring one group, retries included, in seconds")
     same_initial_noise: bool = Field(False, description="all members of a group start from the same noise (DanceGRPO)")
     threads: int = Field(1, ge=1, description="torch threads of one generator")
     gpus: float = Field(0.0, ge=0, description="GPUs of one generator")
@@ -84,4 +91,5 @@ class EvaluationConfig(Strict):
     diversity_prompts: int = Field(32, ge=1, description="prompts of the diversity figure before and after; a periodic evaluation uses a quarter")
     diversity_samples: int = Field(16, ge=2, description="samples per prompt of the diversity figure")
     grid_prompts: int = Field(32, ge=1, description="prompts of the sample grids")
+    score_timeout_s: float = Field(300.0, gt=0, description="deadline of scoring one evaluation's samples, retries included, in seconds")
     threads: int = Field(2, ge=1, description="torch threads of the evaluator")

@@ -6,19 +6,22 @@ are compared on the same draws and differences are paired.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.pictures import caption, contact_sheet
-from actors.sources.anchor import held_out_batch
-from actors.sources.prompts import held_out_prompts
+from actors.rewards import RunRewards
+from actors.sources.draws import data_source, held_out_batch, held_out_prompts, prompt_source
 from actors.weights import Weights
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
@@ -27,9 +30,10 @@ from diffusion.engine.request import SampleRequest
 from diffusion.evaluation import diffusion_losses, pairwise_rms, scene_statistics
 from diffusion.lora import trained_weights
 from diffusion.seeds import generator, key
-from services.client.base import ItemScore
-from services.client.connect import connect
-from services.config import RewardConfig
+from services.client.base import ItemScore, ScoreFailure
+
+Column = list[float | None]
+"""One number per prompt; None where the reward failed."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,55 @@ class EvaluatorSpec:
     prompts: PromptConfig
     data: DataConfig
     evaluation: EvaluationConfig
-    reward: RewardConfig
+    rewards: RunRewards
     run_dir: str
     seed: int = 0
 
 
 class EvaluationFailed(Exception):
-    """Some held-out samples could not be scored; an average over the rest would be another number."""
+    """A reward scored none of the held-out samples; the message says why."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the rewards say of held-out samples: `values` by term, `subs` by `reward.sub_score`, why the first of each failed."""
+
+    values: dict[str, Column]
+    subs: dict[str, Column]
+    first_failure: dict[str, str]
+    revisions: dict[str, str]
+
+    def record(self) -> dict[str, Any]:
+        """Means of the columns without a gap: an average over the rest would be another number. And what failed."""
+        failed = {name: sum(v is None for v in column) for name, column in self.values.items()}
+        return {
+            "rewards": _means(self.values),
+            "sub_scores": _means(self.subs),
+            "failed": {name: count for name, count in failed.items() if count},
+            "first_failure": self.first_failure,
+            "revisions": self.revisions,
+        }
+
+
+def _means(columns: dict[str, Column]) -> dict[str, float]:
+    whole = {name: [v for v in column if v is not None] for name, column in columns.items()}
+    return {name: float(np.mean(values)) for name, values in whole.items() if values and len(values) == len(columns[name])}
+
+
+def judged(rewards: RunRewards, scores: dict[str, list[ItemScore | ScoreFailure]], revisions: dict[str, str]) -> Judgement:
+    """Columns from the scores of every reward. Raises EvaluationFailed when a reward has no score at all."""
+    subs: dict[str, Column] = {}
+    first: dict[str, str] = {}
+    for name, items in scores.items():
+        failed = [s for s in items if isinstance(s, ScoreFailure)]
+        if failed:
+            first[name] = f"{failed[0].code}: {failed[0].message}"
+        if len(failed) == len(items):
+            raise EvaluationFailed(f"reward {name} scored none of {len(items)} held-out samples; first: {first[name]}")
+        for sub in next(s for s in items if isinstance(s, ItemScore)).sub_scores:
+            subs[f"{name}.{sub}"] = [s.sub_scores[sub] if isinstance(s, ItemScore) else None for s in items]
+    values: dict[str, Column] = {t.name: [t.value(s) if isinstance(s, ItemScore) else None for s in scores[t.reward]] for t in rewards.terms}
+    return Judgement(values, subs, first, revisions)
 
 
 class Evaluator:
@@ -58,7 +104,8 @@ class Evaluator:
         self.spec = spec
         self.policy = load_policy(spec.model, seed=spec.seed)
         self.engine = Engine(self.policy.transformer, self.policy.process, spec.sampler.max_tokens, spec.model.dtype, self.policy.text_encoder)
-        self.client = connect(spec.reward)
+        self.prompts, self.data = prompt_source(spec.prompts, spec.data), data_source(spec.data)
+        self.client = spec.rewards.connect()
         self._start = Weights.of(0, save(trained_weights(self.policy.transformer)))
         self.run_dir = Path(spec.run_dir)
 
@@ -66,7 +113,7 @@ class Evaluator:
         chosen = weights or self._start
         self.engine.set_weights(chosen.state(), chosen.version)
 
-    def _sample(self, prompts: list[str], repeats: int, name: str) -> np.ndarray:
+    def _sample(self, prompts: list[str], repeats: int, name: str) -> NDArray[np.uint8]:
         """Pixels `[len(prompts) · repeats, H, W, 3]`, prompt-major."""
         sampler = self.spec.sampler
         shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
@@ -75,24 +122,31 @@ class Evaluator:
         requests = [SampleRequest(shape, sampler.eval_steps, prompt=p, n=repeats, seed=seed, group=i, kernel="ddim_eta") for i, p in enumerate(prompts)]
         return self.policy.codec.decode(torch.stack([t.latent for t in self.engine.run(requests)]))
 
-    def _score(self, prompts: list[str], images: np.ndarray) -> list[ItemScore]:
-        scores = self.client.score(self.spec.reward.model, prompts, images, self.spec.reward.timeout_s)
-        failed = [s for s in scores if not isinstance(s, ItemScore)]
-        if failed:
-            raise EvaluationFailed(f"{len(failed)} of {len(scores)} held-out samples have no score; first: {failed[0]}")
-        return [s for s in scores if isinstance(s, ItemScore)]
+    def _judge(self, prompts: list[str], images: NDArray[np.uint8]) -> Judgement:
+        rewards = self.spec.rewards
+        if not rewards.names:
+            return Judgement({}, {}, {}, {})
+        revisions = {name: info.revision for name, info in self.client.info(rewards.names).items()}
+        return judged(rewards, self.client.score_all(rewards.names, prompts, images, self.spec.evaluation.score_timeout_s), revisions)
 
-    def _losses(self, split: str, points: int) -> np.ndarray:
-        """Diffusion loss at `points` fixed (sample, time, noise) points; times are stratified over the noise levels of training."""
-        captions, pixels = held_out_batch(self.spec.data, split, points, self.spec.sampler.height, self.spec.sampler.width)
+    def _losses(self, split: str, points: int) -> tuple[list[str], NDArray[np.float32]]:
+        """Captions, and diffusion loss at `points` fixed (sample, time, noise) points; times are spread evenly over the process's range."""
+        captions, pixels = held_out_batch(self.data, split, points, self.spec.sampler.height, self.spec.sampler.width)
         x0 = self.policy.codec.encode(pixels)
         text = self.policy.text_encoder.encode(captions)
         g = generator("evaluation", "loss", split)
         t = (torch.arange(points) + torch.rand(points, generator=g)) / points
         t = self.policy.process.spread_times(t[torch.randperm(points, generator=g)])
         eps = torch.randn(x0.shape, generator=g)
-        losses: np.ndarray = diffusion_losses(self.policy.transformer, self.policy.process, x0, eps, t, text.prompt_embeds, text.pooled).numpy()
-        return losses
+        losses: NDArray[np.float32] = diffusion_losses(self.policy.transformer, self.policy.process, x0, eps, t, text.prompt_embeds, text.pooled).numpy()
+        return captions, losses
+
+    def _set(self, split: str, prompts: Sequence[str], captions: Sequence[str]) -> str:
+        """Digest of what an evaluation is made on: numbers of two runs are paired only where it is the same."""
+        sampler, settings = self.spec.sampler, self.spec.evaluation
+        sizes = [sampler.eval_steps, sampler.height, sampler.width, settings.diversity_prompts, settings.diversity_samples]
+        drawn = [split, list(prompts), list(captions), *sizes]
+        return hashlib.blake2b(json.dumps(drawn).encode(), digest_size=8).hexdigest()
 
     def evaluate(self, weights: Weights | None, split: str, step: int, kind: str = "raw", full: bool = True) -> dict[str, Any]:
         """Evaluate one version and keep its per-prompt numbers in `eval/<split>-<step>-<kind>.json`.
@@ -101,45 +155,45 @@ class Evaluator:
             weights: version to evaluate, which is also the step recorded; None = the policy folder itself, at `step`.
             full: the sizes of the before/after evaluation; otherwise the smaller periodic ones.
         Returns:
-            The metrics line (`kind: eval`). Raises EvaluationFailed, ValueError.
+            The metrics line (`kind: evaluation`). Raises EvaluationFailed, ValueError.
         """
         step = step if weights is None else weights.version
         self._use(weights)
         settings = self.spec.evaluation
         shrink = 1 if full else 4
-        prompts = held_out_prompts(self.spec.prompts, split, settings.test_prompts if full else settings.dev_prompts)
+        points = max(2, settings.loss_points // shrink)
+        prompts = held_out_prompts(self.prompts, split, settings.test_prompts if full else settings.dev_prompts)
         images = self._sample(prompts, 1, split)
-        scores = self._score(prompts, images)
+        judgement = self._judge(prompts, images)
         repeats = settings.diversity_samples
         varied = prompts[: max(1, settings.diversity_prompts // shrink)]
         samples = self._sample(varied, repeats, f"{split}-diversity")
         diversity = pairwise_rms(samples.reshape(len(varied), repeats, *samples.shape[1:]))
-        losses = self._losses(split, max(2, settings.loss_points // shrink))
-        rewards = np.array([s.reward for s in scores])
-        exact = np.array([s.sub_scores["exact_match"] for s in scores if "exact_match" in s.sub_scores])
+        captions, losses = self._losses(split, points)
         record = {
-            "kind": "eval",
+            "kind": "evaluation",
             "split": split,
             "step": step,
             "weights": kind,
             "prompts": len(prompts),
-            "reward": float(rewards.mean()),
-            "reward_stderr": float(rewards.std(ddof=1) / len(rewards) ** 0.5),
-            "exact_match": float(exact.mean()) if len(exact) == len(rewards) else None,
+            "set": self._set(split, prompts, captions),
+            **judgement.record(),
             "diffusion_loss": float(losses.mean()),
             "diversity": float(diversity.mean()),
             "scene": scene_statistics(images),
         }
-        details = {"rewards": rewards.tolist(), "exact": exact.tolist(), "diffusion_losses": losses.tolist(), "diversity": diversity.tolist()}
+        details = {"rewards": judgement.values, "sub_scores": judgement.subs, "diffusion_loss": losses.tolist(), "diversity": diversity.tolist()}
         folder = self.run_dir / "eval"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{split}-{step:06d}-{kind}.json").write_text(json.dumps({**record, "per_prompt": details}) + "\n")
+        partial = folder / f"{split}-{step:06d}-{kind}.partial"
+        partial.write_text(json.dumps({**record, "per_prompt": details}) + "\n")
+        partial.rename(partial.with_suffix(".json"))
         return record
 
     def grid(self, weights: Weights | None, name: str) -> str:
         """Captioned sample grid of fixed test prompts and fixed noise, `samples/<name>.png`; returns its path."""
         self._use(weights)
-        prompts = held_out_prompts(self.spec.prompts, "test", self.spec.evaluation.grid_prompts)
+        prompts = held_out_prompts(self.prompts, "test", self.spec.evaluation.grid_prompts)
         path = self.run_dir / "samples" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(self._sample(prompts, 1, "grid"), [caption(p) for p in prompts]).save(path)

@@ -8,6 +8,8 @@ This is the only encoder and decoder. Members N, trained steps K, latent shape C
            trained           i64 [K]                trained step indices
            times             f32 [steps + 1]        time grid that was sampled on
            prompt_embeds     f32 [L, D]             pooled  f32 [P]
+           x0                f32 [C, h, w]          clean latent of the group's own example; only with data.pairing: own
+           empty_embeds      f32 [L, D]             empty_pooled  f32 [P]; the empty prompt, only where captions are dropped
     data   x0                f32 [R, C, h, w]       clean latents
            prompt_embeds     f32 [R, L, D]          pooled  f32 [R, P]
 """
@@ -20,7 +22,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-FORMAT = 2
+FORMAT = 3
 
 
 class PayloadError(ValueError):
@@ -39,6 +41,9 @@ class GroupPayload:
     prompt_embeds: Tensor
     pooled: Tensor
     previous: Tensor | None = None
+    x0: Tensor | None = None
+    empty_embeds: Tensor | None = None
+    empty_pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ _DIMS = {
     DataPayload: {"x0": 4, "prompt_embeds": 3, "pooled": 2},
 }
 _LATENTS = {"x", "x_next", "previous", "x0"}  # one dimension more for video
-_OPTIONAL = {GroupPayload: {"previous": 5}, DataPayload: {}}
+_OPTIONAL = {GroupPayload: {"previous": 5, "x0": 3, "empty_embeds": 2, "empty_pooled": 1}, DataPayload: {}}
 
 
 def encode(payload: GroupPayload | DataPayload) -> bytes:
@@ -88,7 +93,8 @@ def decode_group(data: bytes) -> GroupPayload:
     """Bytes to a group. Raises PayloadError."""
     group = GroupPayload(**_decode(GroupPayload, data))
     latents = {group.x.shape, group.x_next.shape} | ({group.previous.shape} if group.previous is not None else set())
-    if len(latents) > 1 or group.log_prob.shape != group.x.shape[:2] or len(group.trained) != group.x.shape[1]:
+    strays = [group.log_prob.shape != group.x.shape[:2], len(group.trained) != group.x.shape[1], group.x0 is not None and group.x0.shape != group.x.shape[2:]]
+    if len(latents) > 1 or any(strays):
         raise PayloadError("group payload has tensors of clashing shapes")
     return group
 

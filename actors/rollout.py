@@ -1,4 +1,4 @@
-"""The rollout generator: lease groups → sample them in the engine → score each that is done (while others are sampled) → commit it.
+"""The rollout generator: hold weights → lease groups → sample them in the engine → score each that is done (while others are sampled) → commit it.
 
 Complete after `__init__` and driven by the ledger alone, so a generator that dies is simply started again: its leases
 expire and are given to someone else. Every group is a function of (run seed, group, weights): prompt, noise and the
@@ -13,7 +13,6 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +21,13 @@ import numpy as np
 import redis
 import torch
 
-from actors.config import PromptConfig, RolloutConfig
+from actors.config import DataConfig, PromptConfig, RolloutConfig
 from actors.connect import Target
-from actors.payload import GroupPayload, encode
-from actors.sources.prompts import training_prompt
+from actors.groups import OwnDatum, group_payload, group_request, judge
+from actors.payload import encode
+from actors.rewards import RunRewards
+from actors.sources.draws import prompt_source, training_example
+from actors.sources.example import Example
 from actors.weights import pull
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
@@ -33,102 +35,46 @@ from diffusion.engine.aio import AsyncEngine
 from diffusion.engine.cache import PromptCache
 from diffusion.engine.decode import Decoder
 from diffusion.engine.engine import Engine, compile_for_batches
-from diffusion.engine.request import SampleRequest, Trajectory
-from diffusion.kernel_names import stochastic_steps
-from diffusion.seeds import key
+from diffusion.engine.request import Trajectory
 from diffusion.text.base import Conditioning
 from replay.buffer import Lease
 from replay.errors import ReplayError
-from services.client.base import ItemScore, ScoreFailure
-from services.client.connect import connect
-from services.config import RewardConfig
+from services.client.base import RewardUnavailable
 
 IDLE_S = 1.0
 """Longest a generator waits for a lease before it looks at its stop flag."""
 DECODE_DEADLINE_S = 300.0
+PAUSE_S = 1.0
+"""How long a generator waits after it gave a group back for want of something else."""
 LOOK_S = 0.1
 """How often a generator that samples and has room for more asks for another lease."""
 
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """Everything a generator needs; plain settings that pickle."""
+    """Everything a generator needs; plain settings that pickle. `own_data`: each group brings its example's own datum."""
 
     seed: int
     model: ModelConfig
     sampler: SamplerConfig
     rollout: RolloutConfig
     prompts: PromptConfig
+    data: DataConfig
     target: Target
-    reward: RewardConfig
-
-
-class ScoringFailed(Exception):
-    """Too few members of a group have a score; the message says which have none and why."""
+    rewards: RunRewards
+    own_data: bool = False
 
 
 class LineageChanged(Exception):
     """A group that was sampled by weights of two histories; it is made again."""
 
 
-def scored_members(scores: Sequence[ItemScore | ScoreFailure], enough: int) -> tuple[list[int], list[float]]:
-    """Members that have a reward, and the rewards. A member without one is left out of the group, never given a number.
-
-    The group is then normalised by the statistics of those that are left. Raises ScoringFailed when fewer than `enough` are.
-    """
-    scored = [(member, score.reward) for member, score in enumerate(scores) if isinstance(score, ItemScore)]
-    if len(scored) < enough:
-        failed = [f"member {member}: {s.code}: {s.message}" for member, s in enumerate(scores) if not isinstance(s, ItemScore)]
-        raise ScoringFailed(f"{len(scored)} of {len(scores)} members have a reward, {enough} are needed; " + "; ".join(failed[:3]))
-    return [member for member, _ in scored], [reward for _, reward in scored]
+class WeightsMissing(Exception):
+    """The weights that a lease asks for did not appear in time."""
 
 
-def trained_steps(sampler: SamplerConfig, seed: int, group: int) -> tuple[int, ...]:
-    """Trained step indices of a group, ascending: one choice per group, so that its members stay comparable."""
-    if isinstance(sampler.trained_steps, list):
-        return tuple(sorted(sampler.trained_steps))
-    rng = np.random.default_rng(key(seed, "trained", group))
-    drawn = rng.choice(stochastic_steps(sampler.kernel, sampler.steps), sampler.trained_steps, replace=False)
-    return tuple(sorted(int(i) for i in drawn))
-
-
-def group_request(
-    sampler: SamplerConfig, rollout: RolloutConfig, seed: int, group: int, text: Conditioning, negative: Conditioning | None, shape: tuple[int, ...]
-) -> SampleRequest:
-    """The request for all members of one group. `negative`: the encoded negative prompt, with guidance."""
-    trained = trained_steps(sampler, seed, group)
-    stochastic = range(stochastic_steps(sampler.kernel, sampler.steps)) if sampler.noise_on == "all" else trained
-    return SampleRequest(
-        shape=shape,
-        steps=sampler.steps,
-        conditioning=text,
-        n=rollout.group_size,
-        seed=seed,
-        group=group,
-        kernel=sampler.kernel,
-        noise_level=sampler.noise_level,
-        stochastic=frozenset(stochastic),
-        trained=trained,
-        same_start=rollout.same_initial_noise,
-        guidance=sampler.guidance,
-        negative=negative,
-        id=group,
-    )
-
-
-def group_payload(trajectories: Sequence[Trajectory], text: Conditioning) -> GroupPayload:
-    """Stack the members' trained transitions."""
-    previous = [t.previous for t in trajectories if t.previous is not None]
-    return GroupPayload(
-        x=torch.stack([t.x for t in trajectories]),
-        x_next=torch.stack([t.x_next for t in trajectories]),
-        log_prob=torch.stack([t.log_prob for t in trajectories]),
-        trained=torch.tensor(trajectories[0].request.trained),
-        times=trajectories[0].times,
-        prompt_embeds=text.prompt_embeds.cpu(),
-        pooled=text.pooled.cpu(),
-        previous=torch.stack(previous) if previous else None,
-    )
+INFRASTRUCTURE = (LineageChanged, WeightsMissing, RewardUnavailable)
+"""Reasons that say nothing against a group: they cost it no attempt."""
 
 
 @dataclass
@@ -136,7 +82,7 @@ class _Group:
     """A group in the engine."""
 
     lease: Lease
-    prompt: str
+    example: Example
     text: Conditioning
     lineage: int
     started: float
@@ -162,6 +108,7 @@ class RolloutGenerator:
         merge = spec.model.lora.rank > 0 and spec.model.lora.merge
         engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge)
         self.text = PromptCache(self.policy.text_encoder, device)
+        self.source = prompt_source(spec.prompts, spec.data)
         if spec.model.compile:
             compile_for_batches(self.policy.transformer)
         self._description = {
@@ -176,7 +123,8 @@ class RolloutGenerator:
         self.decoder = Decoder(self.policy.codec, device)
         self.held: tuple[int, int] | None = None  # (lineage, version) of the newest weights that the engine was given
         self.buffer = spec.target.buffer()
-        self.client = connect(spec.reward)
+        self.client = spec.rewards.connect()
+        self.revisions: dict[str, str] = {}  # of the trained rewards, asked for before the first group is scored
         self._stop = threading.Event()
         self._scorer = ThreadPoolExecutor(1, "scorer")
         self._leases: dict[int, Lease] = {}
@@ -197,6 +145,8 @@ class RolloutGenerator:
     def run(self) -> int:
         """Generate until stopped; returns how many groups were committed."""
         self.buffer.release(self.owner)  # what a former self of this actor held
+        if not self._first_weights():
+            return 0
         committed = 0
         sampling: dict[Future[list[Trajectory]], _Group] = {}
         scoring: deque[Future[bool]] = deque()
@@ -224,19 +174,24 @@ class RolloutGenerator:
             self._refresh(lease.min_version)
             assert self.held is not None  # _refresh returned
             sampler = self.spec.sampler
-            prompt = training_prompt(self.spec.prompts, self.spec.seed, lease.group)
-            text = self.text.get([prompt])[0]
+            example = training_example(self.source, self.spec.seed, lease.group)
+            text = self.text.get([example.text])[0]
             negative = self.text.get([sampler.negative_prompt])[0] if sampler.guidance != 1 else None
             request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, text, negative, self.shape)
-            group = _Group(lease, prompt, text, self.held[0], time.monotonic())
+            group = _Group(lease, example, text, self.held[0], time.monotonic())
             return self.engine.submit(request), group
         except Exception as error:  # the group goes back with its reason; the ledger counts attempts
             self._give_back(lease, "sampling", error)
             return None
 
     def _give_back(self, lease: Lease, stage: str, error: Exception) -> None:
+        """Hand a group back: one that failed has used an attempt, one that lacked weights or a reward service has not."""
         self._leases.pop(lease.group, None)  # first: once it is given back it may come again, as another lease
-        self.buffer.fail(lease, _reason(stage, error))
+        if isinstance(error, INFRASTRUCTURE):
+            self.buffer.give_back(lease, _reason(stage, error))
+            self._stop.wait(PAUSE_S)  # what is missing may need a moment
+        else:
+            self.buffer.fail(lease, _reason(stage, error))
 
     def _heartbeat(self) -> None:
         """Keep the leases in hand alive, however long sampling and scoring take; ends with the process."""
@@ -246,9 +201,17 @@ class RolloutGenerator:
                 with contextlib.suppress(redis.RedisError, ReplayError):  # the next beat tries again; the lease outlives two misses
                     self.buffer.extend(lease)
 
-    def _refresh(self, least: int) -> None:
+    def _first_weights(self) -> bool:
+        """Wait until there are weights to sample with: a lease is taken only then. False when stopped before."""
+        while self.held is None and not self._stop.is_set():
+            with contextlib.suppress(WeightsMissing):
+                self._refresh(0, IDLE_S)
+        return self.held is not None
+
+    def _refresh(self, least: int, wait_s: float | None = None) -> None:
         """Give the engine the newest weights; wait until they are at least version `least`."""
-        deadline = time.monotonic() + self.spec.target.wait_s
+        wait_s = self.spec.target.wait_s if wait_s is None else wait_s
+        deadline = time.monotonic() + wait_s
         while True:
             fresh = pull(self.weights, self.held, self.spec.target.wait_s)
             if fresh is not None:
@@ -258,31 +221,47 @@ class RolloutGenerator:
             if self.held is not None and self.held[1] >= least:
                 return
             if time.monotonic() > deadline:
-                raise TimeoutError(f"weights of version {least} did not appear within {self.spec.target.wait_s:.0f} s; newest is {self.held}")
+                raise WeightsMissing(f"weights of version {least} did not appear within {wait_s:.0f} s; newest is {self.held}")
             time.sleep(0.05)
 
     def _score_and_commit(self, group: _Group, sampled: Future[list[Trajectory]], sampling_s: float) -> bool:
-        lease, stage, start = group.lease, "sampling", time.monotonic()
+        lease, stage, start, text = group.lease, "sampling", time.monotonic(), group.example.text
+        rewards, rollout = self.spec.rewards, self.spec.rollout
         try:
             trajectories = sampled.result()
             if group.mixed:
                 raise LineageChanged("the learner went back to a checkpoint while the group was sampled")
             stage = "decoding"
             images = np.stack(self.decoder.decode([t.latent for t in trajectories], DECODE_DEADLINE_S))
-            stage, reward = "scoring", self.spec.reward
-            scores = self.client.score(reward.model, [group.prompt] * len(images), images, reward.timeout_s)
-            members, rewards = scored_members(scores, self.spec.rollout.enough_members)
-            meta: dict[str, float | int | str] = {"prompt": group.prompt, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
-            if len(members) < len(trajectories):
-                meta["failed_members"] = len(trajectories) - len(members)
-            payload = encode(group_payload([trajectories[member] for member in members], group.text))
+            stage = "scoring"
+            if not self.revisions:
+                self.revisions = {name: info.revision for name, info in self.client.info(rewards.trained_names).items()}
+            scores = self.client.score_all(rewards.trained_names, [text] * len(images), images, rollout.score_timeout_s)
+            judged = judge(scores, rewards.trained, len(images), rollout.enough_members, rewards.fill_mean)
+            meta: dict[str, float | int | str] = {"prompt": text, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
+            if judged.failures:
+                meta["failed_members"] = len(trajectories) - len(judged.members)
+                meta["failed_scores"] = judged.failures
+            kept = [trajectories[member] for member in judged.members]
+            payload = encode(group_payload(kept, group.text, self._own_datum(group.example)))
             version = min(t.version for t in trajectories)
-            committed = self.buffer.commit(lease, payload, rewards, version, meta, group.lineage, self.spec.target.wait_s)
+            committed = self.buffer.commit(
+                lease, payload, judged.totals, version, meta, group.lineage, self.spec.target.wait_s, scores=judged.values, revisions=self.revisions
+            )
         except Exception as error:
             self._give_back(lease, stage, error)
             return False
         self._leases.pop(lease.group, None)
         return committed
+
+    def _own_datum(self, example: Example) -> OwnDatum | None:
+        """The group's own example as anchor data, encoded; None when anchor data comes from elsewhere."""
+        if not self.spec.own_data:
+            return None
+        sampler = self.spec.sampler
+        pixels = example.pixels(sampler.height, sampler.width)
+        empty = self.text.get([""])[0] if self.spec.data.caption_dropout > 0 else None
+        return OwnDatum(self.policy.codec.encode(pixels[None])[0], empty)
 
 
 def _reason(stage: str, error: Exception) -> str:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from actors.sources.anchor import training_batch
+from actors.sources.prompts import training_prompt
 
 from actors.payload import DataPayload, encode
 from actors.rollout import group_payload, group_request, scored_members
-from actors.sources.anchor import training_batch
-from actors.sources.prompts import training_prompt
 from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
 from replay.buffer import ReplayBuffer

@@ -28,10 +28,10 @@ Codec = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
 def glyph_group() -> bytes:
     """Payload of group 0 of the glyph recipe, sampled by the base checkpoint."""
     import torch
+    from actors.sources.prompts import training_prompt
 
     from actors.payload import encode
     from actors.rollout import group_payload, group_request
-    from actors.sources.prompts import training_prompt
     from diffusion.checkpoint import load_policy
     from diffusion.engine.engine import Engine
     from trainer.config.load import load_config

@@ -20,6 +20,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+COMPOSED = frozenset(key for preset in PRESETS.values() for key in preset)
+"""What presets set."""
+
+
 class ObjectiveConfig(Strict):
     """What is minimised: policy_weight x policy loss + kl_weight x reverse KL + data_weight x diffusion loss."""
 
@@ -38,6 +42,13 @@ class ObjectiveConfig(Strict):
     clip: float = Field(1e-3, gt=0, description="probability ratios are clipped to 1 ± clip, in units of the chosen log_prob scaling")
     advantage_scale: Literal["group", "batch"] = Field("group", description="whose standard deviation divides the advantage")
     advantage_clip: float = Field(5.0, gt=0, description="bound on |advantage|")
+    advantages: Literal["each", "sum"] = Field(
+        "each", description="several rewards: each = advantages per reward, then averaged with their weights (public DDRL code); sum = of the weighted sum"
+    )
+    failed_reward: Literal["leave_out", "fill_mean"] = Field(
+        "leave_out",
+        description="a member that a reward failed on: leave_out = it is left out of its group; fill_mean = it counts as the group's mean (public DDRL code)",
+    )
     exponential_advantage: bool = Field(False, description="map A to -exp(-A), the theory's transform (exp_reward of the public code)")
     data_per: Literal["transition", "rollout"] = Field(
         "transition", description="diffusion-loss evaluations: one per trained transition (public code) or one per rollout (data_on_first_only)"

@@ -8,9 +8,11 @@ from pydantic import Field, model_validator
 from actors.config import DataConfig, EvaluationConfig, PromptConfig, RolloutConfig
 from diffusion.config import ModelConfig, SamplerConfig
 from replay.config import RedisConfig, ReplayConfig
-from services.config import RewardConfig
+from services.client.terms import Term
+from services.config import FleetConfig, fleet_of
 from trainer.config.learner import LearnerConfig, OptimizerConfig
 from trainer.config.objective import ObjectiveConfig
+from trainer.config.rewards import RewardTerm
 from trainer.config.strict import Strict
 
 
@@ -39,7 +41,12 @@ class RunConfig(Strict):
     objective: ObjectiveConfig = Field(default_factory=lambda: ObjectiveConfig(), description="the loss")
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="optimiser and EMA")
     learner: LearnerConfig = Field(default_factory=lambda: LearnerConfig(), description="learner group")
-    reward: RewardConfig = Field(default_factory=lambda: RewardConfig(), description="reward fleet")
+    rewards: dict[str, RewardTerm] = Field(
+        default_factory=lambda: {"ocr": RewardTerm()},
+        description="what is trained on and shown in evaluations: reward, reward.sub_score or reward.a+b, each with weight and clip; {} = none (SFT only)",
+    )
+    held_out_rewards: tuple[str, ...] = Field((), description="scored in evaluations and never trained on; named like those above")
+    fleet: FleetConfig = Field(default_factory=lambda: FleetConfig(), description="where rewards are scored, and what kind each is (as in rewards.yaml)")
     replay: ReplayConfig = Field(default_factory=lambda: ReplayConfig(), description="replay buffer")
     redis: RedisConfig = Field(default_factory=lambda: RedisConfig(), description="Redis server of the replay buffer")
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig(), description="held-out numbers")
@@ -54,9 +61,40 @@ class RunConfig(Strict):
         return self.objective.data_weight > 0
 
     @property
+    def feeds_data(self) -> bool:
+        """Whether anchor batches are made apart; with `data.pairing: own` each group brings its own datum."""
+        return self.uses_data and self.data.pairing == "free"
+
+    @property
     def data_rows(self) -> int:
         """Anchor samples per update: as configured, else one per rollout."""
         return self.data.batch_size or self.rollout.groups_per_step * self.rollout.group_size
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Rewards that the run asks for, each once, trained ones first."""
+        return list(dict.fromkeys(Term.parse(name).reward for name in (*self.rewards, *self.held_out_rewards)))
+
+    @model_validator(mode="after")
+    def _rewards_exist(self) -> RunConfig:
+        twice = sorted({*self.rewards} & {*self.held_out_rewards})
+        if twice:
+            raise ValueError(f"held_out_rewards names {twice[0]!r}, which is trained on; a held-out reward is one that training never sees")
+        if self.uses_policy and not self.rewards:
+            raise ValueError("rewards is empty, and rollouts are trained on rewards: name one, such as {ocr: {weight: 1.0}}, or use objective.preset=sft")
+        if self.reward_names and self.fleet.url is None:
+            fleet_of(self.fleet, self.reward_names)
+        return self
+
+    @model_validator(mode="after")
+    def _own_data_exists(self) -> RunConfig:
+        if self.data.pairing == "free":
+            return self
+        if not self.uses_policy:
+            raise ValueError("data.pairing=own pairs anchor data with rollouts, and there are none; use free")
+        if self.prompts.kind != "data":
+            raise ValueError(f"data.pairing=own needs prompts with pictures, but prompts.kind={self.prompts.kind} draws them elsewhere; use prompts.kind=data")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:

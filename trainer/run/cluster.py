@@ -12,14 +12,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from actors.rewards import RunRewards
 from replay.buffer import BufferSettings
 from replay.config import RedisConfig
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis, refuse_several_nodes
 from replay.errors import ReplayError
-from services.client.base import RewardError
-from services.client.connect import connect as connect_rewards
-from services.config import RewardConfig
 from trainer.config.run import RayConfig, RunConfig
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
@@ -71,33 +69,15 @@ def check_nodes(config: RunConfig) -> None:
         raise RunFailed("Redis", str(error)) from error
 
 
-def check_reward_url(config: RewardConfig) -> None:
-    """Score one test picture at a given reward URL. Raises RunFailed."""
-    if config.url is None:
+def start_fleet(rewards: RunRewards, stack: ExitStack) -> None:
+    """Deploy the run's own fleet as an application of its own, unless a URL is given or no reward is named. Raises RunFailed."""
+    if rewards.fleet.url is not None or not rewards.names:
         return
+    from services.fleet import start
+
+    stack.callback(_quietly, lambda: start.stop_fleet(rewards.app))
     try:
-        client = connect_rewards(config)
-        with contextlib.closing(client):
-            client.check()
-    except RewardError as error:
-        raise RunFailed("reward", str(error)) from error
-
-
-def start_fleet(config: RewardConfig, stack: ExitStack) -> str:
-    """URL of the reward fleet; deploys the Serve application unless a URL is given. Raises RunFailed."""
-    if config.url is not None:
-        return config.url
-    import ray
-    from ray import serve
-
-    from services import fleet
-    from services.fleet_config import one_reward
-
-    ours = not any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
-    # what stands in a cluster that was joined outlives this driver: take down all of Serve only if this run started it
-    stack.callback(_quietly, serve.shutdown if ours else fleet.stop_fleet)
-    try:
-        return fleet.start_fleet(one_reward(config))
+        start.start_fleet(rewards.fleet, rewards.app)
     except Exception as error:
         raise RunFailed("reward fleet", describe(error)) from error
 
@@ -112,7 +92,7 @@ def buffer_settings(config: RunConfig) -> BufferSettings:
     """What the run asks of the replay buffer."""
     return BufferSettings(
         groups_per_step=config.rollout.groups_per_step if config.uses_policy else 0,
-        data_per_step=1 if config.uses_data else 0,
+        data_per_step=1 if config.feeds_data else 0,
         max_staleness=config.replay.max_staleness,
         window=config.replay.window,
         lease_s=config.replay.lease_s,

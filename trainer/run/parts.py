@@ -26,6 +26,7 @@ from trainer.learn.loop import LoopSpec, train_loop
 from trainer.learn.settle import SettleCheckpointed
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
+from trainer.run.rewards import run_rewards
 
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 60.0
@@ -69,13 +70,15 @@ class Parts:
         # Methods are safe to run again (named by version, lease or step), so Ray may retry them after a restart.
         forever = {"max_restarts": -1, "max_task_retries": -1}
         self.weights = ray.remote(WeightStore).options(num_cpus=0.1, **forever).remote(str(self.folder.weights))
-        spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, config.reward, str(self.folder.path), config.seed)
+        rewards = run_rewards(config)
+        spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, rewards, str(self.folder.path), config.seed)
         self.evaluator = ray.remote(Evaluator).options(num_cpus=1, max_restarts=3, max_task_retries=3).remote(spec)
         if config.uses_policy:
-            rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, self.target, config.reward)
+            own = config.uses_data and not config.feeds_data
+            rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own)
             generator = ray.remote(RolloutGenerator).options(num_cpus=1, num_gpus=config.rollout.gpus, max_concurrency=4, **forever)
             self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
-        if config.uses_data:
+        if config.feeds_data:
             anchor = AnchorSpec(config.seed, config.model, config.sampler, config.data, config.data_rows, self.target)
             self.feeder = ray.remote(AnchorFeeder).options(num_cpus=0.5, max_concurrency=4, **forever).remote(anchor)
 

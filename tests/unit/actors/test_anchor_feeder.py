@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from actors.sources.anchor import training_batch
 
 from actors.anchor import AnchorFeeder, AnchorSpec
 from actors.config import DataConfig
 from actors.payload import DataPayload, decode_data
-from actors.sources.anchor import training_batch
 from diffusion.config import ModelConfig, SamplerConfig
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,17 @@ from safetensors.torch import save
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.evaluator import EvaluationFailed, Evaluator, EvaluatorSpec
-from actors.sources.prompts import held_out_prompts
+from actors.groups import Weighted
+from actors.rewards import RunRewards
+from actors.sources.draws import held_out_prompts
+from actors.sources.glyph import GlyphSource
+from actors.sources.text import TextSource
 from actors.weights import Weights
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from services.client.base import ItemScore, ScoreFailure
-from services.config import RewardConfig
+from services.client.terms import Term
+from services.config import FleetConfig
 
 SETTINGS = EvaluationConfig(test_prompts=6, dev_prompts=4, loss_points=8, diversity_prompts=4, diversity_samples=3, grid_prompts=5, threads=1)
 
@@ -31,21 +37,32 @@ class Scorer:
     """Reward = mean of the picture; may fail on one place of a call."""
 
     fails_at: int | None = None
+    always_fails: bool = False
     prompts: list[str] = field(default_factory=list)
 
-    def score(self, model: str, prompts: list[str], images: np.ndarray, timeout_s: float) -> list[ItemScore | ScoreFailure]:
+    def info(self, names: list[str]) -> dict[str, Any]:
+        return {name: SimpleNamespace(revision=f"{name}-1") for name in names}
+
+    def score_all(self, names: list[str], prompts: list[str], images: np.ndarray, timeout_s: float) -> dict[str, list[ItemScore | ScoreFailure]]:
+        return {name: self.score(name, prompts, images) for name in names}
+
+    def score(self, name: str, prompts: list[str], images: np.ndarray) -> list[ItemScore | ScoreFailure]:
         self.prompts = prompts
         scores: list[ItemScore | ScoreFailure] = [ItemScore(float(i.mean()) / 255, {"exact_match": float(n % 2)}) for n, i in enumerate(images)]
-        if self.fails_at is not None:
+        if self.fails_at is not None and name == "mean":
             scores[self.fails_at] = ScoreFailure("engine_error", "no")
+        if self.always_fails:
+            scores = [ScoreFailure("engine_error", "no") for _ in scores]
         return scores
 
 
-def evaluator(folder: Path, run_dir: Path, scorer: Scorer | None = None) -> Evaluator:
+REWARDS = RunRewards(FleetConfig(url="http://127.0.0.1:9"), "rewards", (Weighted(Term.parse("mean"), 1.0),), (Term.parse("other.exact_match"),))
+
+
+def evaluator(folder: Path, run_dir: Path, scorer: Scorer | None = None, rewards: RunRewards = REWARDS) -> Evaluator:
     model = ModelConfig(path=str(folder), init=True)
     sampler = SamplerConfig(eval_steps=2, steps=3, trained_steps=1)
-    reward = RewardConfig(url="http://127.0.0.1:9", model="mean")
-    made = Evaluator(EvaluatorSpec(model, sampler, PromptConfig(), DataConfig(), SETTINGS, reward, str(run_dir)))
+    made = Evaluator(EvaluatorSpec(model, sampler, PromptConfig(), DataConfig(), SETTINGS, rewards, str(run_dir)))
     made.client = scorer or Scorer()  # type: ignore[assignment]
     return made
 
@@ -75,18 +92,41 @@ def test_policies_of_every_process_are_evaluated(scheduler: dict[str, Any], poli
 def test_an_evaluation_keeps_its_per_prompt_numbers(policy_folder: Path, tmp_path: Path) -> None:
     scorer = Scorer()
     record = evaluator(policy_folder, tmp_path, scorer).evaluate(None, "test", 0)
-    assert scorer.prompts == held_out_prompts(PromptConfig(), "test", 6)
-    assert (record["kind"], record["split"], record["step"], record["weights"], record["prompts"]) == ("eval", "test", 0, "raw", 6)
+    assert scorer.prompts == held_out_prompts(GlyphSource(), "test", 6)
+    assert (record["kind"], record["split"], record["step"], record["weights"], record["prompts"]) == ("evaluation", "test", 0, "raw", 6)
     stored = json.loads((tmp_path / "eval" / "test-000000-raw.json").read_text())
     details = stored.pop("per_prompt")
     assert stored == record
-    assert [len(details[k]) for k in ("rewards", "exact", "diffusion_losses", "diversity")] == [6, 6, 8, 4]
-    assert record["reward"] == pytest.approx(np.mean(details["rewards"]))
-    assert record["reward_stderr"] == pytest.approx(np.std(details["rewards"], ddof=1) / 6**0.5)
-    assert record["exact_match"] == 0.5
-    assert record["diffusion_loss"] == pytest.approx(np.mean(details["diffusion_losses"]))
+    assert {name: len(column) for name, column in details["rewards"].items()} == {"mean": 6, "other.exact_match": 6}
+    assert details["sub_scores"].keys() == {"mean.exact_match", "other.exact_match"}
+    assert [len(details[k]) for k in ("diffusion_loss", "diversity")] == [8, 4]
+    assert record["rewards"] == {"mean": pytest.approx(np.mean(details["rewards"]["mean"])), "other.exact_match": 0.5}
+    assert record["sub_scores"] == {"mean.exact_match": 0.5, "other.exact_match": 0.5}
+    assert record["failed"] == record["first_failure"] == {}
+    assert record["revisions"] == {"mean": "mean-1", "other": "other-1"}
+    assert record["diffusion_loss"] == pytest.approx(np.mean(details["diffusion_loss"]))
     assert record["diversity"] == pytest.approx(np.mean(details["diversity"]))
     assert 0.1 < record["diversity"] < 1  # untrained: samples are noise
+
+
+def test_an_evaluation_needs_no_reward(policy_folder: Path, tmp_path: Path) -> None:
+    """Supervised training on one's own pictures has none to ask."""
+    scorer = Scorer()
+    record = evaluator(policy_folder, tmp_path, scorer, RunRewards(REWARDS.fleet, "rewards")).evaluate(None, "test", 0)
+    assert record["rewards"] == record["sub_scores"] == record["revisions"] == {}
+    assert scorer.prompts == []
+    assert record["diffusion_loss"] > 0
+
+
+def test_the_set_of_an_evaluation_is_its_prompts_and_its_draws(policy_folder: Path, tmp_path: Path) -> None:
+    """Numbers of two runs are paired by it; a file of as many other prompts is another set."""
+    made = evaluator(policy_folder, tmp_path)
+    first = made.evaluate(None, "test", 0)["set"]
+    assert evaluator(policy_folder, tmp_path / "b").evaluate(None, "test", 0)["set"] == first
+    assert made.evaluate(None, "dev", 0, full=False)["set"] != first
+    (tmp_path / "prompts.txt").write_text("\n".join(f'a board that says "{i}"' for i in range(200)))
+    made.prompts = TextSource(str(tmp_path / "prompts.txt"))
+    assert made.evaluate(None, "test", 0)["set"] != first
 
 
 def test_two_evaluations_of_one_version_are_equal_and_two_versions_differ(policy_folder: Path, tmp_path: Path) -> None:
@@ -98,7 +138,7 @@ def test_two_evaluations_of_one_version_are_equal_and_two_versions_differ(policy
     changed = made.evaluate(changed_weights(policy_folder, 8), "dev", 8, full=False)
     assert changed["prompts"] == other["prompts"] == 4
     assert changed["diffusion_loss"] != other["diffusion_loss"]
-    assert changed["reward"] != other["reward"]
+    assert changed["rewards"]["mean"] != other["rewards"]["mean"]
 
 
 def test_without_weights_it_is_the_policy_folder_that_is_evaluated(policy_folder: Path, tmp_path: Path) -> None:
@@ -110,8 +150,18 @@ def test_without_weights_it_is_the_policy_folder_that_is_evaluated(policy_folder
 
 
 def test_a_sample_without_a_score_is_no_average_over_the_rest(policy_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationFailed, match=r"1 of 6 held-out samples have no score; first: .*engine_error"):
-        evaluator(policy_folder, tmp_path, Scorer(fails_at=2)).evaluate(None, "test", 0)
+    """The reward that failed on one has no mean and says so; the other rewards, loss and diversity stand."""
+    record = evaluator(policy_folder, tmp_path, Scorer(fails_at=2)).evaluate(None, "test", 0)
+    assert record["rewards"] == {"other.exact_match": 0.5}
+    assert record["failed"] == {"mean": 1}
+    assert record["first_failure"] == {"mean": "engine_error: no"}
+    column = json.loads((tmp_path / "eval" / "test-000000-raw.json").read_text())["per_prompt"]["rewards"]["mean"]
+    assert [value is None for value in column] == [False, False, True, False, False, False]
+
+
+def test_a_reward_without_any_score_fails_the_evaluation(policy_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationFailed, match="reward mean scored none of 6 held-out samples; first: engine_error: no"):
+        evaluator(policy_folder, tmp_path, Scorer(always_fails=True)).evaluate(None, "test", 0)
     assert not (tmp_path / "eval").exists()
 
 

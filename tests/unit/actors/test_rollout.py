@@ -13,10 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.config import PromptConfig, RolloutConfig
+from actors.config import DataConfig, PromptConfig, RolloutConfig
+from actors.groups import Weighted, group_payload, group_request, trained_steps
 from actors.payload import GroupPayload, decode_group
-from actors.rollout import RolloutGenerator, RolloutSpec, group_payload, group_request, trained_steps
-from actors.sources.prompts import training_prompt
+from actors.rewards import RunRewards
+from actors.rollout import RolloutGenerator, RolloutSpec, WeightsMissing
+from actors.sources.draws import prompt_source, training_example
 from diffusion.checkpoint import load_policy
 from diffusion.codecs import IdentityCodec
 from diffusion.config import ModelConfig, SamplerConfig
@@ -25,8 +27,9 @@ from diffusion.kernels import log_prob, make_kernel
 from diffusion.text.base import Conditioning
 from replay.policy import BufferSettings
 from replay.records import Lease
-from services.client.base import ItemScore, ScoreFailure
-from services.config import RewardConfig
+from services.client.base import ItemScore, RewardUnavailable, ScoreFailure
+from services.client.terms import Term
+from services.config import FleetConfig
 
 SEED = 3
 SAMPLER = SamplerConfig(steps=4, trained_steps=2, height=16, width=24)
@@ -34,7 +37,8 @@ ROLLOUT = RolloutConfig(group_size=3)
 TEXT = Conditioning(torch.randn(10, 64), torch.randn(64))
 SHAPE = (3, 16, 24)
 LINEAGE = 3
-NOWHERE = RewardConfig(url="http://127.0.0.1:9", model="mean")
+NOWHERE = FleetConfig(url="http://127.0.0.1:9")
+MEAN = RunRewards(NOWHERE, "rewards", (Weighted(Term.parse("mean"), 1.0),))
 
 
 # -- which steps are trained ----------------------------------------------------------------------------------------
@@ -94,6 +98,9 @@ class Ledger:
     settings: BufferSettings = BufferSettings(groups_per_step=1)  # noqa: RUF009  # frozen
     committed: list[tuple[int, GroupPayload, list[float], int, dict[str, Any]]] = field(default_factory=list)
     failed: list[tuple[int, str]] = field(default_factory=list)
+    given_back: list[tuple[int, str]] = field(default_factory=list)
+    scores: list[dict[str, list[float | None]]] = field(default_factory=list)
+    revisions: list[dict[str, str]] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     extended: list[int] = field(default_factory=list)
     lineages: list[int | None] = field(default_factory=list)
@@ -117,36 +124,64 @@ class Ledger:
         self.extended.append(lease.group)
         return True
 
-    def commit(self, lease: Lease, payload: bytes, rewards: list[float], version: int, meta: dict[str, Any], lineage: int | None, timeout_s: float) -> bool:
+    def commit(
+        self,
+        lease: Lease,
+        payload: bytes,
+        rewards: list[float],
+        version: int,
+        meta: dict[str, Any],
+        lineage: int | None,
+        timeout_s: float,
+        scores: dict[str, list[float | None]],
+        revisions: dict[str, str],
+    ) -> bool:
         self.lineages.append(lineage)
+        self.scores.append(scores)
+        self.revisions.append(revisions)
         self.committed.append((lease.group, decode_group(payload), rewards, version, meta))
         return lease.group != 13  # a lease that was lost meanwhile
 
     def fail(self, lease: Lease, reason: str) -> None:
         self.failed.append((lease.group, reason))
 
+    def give_back(self, lease: Lease, reason: str) -> None:
+        self.given_back.append((lease.group, reason))
+
+
+@dataclass(frozen=True)
+class Info:
+    revision: str
+
 
 @dataclass
 class Scorer:
-    """Rewards a picture with its mean; fails on the groups' prompts in `broken`."""
+    """Rewards a picture with its mean and, as a sub-score, its largest value; fails on the groups' prompts in `broken`."""
 
     broken: dict[str, Exception | ScoreFailure] = field(default_factory=dict)
     wait_s: float = 0.0
 
-    def score(self, model: str, prompts: list[str], images: np.ndarray, timeout_s: float) -> list[ItemScore | ScoreFailure]:
+    def info(self, names: list[str]) -> dict[str, Info]:
+        return {name: Info(f"{name}-1") for name in names}
+
+    def score_all(self, names: list[str], prompts: list[str], images: np.ndarray, timeout_s: float) -> dict[str, list[ItemScore | ScoreFailure]]:
+        return {name: self.score(prompts, images) for name in names}
+
+    def score(self, prompts: list[str], images: np.ndarray) -> list[ItemScore | ScoreFailure]:
         time.sleep(self.wait_s)
         problem = self.broken.get(prompts[0])
         if isinstance(problem, Exception):
             raise problem
-        scores: list[ItemScore | ScoreFailure] = [ItemScore(float(i.mean()) / 255, {}) for i in images]
+        scores: list[ItemScore | ScoreFailure] = [ItemScore(float(i.mean()) / 255, {"largest": float(i.max())}) for i in images]
         return [scores[0], problem, *scores[2:]] if problem else scores
 
 
 class Generator(RolloutGenerator):
     """Samples with the weights it was built with."""
 
-    def _refresh(self, least: int) -> None:
-        self.held = (self.lineages.pop(0) if self.lineages else LINEAGE, least)
+    def _refresh(self, least: int, wait_s: float | None = None) -> None:
+        begun = wait_s is None  # the first look for weights, before any lease, changes nothing
+        self.held = (self.lineages.pop(0) if self.lineages and begun else LINEAGE, least)
 
     lineages: ClassVar[list[int]] = []
 
@@ -158,10 +193,13 @@ def run(
     sampler: SamplerConfig = SAMPLER,
     prompts: PromptConfig | None = None,
     rollout: RolloutConfig = ROLLOUT,
+    rewards: RunRewards = MEAN,
+    data: DataConfig = DataConfig(),  # noqa: B008  # frozen
+    kind: type[RolloutGenerator] = Generator,
 ) -> int:
     model = ModelConfig(path=str(folder), init=True)
-    spec = RolloutSpec(SEED, model, sampler, rollout, prompts or PromptConfig(), ledger, NOWHERE)  # type: ignore[arg-type]
-    ledger.generator = Generator(spec, None, 0)
+    spec = RolloutSpec(SEED, model, sampler, rollout, prompts or PromptConfig(), data, ledger, rewards, data.pairing == "own")  # type: ignore[arg-type]
+    ledger.generator = kind(spec, None, 0)
     ledger.generator.client = scorer  # type: ignore[assignment]
     for parameter in ledger.generator.policy.transformer.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
@@ -169,7 +207,7 @@ def run(
 
 
 def prompt(group: int) -> str:
-    return training_prompt(PromptConfig(), SEED, group)
+    return training_example(prompt_source(PromptConfig(), DataConfig()), SEED, group).text
 
 
 def test_a_committed_group_is_regenerable_and_scored_in_order(policy_folder: Path) -> None:
@@ -180,7 +218,9 @@ def test_a_committed_group_is_regenerable_and_scored_in_order(policy_folder: Pat
     assert first.lineages == [LINEAGE, LINEAGE]
     assert first.released == ["generator-0"]  # what a former self of this generator held
     for ours, again in zip(vars(first.committed[1][1]).values(), vars(second.committed[0][1]).values(), strict=True):
-        torch.testing.assert_close(ours, again, atol=0, rtol=0)
+        assert (ours is None) == (again is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, again, atol=0, rtol=0)
     group, payload, rewards, version, meta = first.committed[0]
     assert (group, version, len(rewards)) == (4, 0, 3)
     assert payload.x.shape == (3, 2, *SHAPE)
@@ -311,5 +351,82 @@ def test_a_group_of_two_histories_goes_back(policy_folder: Path, monkeypatch: py
     monkeypatch.setattr(Generator, "lineages", [LINEAGE, LINEAGE + 1])
     ledger = Ledger([4, 7])
     assert run(policy_folder, ledger, Scorer(), rollout=ROLLOUT.model_copy(update={"concurrent_groups": 2})) == 1
-    assert [g for g, _ in ledger.failed] == [4]
-    assert "the learner went back to a checkpoint" in ledger.failed[0][1]
+    assert [g for g, _ in ledger.given_back] == [4]  # it is not the group's fault: no attempt is lost
+    assert ledger.failed == []
+    assert "the learner went back to a checkpoint" in ledger.given_back[0][1]
+
+
+# -- what others owe a generator --------------------------------------------------------------------------------------
+
+
+class WithoutWeights(Generator):
+    """No weights appear at the first two looks."""
+
+    looks: ClassVar[list[bool]] = []
+
+    def _refresh(self, least: int, wait_s: float | None = None) -> None:
+        ledger = self.spec.target
+        self.looks.append(bool(ledger.released) and len(ledger.groups) == 1)  # type: ignore[attr-defined]
+        if len(self.looks) < 3:
+            raise WeightsMissing("not yet")
+        super()._refresh(least, wait_s)
+
+
+def test_nothing_is_leased_before_there_are_weights(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner that takes long to start costs no group an attempt."""
+    monkeypatch.setattr(WithoutWeights, "looks", [])
+    ledger = Ledger([4])
+    assert run(policy_folder, ledger, Scorer(), kind=WithoutWeights) == 1
+    assert WithoutWeights.looks[:3] == [True, True, True]  # the group was still in the ledger
+    assert ledger.failed == ledger.given_back == []
+
+
+def test_a_service_that_does_not_answer_costs_a_group_no_attempt(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.rollout.PAUSE_S", 0.01)
+    ledger = Ledger([4, 5])
+    assert run(policy_folder, ledger, Scorer({prompt(4): RewardUnavailable("serve://rewards/mean", "no answer", "Start it.")})) == 1
+    assert [g for g, _ in ledger.given_back] == [4]
+    assert ledger.failed == []
+
+
+# -- several rewards, and the example's own datum ---------------------------------------------------------------------
+
+
+def test_every_reward_travels_by_name_and_the_total_is_weighted(policy_folder: Path) -> None:
+    terms = (Weighted(Term.parse("mean"), 2.0), Weighted(Term.parse("other.largest"), 0.5, (0.0, 100.0)))
+    ledger = Ledger([4])
+    run(policy_folder, ledger, Scorer(), rewards=RunRewards(NOWHERE, "rewards", terms))
+    scores, totals = ledger.scores[0], ledger.committed[0][2]
+    assert scores.keys() == {"mean", "other.largest"}
+    assert totals == pytest.approx([2 * a + 0.5 * min(b, 100.0) for a, b in zip(scores["mean"], scores["other.largest"], strict=True)])  # type: ignore[type-var, operator]
+    assert ledger.revisions == [{"mean": "mean-1", "other": "other-1"}]
+
+
+def test_a_failed_score_may_count_as_the_mean_of_its_group(policy_folder: Path) -> None:
+    """The member stays, its gap is handed on, and the payload is whole."""
+    ledger = Ledger([4])
+    rewards = RunRewards(NOWHERE, "rewards", MEAN.trained, fill_mean=True)
+    broken = {prompt(4): ScoreFailure("engine_error", "OCR crashed")}
+    assert run(policy_folder, ledger, Scorer(broken), rollout=ROLLOUT.model_copy(update={"min_group_size": 2}), rewards=rewards) == 1
+    _, payload, totals, _, meta = ledger.committed[0]
+    first, gap, last = ledger.scores[0]["mean"]
+    assert gap is None
+    assert first is not None
+    assert last is not None
+    assert totals == pytest.approx([first, (first + last) / 2, last])
+    assert len(payload.x) == 3
+    assert (meta["failed_members"], meta["failed_scores"]) == (0, 1)
+
+
+def test_a_group_brings_its_own_example_as_anchor_data(policy_folder: Path) -> None:
+    ledger = Ledger([4])
+    data = DataConfig(pairing="own", caption_dropout=0.2)
+    run(policy_folder, ledger, Scorer(), data=data)
+    payload = ledger.committed[0][1]
+    example = training_example(prompt_source(PromptConfig(), data), SEED, 4)
+    assert payload.x0 is not None
+    pixels = IdentityCodec().decode(payload.x0[None])[0]
+    np.testing.assert_array_equal(pixels, example.pixels(16, 24))
+    assert payload.empty_embeds is not None
+    assert payload.empty_embeds.shape == payload.prompt_embeds.shape
+    assert not torch.equal(payload.empty_embeds, payload.prompt_embeds)

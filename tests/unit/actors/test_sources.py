@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,11 +16,13 @@ from PIL import Image
 
 from actors.config import DataConfig, PromptConfig
 from actors.sources import glyphs
-from actors.sources.anchor import held_out_batch, training_batch
-from actors.sources.prompts import held_out_prompts, split_of, training_prompt
+from actors.sources.draws import data_source, held_out_batch, held_out_prompts, make_source, prompt_source, training_batch, training_example
+from actors.sources.example import Source, SourceError, split_of
+from actors.sources.folder import FolderSource
+from actors.sources.glyph import GlyphSource
+from actors.sources.text import TextSource
 
-GLYPHS = PromptConfig()
-SIGNS = DataConfig()
+GLYPHS = SIGNS = GlyphSource()
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -51,13 +54,17 @@ def test_every_text_has_one_split(prompt: str) -> None:
 
 
 @pytest.fixture
-def prompt_file(tmp_path: Path) -> PromptConfig:
+def prompt_file(tmp_path: Path) -> TextSource:
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(f"  prompt {i} " for i in range(60)) + "\n\nprompt 3\n")
-    return PromptConfig(kind="file", path=str(path))
+    return TextSource(str(path))
 
 
-def test_training_prompts_are_pure_and_from_the_train_split(prompt_file: PromptConfig) -> None:
+def training_prompt(source: Source, seed: int, group: int) -> str:
+    return training_example(source, seed, group).text
+
+
+def test_training_prompts_are_pure_and_from_the_train_split(prompt_file: TextSource) -> None:
     for config in (GLYPHS, prompt_file):
         prompts = [training_prompt(config, 1, group) for group in range(40)]
         assert prompts == [training_prompt(config, 1, group) for group in range(40)]
@@ -66,7 +73,7 @@ def test_training_prompts_are_pure_and_from_the_train_split(prompt_file: PromptC
         assert len(set(prompts)) > 15
 
 
-def test_held_out_prompts_are_fixed_distinct_and_disjoint(prompt_file: PromptConfig) -> None:
+def test_held_out_prompts_are_fixed_distinct_and_disjoint(prompt_file: TextSource) -> None:
     training = {training_prompt(GLYPHS, 0, group) for group in range(300)}
     dev, test = (held_out_prompts(GLYPHS, split, n) for split, n in (("dev", 96), ("test", 512)))
     assert (len(set(dev)), len(set(test))) == (96, 512)
@@ -77,7 +84,7 @@ def test_held_out_prompts_are_fixed_distinct_and_disjoint(prompt_file: PromptCon
         assert {split_of(p) for p in held_out_prompts(prompt_file, split, 2)} == {split}
 
 
-def test_asking_for_more_held_out_prompts_than_there_are(prompt_file: PromptConfig) -> None:
+def test_asking_for_more_held_out_prompts_than_there_are(prompt_file: TextSource) -> None:
     there = sum(split_of(f"prompt {i}") == "test" for i in range(60))
     assert len(held_out_prompts(prompt_file, "test", there)) == there
     with pytest.raises(ValueError, match=f"only {there} distinct test prompts, {there + 1} were asked for"):
@@ -86,15 +93,15 @@ def test_asking_for_more_held_out_prompts_than_there_are(prompt_file: PromptConf
 
 def test_prompt_file_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"prompt file .*missing.txt cannot be read: No such file"):
-        training_prompt(PromptConfig(kind="file", path=str(tmp_path / "missing.txt")), 0, 0)
+        TextSource(str(tmp_path / "missing.txt"))
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     with pytest.raises(ValueError, match=r"prompt file .*empty.txt holds no prompts"):
-        training_prompt(PromptConfig(kind="file", path=str(empty)), 0, 0)
+        TextSource(str(empty))
     held_out_only = tmp_path / "held.txt"
     held_out_only.write_text(next(p for p in (f"p{i}" for i in range(1000)) if split_of(p) == "test"))
-    with pytest.raises(ValueError, match="no train prompt found for group 5"):
-        training_prompt(PromptConfig(kind="file", path=str(held_out_only)), 0, 5)
+    with pytest.raises(SourceError, match="the source has no example of the train split; add examples"):
+        training_prompt(TextSource(str(held_out_only)), 0, 5)
     with pytest.raises(ValueError, match=r"prompts.kind=file needs prompts.path"):
         PromptConfig(kind="file")
 
@@ -155,23 +162,23 @@ def test_styles_vary() -> None:
 
 
 def test_anchor_batches_are_pure_in_seed_batch_and_row() -> None:
-    captions, pixels = training_batch(SIGNS, 3, 7, 6, 16, 48)
+    captions, pixels = training_batch(SIGNS, 0.0, 3, 7, 6, 16, 48)
     assert pixels.shape == (6, 16, 48, 3)
-    again_captions, again = training_batch(SIGNS, 3, 7, 6, 16, 48)
+    again_captions, again = training_batch(SIGNS, 0.0, 3, 7, 6, 16, 48)
     assert captions == again_captions
     np.testing.assert_array_equal(pixels, again)
-    shorter_captions, shorter = training_batch(SIGNS, 3, 7, 2, 16, 48)
+    shorter_captions, shorter = training_batch(SIGNS, 0.0, 3, 7, 2, 16, 48)
     assert shorter_captions == captions[:2]
     np.testing.assert_array_equal(shorter, pixels[:2])
     for seed, batch in ((4, 7), (3, 8)):
-        assert training_batch(SIGNS, seed, batch, 6, 16, 48)[0] != captions
+        assert training_batch(SIGNS, 0.0, seed, batch, 6, 16, 48)[0] != captions
     assert len(set(captions)) > 3
-    everything = [picture.tobytes() for batch in range(4) for picture in training_batch(SIGNS, 3, batch, 10, 16, 48)[1]]
+    everything = [picture.tobytes() for batch in range(4) for picture in training_batch(SIGNS, 0.0, 3, batch, 10, 16, 48)[1]]
     assert len(set(everything)) == 40  # no picture twice, neither within a batch nor in the next one
 
 
 def test_held_out_anchors_are_never_trained_on() -> None:
-    trained = {c for batch in range(4) for c in training_batch(SIGNS, 0, batch, 40, 16, 48)[0]}
+    trained = {c for batch in range(4) for c in training_batch(SIGNS, 0.0, 0, batch, 40, 16, 48)[0]}
     for split in ("dev", "test"):
         captions, _ = held_out_batch(SIGNS, split, 40, 16, 48)
         assert {split_of(c) for c in captions} == {split}
@@ -182,15 +189,15 @@ def test_held_out_anchors_are_never_trained_on() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_caption_dropout_drops_that_share_and_leaves_the_pictures(share: float) -> None:
-    captions, pixels = training_batch(DataConfig(caption_dropout=share), 0, 0, 150, 16, 48)
-    plain, same = training_batch(SIGNS, 0, 0, 150, 16, 48)
+    captions, pixels = training_batch(SIGNS, share, 0, 0, 150, 16, 48)
+    plain, same = training_batch(SIGNS, 0.0, 0, 0, 150, 16, 48)
     np.testing.assert_array_equal(pixels, same)
     assert all(c in ("", p) for c, p in zip(captions, plain, strict=True))
     assert captions.count("") / 150 == pytest.approx(share, abs=0.12 if 0 < share < 1 else 0)
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> DataConfig:
+def picture_folder(tmp_path: Path) -> FolderSource:
     folder = tmp_path / "pictures"
     (folder / "sub").mkdir(parents=True)
     lines = []
@@ -199,11 +206,11 @@ def picture_folder(tmp_path: Path) -> DataConfig:
         Image.new("RGB" if i % 2 else "L", (20 + i, 10), (i, 2 * i, 100) if i % 2 else i).save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": f"picture {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
-    return DataConfig(kind="folder", path=str(folder))
+    return FolderSource(str(folder))
 
 
-def test_pictures_from_a_folder_keep_their_captions(picture_folder: DataConfig) -> None:
-    captions, pixels = training_batch(picture_folder, 0, 0, 20, 16, 48)
+def test_pictures_from_a_folder_keep_their_captions(picture_folder: FolderSource) -> None:
+    captions, pixels = training_batch(picture_folder, 0.0, 0, 0, 20, 16, 48)
     assert (pixels.shape, pixels.dtype) == ((20, 16, 48, 3), np.uint8)
     for caption, picture in zip(captions, pixels, strict=True):
         i = int(caption.removeprefix("picture "))
@@ -223,7 +230,7 @@ def test_pictures_from_a_folder_keep_their_captions(picture_folder: DataConfig) 
         ("\n", "lists no pictures"),
         ('{"file_name": "missing.png", "text": "TRAIN"}', r"missing.png"),
         ('{"file_name": "broken.png", "text": "TRAIN"}', r"broken.png"),
-        ('{"file_name": "broken.png", "text": "HELD"}', "no captions in the train split"),
+        ('{"file_name": "broken.png", "text": "HELD"}', "no example of the train split"),
     ],
 )
 def test_folder_refusals(metadata: str | None, message: str, tmp_path: Path) -> None:
@@ -232,9 +239,62 @@ def test_folder_refusals(metadata: str | None, message: str, tmp_path: Path) -> 
     if metadata is not None:
         (tmp_path / "metadata.jsonl").write_text(metadata.replace("TRAIN", texts["train"]).replace("HELD", texts["test"]))
     with pytest.raises(ValueError, match=message):
-        training_batch(DataConfig(kind="folder", path=str(tmp_path)), 0, 0, 1, 16, 48)
+        training_batch(FolderSource(str(tmp_path)), 0.0, 0, 0, 1, 16, 48)
 
 
 def test_a_folder_source_needs_a_path() -> None:
     with pytest.raises(ValueError, match=r"data.kind=folder needs data.path"):
         DataConfig(kind="folder")
+
+
+# -- one source of examples -------------------------------------------------------------------------------------------
+
+
+def test_an_example_has_the_same_picture_at_every_look() -> None:
+    example = training_example(GLYPHS, 3, 7)
+    np.testing.assert_array_equal(example.pixels(16, 48), example.pixels(16, 48))
+    np.testing.assert_array_equal(example.pixels(16, 48), training_example(GLYPHS, 3, 7).pixels(16, 48))
+
+
+def test_prompts_are_the_captions_of_the_data_unless_named(picture_folder: FolderSource, tmp_path: Path) -> None:
+    data = DataConfig(kind="folder", path=str(tmp_path / "pictures"))
+    assert training_example(prompt_source(PromptConfig(), data), 0, 0).text.startswith("picture ")
+    assert training_example(prompt_source(PromptConfig(kind="glyph"), data), 0, 0).text.startswith("a sign")
+    assert isinstance(data_source(DataConfig()), GlyphSource)
+
+
+def test_pictures_are_split_by_their_id(tmp_path: Path) -> None:
+    """Without an id it is the caption, so that two pictures of one caption stand on one side."""
+    ids = {split: next(f"i{n}" for n in range(1000) if split_of(f"i{n}") == split) for split in ("train", "test")}
+    for name in ids.values():
+        Image.new("RGB", (4, 4), (len(name), 0, 0)).save(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{n}.png", "text": "the same words", "id": n}) + "\n" for n in ids.values()))
+    source = FolderSource(str(tmp_path))
+    assert {training_example(source, 0, g).id for g in range(10)} == {ids["train"]}
+    assert held_out_prompts(source, "test", 1) == ["the same words"]
+
+
+def test_a_text_has_no_picture(prompt_file: TextSource) -> None:
+    with pytest.raises(SourceError, match=r"example 'prompt \d+' has a text only, and anchor data needs pictures"):
+        training_batch(prompt_file, 0.0, 0, 0, 1, 16, 48)
+
+
+def clip_file(path: Path, frames: int) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for i in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 32, 3), 20 * i, np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_clips_of_a_folder_keep_their_frames(tmp_path: Path) -> None:
+    clip_file(tmp_path / "a.mp4", 5)
+    caption = next(t for t in (f"t{i}" for i in range(1000)) if split_of(t) == "train")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.mp4", "text": caption}))
+    pixels = training_batch(make_source("folder", str(tmp_path)), 0.0, 0, 0, 2, 8, 16)[1]
+    assert pixels.shape == (2, 5, 8, 16, 3)
+    assert np.diff(pixels[0].mean((1, 2, 3))).min() > 10  # in order
+    (tmp_path / "a.mp4").write_bytes(b"no clip")
+    with pytest.raises(SourceError, match=r"anchor clip .*a\.mp4 cannot be read"):
+        training_batch(FolderSource(str(tmp_path)), 0.0, 0, 0, 1, 8, 16)

@@ -1,0 +1,154 @@
+"""What a group is made of: its request, its payload, and what its members' scores come to. Pure functions of settings and names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.config import RolloutConfig
+from actors.payload import GroupPayload
+from diffusion.config import SamplerConfig
+from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.kernel_names import stochastic_steps
+from diffusion.seeds import key
+from diffusion.text.base import Conditioning
+from services.client.base import ItemScore, ScoreFailure
+from services.client.terms import Term
+
+Scores = Mapping[str, Sequence[ItemScore | ScoreFailure]]
+"""What each reward says of each member."""
+
+
+class ScoringFailed(Exception):
+    """Too few members of a group have a score; the message says which have none and why."""
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A term that is trained: its value, cut to `clip`, times `weight`, is part of the total."""
+
+    term: Term
+    weight: float
+    clip: tuple[float, float] | None = None
+
+    def part(self, value: float) -> float:
+        """Its part of the total."""
+        low, high = self.clip or (value, value)
+        return self.weight * max(low, min(high, value))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The scores of a group.
+
+    Attributes:
+        members: indices of those that are trained, ascending.
+        values: each term's value by member; None where that reward failed.
+        totals: weighted sum of the terms by member.
+        failures: scores that are missing, over all members and terms.
+    """
+
+    members: list[int]
+    values: dict[str, list[float | None]]
+    totals: list[float]
+    failures: int
+
+
+def judge(scores: Scores, terms: Sequence[Weighted], size: int, enough: int, fill: bool) -> Judged:
+    """The members that are trained, and their numbers. A score that is missing is never given a number of its own making.
+
+    Without `fill` a member that lacks any term is left out of the group, which is normalised by the statistics of those that
+    are left. With `fill` it stays: in the total, a term that failed counts as the mean of the group's other members (public
+    DDRL code), and `values` keeps the gap.
+
+    Raises:
+        ScoringFailed: fewer than `enough` members have a score (with `fill`: of any one term).
+    """
+    table = {w.term.name: [_value(w.term, score) for score in scores[w.term.reward]] for w in terms}
+    missing = sum(value is None for values in table.values() for value in values)
+    members = [m for m in range(size) if fill or all(values[m] is not None for values in table.values())]
+    least = min((sum(v is not None for v in values) for values in table.values()), default=0) if fill else len(members)
+    if least < enough:
+        raise ScoringFailed(f"{least} of {size} members have a reward, {enough} are needed; " + "; ".join(_reasons(scores, terms)[:3]))
+    means = {name: fmean([v for v in values if v is not None]) for name, values in table.items()}
+
+    def total(member: int) -> float:
+        given = ((w, table[w.term.name][member]) for w in terms)
+        return sum(w.part(means[w.term.name] if value is None else value) for w, value in given)
+
+    values = {name: [column[m] for m in members] for name, column in table.items()}
+    return Judged(members, values, [total(m) for m in members], missing)
+
+
+def _value(term: Term, score: ItemScore | ScoreFailure) -> float | None:
+    return term.value(score) if isinstance(score, ItemScore) else None
+
+
+def _reasons(scores: Scores, terms: Sequence[Weighted]) -> list[str]:
+    names = dict.fromkeys(w.term.reward for w in terms)
+    return [f"member {m}: {name}: {s.code}: {s.message}" for name in names for m, s in enumerate(scores[name]) if not isinstance(s, ItemScore)]
+
+
+def trained_steps(sampler: SamplerConfig, seed: int, group: int) -> tuple[int, ...]:
+    """Trained step indices of a group, ascending: one choice per group, so that its members stay comparable."""
+    if isinstance(sampler.trained_steps, list):
+        return tuple(sorted(sampler.trained_steps))
+    rng = np.random.default_rng(key(seed, "trained", group))
+    drawn = rng.choice(stochastic_steps(sampler.kernel, sampler.steps), sampler.trained_steps, replace=False)
+    return tuple(sorted(int(i) for i in drawn))
+
+
+def group_request(
+    sampler: SamplerConfig, rollout: RolloutConfig, seed: int, group: int, text: Conditioning, negative: Conditioning | None, shape: tuple[int, ...]
+) -> SampleRequest:
+    """The request for all members of one group. `negative`: the encoded negative prompt, with guidance."""
+    trained = trained_steps(sampler, seed, group)
+    stochastic = range(stochastic_steps(sampler.kernel, sampler.steps)) if sampler.noise_on == "all" else trained
+    return SampleRequest(
+        shape=shape,
+        steps=sampler.steps,
+        conditioning=text,
+        n=rollout.group_size,
+        seed=seed,
+        group=group,
+        kernel=sampler.kernel,
+        noise_level=sampler.noise_level,
+        stochastic=frozenset(stochastic),
+        trained=trained,
+        same_start=rollout.same_initial_noise,
+        guidance=sampler.guidance,
+        negative=negative,
+        id=group,
+    )
+
+
+@dataclass(frozen=True)
+class OwnDatum:
+    """A group's own example as anchor data: clean latent `[C, h, w]`, and the empty prompt's encoding where captions are dropped."""
+
+    x0: Tensor
+    empty: Conditioning | None
+
+
+def group_payload(trajectories: Sequence[Trajectory], text: Conditioning, own: OwnDatum | None = None) -> GroupPayload:
+    """Stack the members' trained transitions."""
+    previous = [t.previous for t in trajectories if t.previous is not None]
+    empty = own.empty if own is not None else None
+    return GroupPayload(
+        x=torch.stack([t.x for t in trajectories]),
+        x_next=torch.stack([t.x_next for t in trajectories]),
+        log_prob=torch.stack([t.log_prob for t in trajectories]),
+        trained=torch.tensor(trajectories[0].request.trained),
+        times=trajectories[0].times,
+        prompt_embeds=text.prompt_embeds.cpu(),
+        pooled=text.pooled.cpu(),
+        previous=torch.stack(previous) if previous else None,
+        x0=None if own is None else own.x0.cpu(),
+        empty_embeds=None if empty is None else empty.prompt_embeds.cpu(),
+        empty_pooled=None if empty is None else empty.pooled.cpu(),
+    )

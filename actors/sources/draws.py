@@ -1,0 +1,84 @@
+"""Which example a group, a row of anchor data or a held-out figure has: pure functions of names, whatever the source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.config import DataConfig, PromptConfig
+from actors.sources.example import DRAWS, Example, Source, SourceError, draw_of
+from actors.sources.folder import FolderSource
+from actors.sources.glyph import GlyphSource
+from actors.sources.text import TextSource
+from diffusion.seeds import key
+
+Batch = tuple[list[str], NDArray[np.uint8]]
+"""Captions and uint8 pixels `[rows, H, W, 3]` (clips: `[rows, T, H, W, 3]`)."""
+
+
+def make_source(kind: str, path: str | None) -> Source:
+    """A source by its kind. Raises SourceError for a file or folder that cannot be used."""
+    if kind == "glyph":
+        return GlyphSource()
+    return TextSource(str(path)) if kind == "file" else FolderSource(str(path))
+
+
+def prompt_source(prompts: PromptConfig, data: DataConfig) -> Source:
+    """Where prompts come from; `prompts.kind: data` means from the anchor data's examples."""
+    return data_source(data) if prompts.kind == "data" else make_source(prompts.kind, prompts.path)
+
+
+def data_source(data: DataConfig) -> Source:
+    """Where anchor data comes from."""
+    return make_source(data.kind, data.path)
+
+
+def training_example(source: Source, seed: int, group: int) -> Example:
+    """Example of group `group` of the run `seed`, from the train split."""
+    return draw_of(source, "train", np.random.default_rng(key(seed, "prompt", group)))
+
+
+def held_out_examples(source: Source, split: str, n: int) -> list[Example]:
+    """`n` examples of `split` with distinct texts, the same for every run. Raises SourceError when the source has fewer."""
+    rng = np.random.default_rng(key("held-out", split))
+    found: dict[str, Example] = {}
+    for _ in range(200 * n + DRAWS):
+        example = source.draw(rng)
+        if example.split == split:
+            found.setdefault(example.text, example)
+            if len(found) == n:
+                return list(found.values())
+    raise SourceError(f"the prompt source has only {len(found)} distinct {split} prompts, {n} were asked for; lower evaluation.*_prompts")
+
+
+def held_out_prompts(source: Source, split: str, n: int) -> list[str]:
+    """Their texts."""
+    return [example.text for example in held_out_examples(source, split, n)]
+
+
+def training_batch(source: Source, dropout: float, seed: int, batch: int, rows: int, height: int, width: int) -> Batch:
+    """Anchor batch `batch` of the run `seed`, from the train split; a share `dropout` of the captions is empty."""
+
+    def draw(row: int) -> tuple[str, NDArray[np.uint8]]:
+        rng = np.random.default_rng(key(seed, "anchor", batch, row))
+        dropped = rng.uniform() < dropout
+        example = draw_of(source, "train", rng)
+        return "" if dropped else example.text, example.pixels(height, width)
+
+    return _stack(draw(row) for row in range(rows))
+
+
+def held_out_batch(source: Source, split: str, rows: int, height: int, width: int) -> Batch:
+    """`rows` examples of `split`, the same for every run."""
+    drawn = (draw_of(source, split, np.random.default_rng(key("held-out", split, row))) for row in range(rows))
+    return _stack((example.text, example.pixels(height, width)) for example in drawn)
+
+
+def _stack(rows: Iterable[tuple[str, NDArray[np.uint8]]]) -> Batch:
+    captions, pixels = zip(*rows, strict=True)
+    shapes = sorted({picture.shape for picture in pixels})
+    if len(shapes) > 1:
+        raise SourceError(f"anchor media of different shapes {shapes} stand in one batch; give clips of equal length, or pictures only")
+    return list(captions), np.stack(pixels)
