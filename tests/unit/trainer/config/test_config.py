@@ -98,7 +98,7 @@ def test_rows_of_the_data_term_without_rollouts_are_free() -> None:
         ("objectve", "objective"),
         ("objective.dataweight", "objective.data_weight"),
         ("sampler.noise-level", "sampler.noise_level"),
-        ("reward.ocr.upscal", "reward.ocr.upscale"),
+        ("fleet.start_timeout", "fleet.start_timeout_s"),
         ("replay.max_stalenes", "replay.max_staleness"),
     ],
 )
@@ -135,13 +135,13 @@ def test_a_dropped_letter_is_forgiven(key: str, place: int) -> None:
 
 def test_overrides_are_yaml_and_go_deep() -> None:
     tree = {"sampler": {"steps": 5, "trained_steps": 2}, "name": "a"}
-    result = apply_overrides(tree, ["sampler.steps=8", "sampler.trained_steps=[0, 3]", "optimizer.lr=1e-3", "data.batch_size=null", "reward.ocr.upscale=4"])
+    result = apply_overrides(tree, ["sampler.steps=8", "sampler.trained_steps=[0, 3]", "optimizer.lr=1e-3", "data.batch_size=null", "fleet.port=4"])
     assert result == {
         "sampler": {"steps": 8, "trained_steps": [0, 3]},
         "name": "a",
         "optimizer": {"lr": "1e-3"},
         "data": {"batch_size": None},
-        "reward": {"ocr": {"upscale": 4}},
+        "fleet": {"port": 4},
     }
     assert tree == {"sampler": {"steps": 5, "trained_steps": 2}, "name": "a"}
     config = parse_config(result)
@@ -152,6 +152,42 @@ def test_overrides_are_yaml_and_go_deep() -> None:
 def test_the_last_of_two_overrides_wins_and_a_section_can_be_replaced() -> None:
     assert apply_overrides({}, ["seed=1", "seed=2"]) == {"seed": 2}
     assert apply_overrides({"objective": {"clip": 0.1}}, ["objective={preset: sft}"]) == {"objective": {"preset": "sft"}}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_on_the_command_line_wins_over_the_file(preset: str) -> None:
+    """A recipe that names `data_weight` must not stay a mixture under another preset's name."""
+    recipe = {"objective": {"preset": "ddrl", "data_weight": 0.02, "kl_weight": 0.1, "advantage_scale": "group", "clip": 0.5}}
+    config = parse_config(apply_overrides(recipe, [f"objective.preset={preset}"])).objective
+    plain = parse_config({"objective": {"preset": preset}}).objective
+    assert config == plain.model_copy(update={"clip": 0.5})  # what is no part of a composition stays
+    beside = apply_overrides(recipe, ["objective.data_weight=0.3", f"objective.preset={preset}"])
+    assert parse_config(beside).objective.data_weight == 0.3  # a key that is given beside it wins
+
+
+def test_the_names_of_rewards_are_ones_own() -> None:
+    tree = {"rewards": {"ocr": {"weight": 1.0}}}
+    changed = apply_overrides(tree, ["rewards.scene.sharpness.weight=0.1", "rewards.ocr.clip=[0, 1]", "fleet.rewards.ocr.kind=ocr", "fleet.rewards.ocr.mode=strict"])
+    assert changed == {
+        "rewards": {"ocr": {"weight": 1.0, "clip": [0, 1]}, "scene.sharpness": {"weight": 0.1}},
+        "fleet": {"rewards": {"ocr": {"kind": "ocr", "mode": "strict"}}},
+    }
+    config = parse_config({**changed, "held_out_rewards": ["jpeg", "scene.contrast"]})
+    assert config.reward_names == ["ocr", "scene", "jpeg"]
+    assert parse_config(yaml.safe_load(render_config(config))) == config
+    with pytest.raises(ConfigError, match=r"unknown key 'rewards\.ocr\.wieght'"):
+        apply_overrides(tree, ["rewards.ocr.wieght=1"])
+
+
+def test_training_without_rollouts_needs_no_reward() -> None:
+    assert parse_config({"objective": {"preset": "sft"}, "rewards": {}}).reward_names == []
+
+
+def test_own_pairs_need_no_feeder() -> None:
+    assert parse_config({}).feeds_data
+    own = parse_config({"data": {"pairing": "own"}})
+    assert own.uses_data
+    assert not own.feeds_data
 
 
 def test_a_value_may_hold_an_equals_sign() -> None:
@@ -237,8 +273,15 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"prompts": {"kind": "file"}}, "prompts: prompts.kind=file needs prompts.path"),
     ({"data": {"kind": "folder"}}, "data: data.kind=folder needs data.path"),
     ({"rollout": {"group_size": 1}}, "rollout.group_size: "),
-    ({"reward": {"model": "hps"}}, "reward: model 'hps' is not one this fleet can start"),
-    ({"reward": {"url": "ftp://x"}}, "reward.url: "),
+    ({"rewards": {}}, "rewards is empty, and rollouts are trained on rewards"),
+    ({"rewards": {"hps": {}}}, "hps"),
+    ({"rewards": {"ocr": {"weight": 0}}}, "rewards.ocr: weight is 0: name it under held_out_rewards instead"),
+    ({"rewards": {"ocr": {"clip": [1, 0]}}}, "rewards.ocr: clip [1.0, 0.0] must be [low, high] with low below high"),
+    ({"rewards": {"ocr.": {}}}, "'ocr.' names no reward"),
+    ({"held_out_rewards": ["ocr"]}, "held_out_rewards names 'ocr', which is trained on"),
+    ({"fleet": {"url": "ftp://x"}}, "fleet.url: "),
+    ({"data": {"pairing": "own"}, "objective": {"preset": "sft"}}, "data.pairing=own pairs anchor data with rollouts, and there are none"),
+    ({"data": {"pairing": "own"}, "prompts": {"kind": "glyph"}}, "data.pairing=own needs prompts with pictures, but prompts.kind=glyph"),
     ({"optimizer": {"ema": 1.0}}, "optimizer.ema: "),
     ({"optimizer": {"lr": "fast"}}, "optimizer.lr: "),
     ({"learner": {"ranks": 0}}, "learner.ranks: "),
@@ -254,7 +297,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(tree: dict[str, Any],
     assert message in refused(tree)
 
 
-@pytest.mark.parametrize("key", ["sampler.trained_steps", "reward.port", "optimizer.betas", "optimizer.lr", "data.batch_size", "redis.url"])
+@pytest.mark.parametrize("key", ["sampler.trained_steps", "fleet.port", "optimizer.betas", "optimizer.lr", "data.batch_size", "redis.url"])
 def test_a_refusal_starts_with_the_key_as_it_is_written_in_a_recipe(key: str) -> None:
     """Nobody can look up `sampler.trained_steps.int`, a name of the validator's own."""
     assert refused(nested(key, {"no": "value"})).split(":")[0] == key
