@@ -27,9 +27,9 @@ from diffusion.engine.request import SampleRequest
 from diffusion.evaluation import diffusion_losses, pairwise_rms, scene_statistics
 from diffusion.lora import trained_weights
 from diffusion.seeds import generator, key
-from services.client.base import ItemScore
 from services.client.connect import connect
 from services.config import RewardConfig
+from services.contract import ItemScore
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ from diffusion.seeds import key
 from diffusion.text.base import Conditioning
 from replay.buffer import Lease
 from replay.errors import ReplayError
-from services.client.base import ItemScore, ScoreFailure
 from services.client.connect import connect
 from services.config import RewardConfig
+from services.contract import ItemScore, ScoreFailure
 
 IDLE_S = 1.0
 """Longest a generator waits for a lease before it looks at its stop flag."""

@@ -30,7 +30,7 @@ from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
 from replay.buffer import ReplayBuffer
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
-from services.client.base import Media
+from services.media.base import Media
 from services.scorers.registry import build_scorer, parse_reward
 from trainer.batch import StepBatch, step_batch
 from trainer.config import RunConfig, load_config

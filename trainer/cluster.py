@@ -90,8 +90,8 @@ def start_fleet(config: RewardConfig, stack: ExitStack) -> str:
     import ray
     from ray import serve
 
-    from services import fleet
-    from services.fleet_config import one_reward
+    from services.fleet import start as fleet
+    from services.fleet.file import one_reward
 
     ours = not any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
     # what stands in a cluster that was joined outlives this driver: take down all of Serve only if this run started it
