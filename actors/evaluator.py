@@ -30,7 +30,7 @@ from diffusion.engine.request import SampleRequest
 from diffusion.evaluation import diffusion_losses, pairwise_rms, scene_statistics
 from diffusion.lora import trained_weights
 from diffusion.seeds import generator, key
-from services.client.base import ItemScore, ScoreFailure
+from services.contract import ItemScore, ScoreFailure
 
 Column = list[float | None]
 """One number per prompt; None where the reward failed."""

@@ -17,8 +17,8 @@ from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.kernel_names import stochastic_steps
 from diffusion.seeds import key
 from diffusion.text.base import Conditioning
-from services.client.base import ItemScore, ScoreFailure
 from services.client.terms import Term
+from services.contract import ItemScore, ScoreFailure
 
 Scores = Mapping[str, Sequence[ItemScore | ScoreFailure]]
 """What each reward says of each member."""

@@ -30,7 +30,7 @@ from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
 from replay.buffer import ReplayBuffer
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
-from services.client.base import Media
+from services.media.base import Media
 from services.scorers.registry import build_scorer, parse_reward
 from trainer.config.load import load_config
 from trainer.config.run import RunConfig

@@ -14,7 +14,8 @@ import uvicorn
 from fastapi import FastAPI, File, Form, UploadFile
 from PIL import Image
 
-from services.client.base import ItemScore, Media
+from services.contract import ItemScore
+from services.media.base import Media
 from services.scorers.registry import build_scorer, parse_reward
 
 app = FastAPI()

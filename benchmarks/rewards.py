@@ -177,8 +177,8 @@ def service() -> Iterator[int]:
     import ray
     from ray import serve
 
-    from services.fleet import start_fleet
-    from services.fleet_config import parse_fleet
+    from services.fleet.file import parse_fleet
+    from services.fleet.start import start_fleet
 
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
     rewards = {"one": {**OCR, "max_queued": 1024}, "two": {**OCR, "replicas": 2, "max_queued": 1024}, "jpeg": {"kind": "jpeg"}}
@@ -191,7 +191,7 @@ def service() -> Iterator[int]:
 
 
 def bare(count: int, batch: int) -> Callable[[], Figures]:
-    from services.client.base import Media
+    from services.media.base import Media
     from services.scorers.registry import build_scorer, parse_reward
 
     scorer = build_scorer(parse_reward(OCR))

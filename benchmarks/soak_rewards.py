@@ -175,8 +175,8 @@ def main() -> None:
     from ray import serve
 
     from replay.embedded import EmbeddedRedis
-    from services.fleet import start_fleet
-    from services.fleet_config import parse_fleet
+    from services.fleet.file import parse_fleet
+    from services.fleet.start import start_fleet
 
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis.start(Path(folder)) as redis:

@@ -1,14 +1,14 @@
 """What the ingress knows of the scorers behind it: names, health, and a call that scores.
 
-``services.fleet`` implements it over Serve handles; tests and benchmarks may run scorers in process.
+``services.fleet.start`` implements it over Serve handles; tests and benchmarks may run scorers in process.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from services.client.base import ItemScore, Media, ScoreFailure
-from services.schemas import ModelHealth, ModelInfo
+from services.contract import ItemScore, ModelHealth, ModelInfo, ScoreFailure
+from services.media.base import Media
 
 
 class ScoreBackend(Protocol):

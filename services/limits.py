@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from services.schemas import StrictModel
+from services.contract import StrictModel
 
 
 class LimitsConfig(StrictModel):

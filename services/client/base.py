@@ -8,77 +8,14 @@ deadline, ``score`` raises ``RewardUnavailable``; nothing is ever turned into a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.schemas import ModelInfo
-
-Image = NDArray[np.uint8]  # RGB [H, W, 3]
-
-
-@dataclass(frozen=True)
-class Media:
-    """One image or video: frames uint8 RGB [T, H, W, 3].
-
-    An image has T = 1 and no ``fps``; a video has ``fps`` > 0. ``selected`` says that the frames are already those of
-    the reward's frame spec, so that nobody picks among them again. Raises ``ValueError`` for anything else.
-    """
-
-    frames: NDArray[np.uint8]
-    fps: float | None = None
-    selected: bool = False
-
-    def __post_init__(self) -> None:
-        shape = self.frames.shape
-        if self.frames.dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
-            raise ValueError(f"frames must be uint8 [T, H, W, 3], got {self.frames.dtype} {list(shape)}")
-        if self.fps is None and shape[0] != 1:
-            raise ValueError(f"{shape[0]} frames need fps; an image has one frame")
-        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
-            raise ValueError(f"fps must be a positive number, got {self.fps}")
-
-    @classmethod
-    def image(cls, pixels: Image) -> Media:
-        """An image from uint8 RGB [H, W, 3]."""
-        return cls(pixels[None])
-
-    @property
-    def is_video(self) -> bool:
-        """Whether this is a clip; a clip may have one frame."""
-        return self.fps is not None
-
-    @property
-    def pixels(self) -> Image:
-        """The first frame [H, W, 3]."""
-        first: Image = self.frames[0]
-        return first
-
-
-@dataclass(frozen=True)
-class ItemScore:
-    """Scores of one item. ``reward`` is the number to train on; all values are finite."""
-
-    reward: float
-    sub_scores: dict[str, float]
-    text: str | None = None
-
-    def __post_init__(self) -> None:
-        if not all(math.isfinite(v) for v in (self.reward, *self.sub_scores.values())):
-            raise ValueError(f"scores must be finite: reward {self.reward}, sub-scores {self.sub_scores}")
-
-
-@dataclass(frozen=True)
-class ScoreFailure:
-    """Why one item has no score. ``code`` is stable; ``retryable`` says whether trying again can help."""
-
-    code: str
-    message: str
-    retryable: bool = False
+from services.contract import ItemScore, ModelInfo, ScoreFailure
+from services.media.base import Media
 
 
 class RewardError(Exception):

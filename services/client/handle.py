@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.client.base import Batch, ItemScore, Media, RewardUnavailable, ScoreFailure, as_media, probe
+from services.client.base import Batch, RewardUnavailable, as_media, probe
 from services.client.retry import Backoff
-from services.schemas import ModelInfo
+from services.contract import ItemScore, ModelInfo, ScoreFailure
+from services.media.base import Media
 
 APP_NAME = "rewards"
 

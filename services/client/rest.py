@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import httpx
 
 from services.client import wire
-from services.client.base import Batch, ItemScore, Media, ScoreFailure, as_media, probe
+from services.client.base import Batch, as_media, probe
 from services.client.retry import Backoff
 from services.client.wire import Encoding, MultiScores, Settings
-from services.schemas import Combine, ModelInfo, MultiScoreResponse, ScoreOptions
+from services.contract import ItemScore, ModelInfo, ScoreFailure
+from services.media.base import Media
+from services.rest.schemas import Combine, MultiScoreResponse, ScoreOptions
 
 
 class RestRewardClient:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from services.client.base import ItemScore
+from services.contract import ItemScore
 
 
 @dataclass(frozen=True)

@@ -23,22 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from services.client.base import ItemScore, Media, RewardUnavailable, ScoreFailure
+from services.client.base import RewardUnavailable
 from services.client.retry import Backoff, retry_after_seconds
-from services.frames import TooFewFrames, take
-from services.schemas import (
-    Combine,
-    FrameSpec,
-    ModelInfo,
-    ModelList,
-    MultiScoreResponse,
-    Problem,
-    Score,
-    ScoreOptions,
-    ScoreResponse,
-    TensorItem,
-    TensorRequest,
-)
+from services.contract import FrameSpec, ItemScore, ModelInfo, ScoreFailure
+from services.media.base import Media
+from services.media.frames import TooFewFrames, take
+from services.rest.schemas import Combine, ModelList, MultiScoreResponse, Problem, Score, ScoreOptions, ScoreResponse, TensorItem, TensorRequest
 
 Upload = tuple[str, tuple[str, bytes, str]]
 Schema = TypeVar("Schema", bound=BaseModel)

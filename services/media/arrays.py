@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from services.client.base import Media
+from services.media.base import Media
 from services.media.plan import Plan, Refused, Upload
 
 _MAGIC = b"\x93NUMPY"

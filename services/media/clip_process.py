@@ -21,8 +21,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from services.frames import TooFewFrames, frame_indices
 from services.media.clip_protocol import ClipOrder, ClipReply, read_message, write_message
+from services.media.frames import TooFewFrames, frame_indices
 
 CODECS = ("h264", "hevc", "av1", "libdav1d", "vp9", "libvpx-vp9", "mpeg4", "mjpeg")
 

@@ -10,7 +10,7 @@ from typing import BinaryIO, Literal
 
 from pydantic import Field
 
-from services.schemas import FrameSpec, StrictModel
+from services.contract import FrameSpec, StrictModel
 
 MAX_MESSAGE = 1 << 20
 

@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from services.client.base import Media, ScoreFailure
-from services.frames import TooFewFrames, frame_indices, take
+from services.contract import FrameSpec, ScoreFailure
+from services.errors import ProblemError
 from services.limits import LimitsConfig
+from services.media.base import Media
 from services.media.clip_protocol import ClipOrder, ClipReply, read_message, write_message
+from services.media.frames import TooFewFrames, frame_indices, take
 from services.media.plan import invalid
-from services.problems import ProblemError
-from services.schemas import FrameSpec
 
 
 def is_clip(data: bytes) -> bool:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from services.client.base import Media, ScoreFailure
+from services.contract import FrameSpec, ScoreFailure
+from services.errors import ProblemError
 from services.limits import LimitsConfig
 from services.media.arrays import is_npy, plan_npy
+from services.media.base import Media
 from services.media.clips import Clip, ClipDecoder, is_clip
 from services.media.pictures import is_picture, plan_picture
 from services.media.plan import Plan, Refused, Upload, broken, invalid
-from services.problems import ProblemError
-from services.schemas import FrameSpec
 
 Decoded = Media | Clip | ScoreFailure
 

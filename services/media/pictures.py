@@ -11,9 +11,9 @@ import io
 import numpy as np
 from PIL import Image as PILImage
 
-from services.client.base import Media
+from services.errors import ProblemError
+from services.media.base import Media
 from services.media.plan import Plan, Refused
-from services.problems import ProblemError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _MODES = ("1", "L", "P", "RGB")

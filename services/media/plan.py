@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.client.base import Media, ScoreFailure
+from services.contract import ScoreFailure
+from services.media.base import Media
 
 MEDIA_INVALID = "media_invalid"
 

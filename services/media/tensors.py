@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from services.json_bounds import JsonTooLarge, check_json
+from services.media.json_bounds import JsonTooLarge, check_json
 from services.media.plan import Refused
 
 _WIDTHS = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}

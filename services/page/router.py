@@ -14,10 +14,10 @@ from importlib import resources
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
-from services.ingress import services_of
-from services.jobs_api import Jobs
-from services.problems import documented
-from services.schemas import FleetStatus
+from services.jobs.api import Jobs
+from services.rest.ingress import services_of
+from services.rest.problems import documented
+from services.rest.schemas import FleetStatus
 
 _HTML = (resources.files("services.page") / "index.html").read_text(encoding="utf-8")
 

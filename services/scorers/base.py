@@ -12,8 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
-from services.client.base import ItemScore, Media, ScoreFailure
-from services.schemas import FrameSpec, ModelInfo
+from services.contract import FrameSpec, ItemScore, ModelInfo, ScoreFailure
+from services.media.base import Media
 
 
 class ScorerUnfit(RuntimeError):
@@ -41,7 +41,7 @@ class Scorer(ABC):
 
     @property
     def frame_spec(self) -> FrameSpec:
-        """Which frames of a clip it looks at; ``services.frames.take`` carries it out."""
+        """Which frames of a clip it looks at; ``services.media.frames.take`` carries it out."""
         return FrameSpec(kind="all" if "video" in self.media else "image")
 
     def cost(self, media: Media) -> int:

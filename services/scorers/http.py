@@ -11,10 +11,11 @@ import logging
 import os
 from collections.abc import Sequence
 
-from services.client.base import ItemScore, Media, RewardError, RewardUnavailable, ScoreFailure
+from services.client.base import RewardError, RewardUnavailable
 from services.client.rest import RestRewardClient
 from services.client.retry import Backoff
-from services.schemas import FrameSpec
+from services.contract import FrameSpec, ItemScore, ScoreFailure
+from services.media.base import Media
 from services.scorers.base import Scorer, ScorerUnfit
 from services.scorers.settings import HttpReward
 

@@ -19,7 +19,8 @@ from PIL import Image as PILImage
 from PIL import __version__ as pillow_version
 from PIL import features
 
-from services.client.base import Image, ItemScore, Media, ScoreFailure
+from services.contract import ItemScore, ScoreFailure
+from services.media.base import Image, Media
 from services.scorers.base import Scorer, ScorerUnfit
 from services.scorers.settings import JpegReward
 

@@ -24,11 +24,11 @@ from PIL import ImageDraw, ImageFont
 from rapidocr import RapidOCR
 from rapidocr.ch_ppocr_rec import TextRecInput
 
-from services.client.base import Image, ItemScore, Media, ScoreFailure
-from services.config import OcrConfig
-from services.frames import take
-from services.schemas import FrameSpec
+from services.contract import FrameSpec, ItemScore, ScoreFailure
+from services.media.base import Image, Media
+from services.media.frames import take
 from services.scorers.base import Scorer, ScorerUnfit
+from services.scorers.settings import OcrConfig
 from services.scorers.text import NO_QUOTED_TEXT, SUB_SCORES, Target, quoted_target, score_clip_text, score_text
 
 logger = logging.getLogger(__name__)

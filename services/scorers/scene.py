@@ -31,7 +31,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from services.client.base import Image, ItemScore, Media, ScoreFailure
+from services.contract import ItemScore, ScoreFailure
+from services.media.base import Image, Media
 from services.scorers.base import Scorer, ScorerUnfit
 from services.scorers.settings import SceneReward
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from rapidfuzz.distance import Levenshtein
 
-from services.client.base import ItemScore, ScoreFailure
+from services.contract import ItemScore, ScoreFailure
 
 SUB_SCORES = ("flow_grpo", "cosmos", "strict", "exact_match", "character_iou")
 

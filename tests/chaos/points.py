@@ -168,7 +168,7 @@ def wrap_report(chosen: Plan, buffer: Any) -> None:
 
 def wrap_results(chosen: Plan) -> None:
     """A scorer replica in the middle of a batch: it has scored some items and answered none."""
-    from services.client.base import ItemScore
+    from services.contract import ItemScore
 
     made = ItemScore.__post_init__
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from services.client.base import ItemScore, Media
 from services.client.rest import RestRewardClient
+from services.contract import ItemScore
+from services.media.base import Media
 from tests.pipeline import ROOT, command
 
 PAGE = (ROOT / "docs" / "add-a-reward.md").read_text()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.fleet_config import parse_fleet
+from services.fleet.file import parse_fleet
 from tests.pipeline import ROOT
 
 PAGE = ROOT / "docs" / "rest.md"

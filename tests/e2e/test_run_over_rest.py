@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from services.auth import new_key
+from services.rest.auth import new_key
 from tests.e2e.test_run import check_finished
 from tests.pipeline import ROOT, Run, settings
 

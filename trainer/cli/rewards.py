@@ -15,8 +15,8 @@ import typer
 from trainer.run.environment import prepare
 
 if TYPE_CHECKING:
-    from services.fleet_config import FleetConfig
-    from services.schemas import MultiScoreResponse
+    from services.fleet.file import FleetConfig
+    from services.rest.schemas import MultiScoreResponse
 
 # What `ddrl serve` runs without a file; recipes/rewards.yaml is the same with comments.
 DEFAULT = {
@@ -45,7 +45,7 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _fleet(file: Path | None) -> FleetConfig:
-    from services.fleet_config import FleetFileError, parse_fleet, read_fleet
+    from services.fleet.file import FleetFileError, parse_fleet, read_fleet
 
     try:
         return parse_fleet(DEFAULT) if file is None else read_fleet(file)
@@ -61,8 +61,8 @@ def serve(
     redis_url: Annotated[str | None, typer.Option(help="Redis of the jobs: redis://…, or embedded", show_default=False)] = None,
 ) -> None:
     """Serve rewards over REST on this machine. Ctrl-C finishes what was accepted, then stops."""
-    from services.auth import KeysError
-    from services.fleet_config import FleetFileError
+    from services.fleet.file import FleetFileError
+    from services.rest.auth import KeysError
     from trainer.cli.rewards_service import overridden, serve_fleet
     from trainer.run.errors import RunFailed
 
@@ -141,14 +141,14 @@ def _remote(url: str, key: str | None, reward: list[str], prompt: str, data: lis
 def _here(config: FleetConfig, reward: list[str], prompt: str, data: list[tuple[str, bytes]], timeout: float) -> MultiScoreResponse:
     import asyncio
 
-    from services.local_backend import LocalBackend
+    from services.errors import ProblemError
+    from services.fleet.local_backend import LocalBackend
     from services.media.decode import plan
     from services.media.plan import Upload
-    from services.metrics import FleetMetrics
-    from services.problems import ProblemError
-    from services.requests import ScoreCall
-    from services.schemas import MultiScoreResponse, ScoreOptions
-    from services.scoring import Scoring
+    from services.rest.metrics import FleetMetrics
+    from services.rest.requests import ScoreCall
+    from services.rest.schemas import MultiScoreResponse, ScoreOptions
+    from services.rest.scoring import Scoring
 
     names = list(dict.fromkeys(reward))
     for name in names:

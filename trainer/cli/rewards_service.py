@@ -21,8 +21,8 @@ from types import FrameType
 
 from replay.embedded import EmbeddedRedis
 from replay.errors import ReplayError
-from services.auth import load_keys, require_keys
-from services.fleet_config import FleetConfig, parse_fleet
+from services.fleet.file import FleetConfig, parse_fleet
+from services.rest.auth import load_keys, require_keys
 from trainer.run.errors import RunFailed, describe
 from trainer.run.quiet import output_to
 
@@ -79,7 +79,7 @@ def serve_fleet(config: FleetConfig, ready: Callable[[str], None], stopping: Cal
         stop.wait()
         stopping()
         with output_to(log):
-            from services.fleet import drain_fleet
+            from services.fleet.start import drain_fleet
 
             drained = drain_fleet(config.drain_s)
             stack.pop_all().close()
@@ -109,7 +109,7 @@ def _start(config: FleetConfig, stack: ExitStack) -> str:
             raise RunFailed("Redis", str(error)) from error
         stack.callback(server.stop)
         config = config.model_copy(update={"redis_url": server.url})
-    from services.fleet import start_fleet
+    from services.fleet.start import start_fleet
 
     stack.callback(serve.shutdown)
     try:

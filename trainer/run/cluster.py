@@ -73,7 +73,7 @@ def start_fleet(rewards: RunRewards, stack: ExitStack) -> None:
     """Deploy the run's own fleet as an application of its own, unless a URL is given or no reward is named. Raises RunFailed."""
     if rewards.fleet.url is not None or not rewards.names:
         return
-    from services.fleet import start
+    from services.fleet.start import start
 
     stack.callback(_quietly, lambda: start.stop_fleet(rewards.app))
     try:

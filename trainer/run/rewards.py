@@ -7,9 +7,10 @@ import numpy as np
 from actors.groups import Weighted
 from actors.rewards import RunRewards
 from actors.sources.draws import held_out_prompts, prompt_source, training_example
-from services.client.base import ItemScore, RewardError
+from services.client.base import RewardError
 from services.client.terms import Term
 from services.config import fleet_of
+from services.contract import ItemScore
 from trainer.config.run import RunConfig
 from trainer.run.errors import RunFailed
 

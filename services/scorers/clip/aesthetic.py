@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from services.client.base import Image, ScoreFailure
+from services.contract import ScoreFailure
+from services.media.base import Image
 from services.scorers.clip.errors import ModelFolderError
 from services.scorers.clip.head import apply_head, linear_head
 from services.scorers.clip.pictures import PictureScorer

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import BlipTextConfig, BlipVisionConfig
 
-from services.client.base import Image, ScoreFailure
+from services.contract import ScoreFailure
+from services.media.base import Image
 from services.scorers.clip.errors import ModelFolderError
 from services.scorers.clip.head import apply_head, linear_head
 from services.scorers.clip.loading import stock_model

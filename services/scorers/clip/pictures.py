@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.client.base import Image, ItemScore, Media, ScoreFailure
-from services.frames import take
-from services.schemas import FrameSpec
+from services.contract import FrameSpec, ItemScore, ScoreFailure
+from services.media.base import Image, Media
+from services.media.frames import take
 from services.scorers.base import Scorer, ScorerUnfit
 from services.scorers.clip.preparation import Preparation
 from services.scorers.settings import TowerReward

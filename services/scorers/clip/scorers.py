@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from services.client.base import Image, ScoreFailure
+from services.contract import ScoreFailure
+from services.media.base import Image
 from services.scorers.clip.errors import ModelFolderError
 from services.scorers.clip.openclip import to_transformers
 from services.scorers.clip.pictures import PictureScorer, unique

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from services.client.base import ScoreFailure
+from services.contract import ScoreFailure
 from services.scorers.clip.errors import ModelFolderError
 
 PROMPT_REFUSED = "prompt_refused"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig
 
-from services.client.base import Image
+from services.media.base import Image
 from services.scorers.clip.errors import ModelFolderError
 from services.scorers.clip.loading import stock_model
 from services.scorers.clip.preparation import Preparation

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-from services.schemas import StrictModel
+from services.contract import StrictModel
 from services.scorers.fingerprint import fingerprint
 from services.scorers.videoalign.errors import CheckpointError
 from services.scorers.videoalign.layout import EMBEDDING, UNUSED, expected, known_base, require_exact, stock_name, style_of

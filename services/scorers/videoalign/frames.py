@@ -1,4 +1,4 @@
-"""VideoAlign's rules for frames and their size. Integers only; ``services.frames`` picks the frames.
+"""VideoAlign's rules for frames and their size. Integers only; ``services.media.frames`` picks the frames.
 
 Frames: 2 per second of clip, at least 4, at most 768, an even number, evenly spaced. Size: both sides multiples of 28,
 area between 100,352 and 200,704 pixels. Small clips are enlarged. From VideoAlign's ``vision_process.py``.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from services.schemas import FrameSpec
+from services.contract import FrameSpec
 
 PATCH = 14
 MERGE = 2

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.client.base import ItemScore, Media, ScoreFailure
-from services.frames import TooFewFrames, frame_count, take
-from services.schemas import FrameSpec
+from services.contract import FrameSpec, ItemScore, ScoreFailure
+from services.media.base import Media
+from services.media.frames import TooFewFrames, frame_count, take
 from services.scorers.base import Scorer, ScorerUnfit
 from services.scorers.videoalign.config import VideoAlignConfig
 from services.scorers.videoalign.errors import CheckpointError

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from services.schemas import StrictModel
+from services.contract import StrictModel
 from services.scorers.videoalign.errors import CheckpointError
 
 DIMENSIONS = ("VQ", "MQ", "TA")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from services.client.base import ScoreFailure
+from services.contract import ScoreFailure
 from services.scorers.videoalign.errors import CheckpointError
 from services.scorers.videoalign.template import REWARD_TOKENS, fill
 

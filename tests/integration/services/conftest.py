@@ -14,10 +14,10 @@ import pytest
 import uvicorn
 
 from replay.embedded import EmbeddedRedis
-from services.assembly import assemble
-from services.fleet_config import FleetConfig, parse_fleet
-from services.local_backend import LocalBackend
-from services.metrics import FleetMetrics
+from services.fleet.assembly import assemble
+from services.fleet.file import FleetConfig, parse_fleet
+from services.fleet.local_backend import LocalBackend
+from services.rest.metrics import FleetMetrics
 from tests.integration.services.probe_scorers import KIND
 
 

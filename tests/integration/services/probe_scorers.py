@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from services.client.base import ItemScore, Media, ScoreFailure
+from services.contract import ItemScore, ScoreFailure
+from services.media.base import Media
 from services.scorers.base import Scorer
 from services.scorers.settings import RewardSettings
 

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
-from services.fleet_config import FleetConfig, parse_fleet
+from services.fleet.file import FleetConfig, parse_fleet
 from tests.integration.services.conftest import fleet
 from tests.integration.services.probe_scorers import KIND
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from ray import serve
 
-from services.auth import KeysError
-from services.fleet import drain_fleet, start_fleet, stop_fleet
-from services.fleet_config import FleetFileError, parse_fleet
-from services.serve_app import build
+from services.fleet.file import FleetFileError, parse_fleet
+from services.fleet.serve_app import build
+from services.fleet.start import drain_fleet, start_fleet, stop_fleet
+from services.rest.auth import KeysError
 from tests.integration.services.conftest import until
 from tests.integration.services.probe_scorers import KIND
 from tests.integration.services.test_jobs_api import form

@@ -20,10 +20,10 @@ import pytest
 import uvicorn
 
 from replay.embedded import EmbeddedRedis
-from services.assembly import assemble
-from services.fleet_config import parse_fleet
-from services.local_backend import LocalBackend
-from services.metrics import FleetMetrics
+from services.fleet.assembly import assemble
+from services.fleet.file import parse_fleet
+from services.fleet.local_backend import LocalBackend
+from services.rest.metrics import FleetMetrics
 
 HOOKS = Path(__file__).with_name("openapi_hooks.py")
 CHECKS = (

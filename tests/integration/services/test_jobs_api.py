@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from services.fleet_config import FleetConfig
+from services.fleet.file import FleetConfig
 from tests.integration.services.conftest import fleet, until
 
 Serve = Callable[[FleetConfig], httpx.Client]
@@ -92,7 +92,7 @@ def test_a_failed_job_carries_the_problem(rest: Serve, redis_url: str) -> None:
 
 
 def test_a_reward_that_may_recover_is_asked_again_and_then_the_job_ends_as_it_is(rest: Serve, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.job_worker.RETRY_S", 0.05)
+    monkeypatch.setattr("services.jobs.worker.RETRY_S", 0.05)
     client = rest(fleet(redis_url, jobs={"max_tries": 3}))
     job = ended(client, client.post("/v1/jobs", **form("busy", "a")).headers["location"])
     assert job["status"] == "succeeded"

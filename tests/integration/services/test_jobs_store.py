@@ -11,10 +11,10 @@ import pytest
 import redis
 
 from replay.embedded import EmbeddedRedis
-from services.config import JobsConfig
-from services.idempotency import Kept
-from services.jobs import JobConflict, JobsFull, JobStore, JobStoreError, RedisIdempotency
-from services.problems import ProblemError
+from services.errors import ProblemError
+from services.jobs.config import JobsConfig
+from services.jobs.store import JobConflict, JobsFull, JobStore, JobStoreError, RedisIdempotency
+from services.rest.idempotency import Kept
 
 LOST = b'{"code": "worker_lost"}'
 NAMES = itertools.count()
@@ -230,7 +230,7 @@ def test_many_workers_share_the_jobs_without_loss_or_repetition(run: Callable[[B
 def test_commands_sent_again_after_a_lost_reply_change_nothing(run: Callable[[Body], None], monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(make: Callable[..., JobStore]) -> None:
         store = make()
-        monkeypatch.setattr("services.jobs.secrets.token_hex", lambda size: f"{size:032x}")
+        monkeypatch.setattr("services.jobs.store.secrets.token_hex", lambda size: f"{size:032x}")
         job_id, _ = await store.submit("score", {}, b"x")
         first, again = await store.claim(LOST), await store.claim(LOST)
         assert first is not None

@@ -16,12 +16,14 @@ import pytest
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from services.client.base import Image, ItemScore, RewardClient, ScoreFailure
+from services.client.base import RewardClient
 from services.client.connect import connect
 from services.client.rest import RestRewardClient
 from services.config import RewardConfig
-from services.fleet import start_fleet, stop_fleet
-from services.fleet_config import one_reward
+from services.contract import ItemScore, ScoreFailure
+from services.fleet.file import one_reward
+from services.fleet.start import start_fleet, stop_fleet
+from services.media.base import Image
 
 RIGHT, WRONG = 'a plate with "407" on it', 'a plate with "862" on it'
 

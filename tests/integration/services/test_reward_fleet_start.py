@@ -9,9 +9,10 @@ from ray import serve
 
 from services.client.base import RewardUnavailable
 from services.client.handle import HandleRewardClient
-from services.config import OcrConfig, RewardConfig
-from services.fleet import FleetError, start_fleet, stop_fleet
-from services.fleet_config import one_reward
+from services.config import RewardConfig
+from services.fleet.file import one_reward
+from services.fleet.start import FleetError, start_fleet, stop_fleet
+from services.scorers.settings import OcrConfig
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})

@@ -27,9 +27,10 @@ from diffusion.kernels import log_prob, make_kernel
 from diffusion.text.base import Conditioning
 from replay.policy import BufferSettings
 from replay.records import Lease
-from services.client.base import ItemScore, RewardUnavailable, ScoreFailure
+from services.client.base import RewardUnavailable
 from services.client.terms import Term
 from services.config import FleetConfig
+from services.contract import ItemScore, ScoreFailure
 
 SEED = 3
 SAMPLER = SamplerConfig(steps=4, trained_steps=2, height=16, width=24)

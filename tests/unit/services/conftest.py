@@ -20,13 +20,12 @@ from anyio import to_thread
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from services.client.base import ItemScore, Media, ScoreFailure
-from services.config import OcrConfig
-from services.schemas import ModelHealth, ModelInfo
+from services.contract import ItemScore, ModelHealth, ModelInfo, ScoreFailure
+from services.media.base import Media
 from services.scorers.base import Scorer
 from services.scorers.ocr import OcrScorer
 from services.scorers.scene import SceneScorer
-from services.scorers.settings import SceneReward
+from services.scorers.settings import OcrConfig, SceneReward
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 

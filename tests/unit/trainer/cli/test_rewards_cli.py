@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from services.fleet_config import parse_fleet
+from services.fleet.file import parse_fleet
 from trainer.cli.rewards import DEFAULT
 
 ROOT = Path(__file__).resolve().parents[4]

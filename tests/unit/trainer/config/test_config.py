@@ -167,7 +167,9 @@ def test_a_preset_on_the_command_line_wins_over_the_file(preset: str) -> None:
 
 def test_the_names_of_rewards_are_ones_own() -> None:
     tree = {"rewards": {"ocr": {"weight": 1.0}}}
-    changed = apply_overrides(tree, ["rewards.scene.sharpness.weight=0.1", "rewards.ocr.clip=[0, 1]", "fleet.rewards.ocr.kind=ocr", "fleet.rewards.ocr.mode=strict"])
+    changed = apply_overrides(
+        tree, ["rewards.scene.sharpness.weight=0.1", "rewards.ocr.clip=[0, 1]", "fleet.rewards.ocr.kind=ocr", "fleet.rewards.ocr.mode=strict"]
+    )
     assert changed == {
         "rewards": {"ocr": {"weight": 1.0, "clip": [0, 1]}, "scene.sharpness": {"weight": 0.1}},
         "fleet": {"rewards": {"ocr": {"kind": "ocr", "mode": "strict"}}},

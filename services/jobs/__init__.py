@@ -1,0 +1,1 @@
+"""Scoring that outlives the connection: jobs in Redis, their worker and their routes."""
