@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 class Snapshot:
     """What the audit reads, in one look: indices per set, claims as (groups, data batches).
 
-    `group_bytes` and `data_bytes` hold the payload size of every group and batch that has a payload; `references`
-    and `trash` name payloads in use and payloads that wait to be deleted.
+    `group_bytes` and `data_bytes` hold the payload size of every group and batch that has a payload; `revisions` what
+    each group was scored by, `expected` what the run expects ('': anything); `references` and `trash` name payloads in
+    use and payloads that wait to be deleted.
     """
 
     meta: dict[str, int]
@@ -23,6 +24,8 @@ class Snapshot:
     requeued: frozenset[int] = frozenset()
     group_bytes: Mapping[int, int] = field(default_factory=dict)
     data_bytes: Mapping[int, int] = field(default_factory=dict)
+    revisions: Mapping[int, str] = field(default_factory=dict)
+    expected: str = ""
     references: frozenset[str] = frozenset()
     trash: frozenset[str] = frozenset()
 
@@ -58,6 +61,8 @@ def audit(snapshot: Snapshot) -> list[str]:
     for name, groups in snapshot.finished.items():
         if meta.get(name, 0) != len(groups):
             findings.append(f"counter {name} is {meta.get(name, 0)}, the ledger holds {len(groups)}")
+    if meta.get("deaths", 0) < len(snapshot.finished.get("dead", ())):
+        findings.append(f"{len(snapshot.finished['dead'])} groups are dead, only {meta.get('deaths', 0)} deaths were counted")
     if meta.get("claimed", 0) != len(claimed):
         findings.append(f"counter claimed is {meta.get('claimed', 0)}, the ledger holds {len(claimed)}")
 
@@ -90,6 +95,11 @@ def _budgets(snapshot: Snapshot, claimed: set[int]) -> list[str]:
             findings.append(f"{amount} {what}, the budget is {meta[name]}")
     stray = snapshot.requeued - snapshot.finished.get("dead", frozenset())
     findings += [f"group {group} is marked to be made again but is not dead" for group in sorted(stray)]
+    if snapshot.expected:
+        scored = {group: snapshot.revisions.get(group) or "no named rewards" for group in sorted(snapshot.ready)}
+        findings += [
+            f"group {g} is ready but scored by {found}, the run expects {snapshot.expected}" for g, found in scored.items() if found != snapshot.expected
+        ]
     both = snapshot.references & snapshot.trash
     findings += [f"payload {ref} is in use and in the trash" for ref in sorted(both)]
     return findings

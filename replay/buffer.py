@@ -16,7 +16,7 @@ A worked step, with G groups a step and steps counted from 1:
 """
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -24,11 +24,13 @@ import redis
 from redis.client import Pipeline
 
 from replay.audit import audit
-from replay.errors import BudgetExceeded, ClaimTimeout, PayloadCorrupt, PayloadMissing, ReplayError
+from replay.errors import ClaimTimeout, PayloadCorrupt
+from replay.handin import hand_in
 from replay.ledger import Answer, Ledger
 from replay.payloads import IN_REDIS, FolderPayloads, PayloadStore, RedisPayloads, checksum, orphan_age_s
-from replay.policy import BufferSettings, room_error, staleness, zero_variance
-from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader, Lease
+from replay.policy import BufferSettings, staleness, zero_variance
+from replay.records import Claim, ClaimedData, ClaimedGroup, DeadLetter, GroupHeader, Lease
+from replay.rewards import Scores, check_scores, identity
 from replay.waiting import poll
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Claim",
     "ClaimedData",
     "ClaimedGroup",
+    "DeadLetter",
     "GroupHeader",
     "Lease",
     "ReplayBuffer",
@@ -97,21 +100,25 @@ class ReplayBuffer:
         meta: Mapping[str, float | int | str] | None = None,
         lineage: int | None = None,
         timeout_s: float = ROOM_TIMEOUT_S,
+        scores: Scores | None = None,
+        revisions: Mapping[str, str] | None = None,
     ) -> bool:
         """Hand in a finished group: payload first, then the ledger entry, in one round trip. Idempotent.
 
         `rewards`: one per member that was scored, at least one. `version` is the oldest policy version that
         sampled any transition; `lineage` the learner epoch that published those weights (default: the epoch of
-        the lease). True also when the run drops zero-variance groups and this was one: it is not needed any
-        more. False: the lease is lost (someone else has the group) or the weights belong to a history that a
-        rollback cut off; drop the group.
+        the lease). `scores`: what each reward gave each member, `revisions` which revision of it; `rewards` is their
+        total. True also when the run drops zero-variance groups and this was one: it is not needed any more. False:
+        the lease is lost (someone else has the group), the weights belong to a history that a rollback cut off, or the
+        run expects other revisions of the rewards (see `expect_rewards`); drop the group.
 
         While `max_bytes` is taken it waits up to `timeout_s` (keep the heartbeat going), then raises
         `BudgetExceeded`; so it does at once when payloads of this size can never fit. Raises ValueError on a
-        reward that is not finite.
+        reward that is not finite, and on scores that do not fit the members or the revisions.
         """
         if not rewards or version < 0:
             raise ValueError(f"group {lease.group}: {len(rewards)} rewards, version {version}")
+        check_scores(len(rewards), scores or {}, revisions or {})
         header = GroupHeader(
             rewards=[float(reward) for reward in rewards],
             size=len(rewards),
@@ -119,52 +126,28 @@ class ReplayBuffer:
             bytes=len(payload),
             checksum=checksum(payload),
             meta=dict(meta or {}),
-        ).to_json()  # refuses a bad reward before anything is written
+            scores={name: list(entries) for name, entries in (scores or {}).items()},
+            revisions=dict(revisions or {}),
+        )
+        header.to_json()  # refuses a bad reward before anything is written
         flat = zero_variance(rewards)
 
-        def send(ref: str, key: str, batch: Pipeline) -> Answer:
-            return self._ledger.commit(lease, header, version, len(payload), flat, ref, key, lineage, batch)
+        def tell(ref: str, key: str, batch: Pipeline) -> Answer:
+            return self._ledger.commit(lease, header, flat, ref, key, lineage, batch)
 
-        answer = self._hand_in(f"group {lease.group}", f"g{lease.group}-{lease.token}", payload, send, timeout_s)
+        answer = hand_in(self._payloads, f"group {lease.group}", f"g{lease.group}-{lease.token}", payload, self._ledger.batch, tell, timeout_s)
         return answer != "lost"
 
-    def _hand_in(self, what: str, name: str, payload: bytes, send: Callable[[str, str, Pipeline], Answer], timeout_s: float) -> str:
-        """Store `payload` and tell the ledger in the same round trip; while there is no room, only ask again.
+    def fail(self, lease: Lease, reason: str, prompt: str = "") -> None:
+        """The group could not be made: another attempt, or dead after `max_attempts` with this reason (and prompt) kept."""
+        self._ledger.fail(lease, _line(reason), _line(prompt))
 
-        Returns the ledger's answer; unless it is 'ok', the payload is deleted.
+    def give_back(self, lease: Lease, reason: str) -> None:
+        """The group could not be begun for want of something else (weights, a reward fleet): no attempt is spent.
+
+        Anyone may have it at once, the same owner after `GIVE_BACK_PAUSE_S`. Idempotent; without the lease it does nothing.
         """
-        ref, answer = "", Answer("unstored")
-
-        def attempt() -> Answer | None:
-            nonlocal ref, answer
-            batch = self._ledger.batch()
-            if answer.status != "unstored":
-                try:
-                    self._payloads.refresh(ref, batch)
-                except PayloadMissing:
-                    answer = Answer("unstored")
-            if answer.status == "unstored":
-                ref = self._payloads.write(name, payload, batch)
-            answer = send(ref, self._payloads.redis_key(ref), batch)
-            return None if answer.status in ("full", "unstored") else answer
-
-        try:
-            poll(attempt, timeout_s)
-        except BudgetExceeded:
-            self._payloads.delete([ref])
-            raise
-        # After any other error nobody knows whether the ledger adopted the payload; if not, it expires or is swept.
-        if answer.status != "ok":
-            self._payloads.delete([ref])
-        if answer.status == "full":
-            raise room_error(what, len(payload), answer.held, answer.groups, answer.limit, timeout_s)
-        if answer.status == "unstored":
-            raise ReplayError(f"{what}: Redis is at its maxmemory and did not store {len(payload)} bytes within {timeout_s:.0f} s; raise maxmemory")
-        return answer.status
-
-    def fail(self, lease: Lease, reason: str) -> None:
-        """Give the group back: another attempt, or dead after `max_attempts` with this reason kept."""
-        self._ledger.fail(lease, " ".join(reason.split())[:300])
+        self._ledger.give_back(lease, _line(reason))
 
     def release(self, owner: str) -> tuple[int, int]:
         """A restarted producer gives back what its former self held: (groups, data batches) released.
@@ -185,12 +168,23 @@ class ReplayBuffer:
         """
         digest = checksum(payload)
 
-        def send(ref: str, key: str, pipeline: Pipeline) -> Answer:
+        def tell(ref: str, key: str, pipeline: Pipeline) -> Answer:
             return self._ledger.commit_data(batch, len(payload), digest, ref, key, pipeline)
 
-        self._hand_in(f"data batch {batch}", f"d{batch}-{secrets.token_hex(8)}", payload, send, timeout_s)
+        hand_in(self._payloads, f"data batch {batch}", f"d{batch}-{secrets.token_hex(8)}", payload, self._ledger.batch, tell, timeout_s)
 
     # -- learner ----------------------------------------------------------------------------------
+
+    def expect_rewards(self, revisions: Mapping[str, str]) -> int:
+        """From now on train only on groups that were scored by exactly these rewards at these revisions; empty: by any.
+
+        To be called before the learner starts. Ready groups scored otherwise are evicted (reason `reward`), their number
+        is returned; commits of such groups are refused; the next `rollback` takes apart the claims that hold some, and
+        their steps are formed anew. The same revisions again change nothing, so a resume serves the same compositions.
+        """
+        evicted = self._ledger.expect(identity(revisions))
+        self.collect()
+        return evicted
 
     def rollback(self, step: int, groups: Sequence[int] = (), data: Sequence[int] = ()) -> int:
         """Start (again) from the checkpoint of `step` (0: from scratch); returns the new epoch, which fences
@@ -198,7 +192,7 @@ class ReplayBuffer:
 
         `groups` and `data` are the ids this checkpoint stored: those claimed since the checkpoint before it.
         They are settled even if the ledger lost their claim. Claims of later steps will be served again
-        unchanged; live groups made by versions > `step` are cut off. Raises `CheckpointConflict`, or
+        unchanged, but for groups of other rewards than the run expects; live groups made by versions > `step` are cut off. Raises `CheckpointConflict`, or
         `OutOfOrder` when later steps are already settled.
         """
         epoch = self._ledger.rollback(step, groups, data, secrets.token_hex(8))
@@ -295,14 +289,21 @@ class ReplayBuffer:
         data, bytes, version, and ages in ms: see `lua/counts.lua`."""
         return self._ledger.counts()
 
-    def dead_letters(self) -> list[tuple[int, str]]:
-        """(group, reason of its last attempt) of the latest 1000 dead groups, newest first."""
-        return [(group, reasons[-1]) for group, reasons in self._ledger.dead_letters()]
+    def dead_letters(self, since: int = -1) -> list[DeadLetter]:
+        """The latest 1000 groups that are dead, newest first; with `since`, those that died after the `since`-th death.
 
-    def attempts(self, group: int) -> list[str]:
-        """Why each attempt of a dead group failed, first to last; empty when it is not among the dead letters."""
-        return dict(self._ledger.dead_letters()).get(group, [])
+        `counts()["deaths"]` at a start is the `since` of what has died from then on.
+        """
+        return [letter for letter in self._ledger.dead_letters() if letter.number > since]
+
+    def first_death(self, since: int = -1) -> DeadLetter | None:
+        """The oldest of `dead_letters(since)`: what began to go wrong."""
+        return next(reversed(self.dead_letters(since)), None)
 
     def audit(self) -> list[str]:
         """Readable findings; empty when every group ever opened is accounted for exactly once."""
         return audit(self._ledger.snapshot())
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300]

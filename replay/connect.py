@@ -3,27 +3,19 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, RedisError, TimeoutError
 from redis.retry import Retry
 
+from replay.addresses import without_password
 from replay.cluster import RunClient
 from replay.errors import ReplayError, Unreachable
 
 # 12 retries with pauses 0.05 → 1 s: about 8 s, enough for a server restart with a log of a few hundred MB.
 RETRIES = 12
 SOCKET_TIMEOUT_S = 30.0
-
-
-def public_url(url: str) -> str:
-    """The URL without user and password: `redis://:pw@host:6379/0 → redis://host:6379/0`."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return f"unix://{parts.path}"
-    return f"{parts.scheme}://{parts.hostname or '?'}:{parts.port or 6379}{parts.path}"
 
 
 def connect(url: str, timeout: float = 10.0) -> RunClient:
@@ -42,8 +34,10 @@ def connect(url: str, timeout: float = 10.0) -> RunClient:
             health_check_interval=30,
             retry=Retry(ExponentialWithJitterBackoff(cap=1.0, base=0.05), RETRIES, (ConnectionError, TimeoutError)),
         )
-    except ValueError as error:
-        raise ReplayError(f"redis.url {public_url(url)} is not usable: {error}") from None
+    except ValueError:  # its words, and the URL, may show a password that stands where it should not
+        raise ReplayError(
+            "redis.url is not usable: it looks like redis://:password@host:6379/0 (or rediss://…, unix://…), special characters percent-encoded"
+        ) from None
     probe = redis.Redis.from_url(url, protocol=2, socket_connect_timeout=min(timeout, 5.0), socket_timeout=timeout, retry=None)
     deadline = time.monotonic() + timeout
     try:
@@ -53,13 +47,13 @@ def connect(url: str, timeout: float = 10.0) -> RunClient:
                 client.find_nodes()
                 return client
             except AuthenticationError:
-                raise Unreachable(f"Redis at {public_url(url)} refuses the password in redis.url") from None
+                raise Unreachable(f"Redis at {without_password(url)} refuses the password in redis.url") from None
             except (ConnectionError, TimeoutError, BusyLoadingError) as error:
                 if time.monotonic() + 0.2 >= deadline:
-                    raise Unreachable(f"cannot reach Redis at {public_url(url)}: {_reason(error)}; start one or set redis.url=embedded") from None
+                    raise Unreachable(f"cannot reach Redis at {without_password(url)}: {_reason(error)}; start one or set redis.url=embedded") from None
                 time.sleep(0.2)
             except RedisError as error:
-                raise Unreachable(f"Redis at {public_url(url)} does not serve us: {_reason(error)}") from None
+                raise Unreachable(f"Redis at {without_password(url)} does not serve us: {_reason(error)}") from None
     finally:
         probe.close()
 

@@ -15,6 +15,7 @@ from replay.cluster import RunClient
 from replay.connect import surfaced
 from replay.errors import NotInitialised, ReplayError
 from replay.keys import key_prefix
+from replay.replies import bits, numbers, rows
 
 State = Literal["leased", "waiting", "ready", "claimed", "settled", "evicted", "dead", "unopened"]
 FINISHED: tuple[State, ...] = ("settled", "evicted", "dead")
@@ -40,6 +41,8 @@ class GroupView:
     version: int | None = None
     epoch: int | None = None
     rewards: list[float] | None = None
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
     bytes: int | None = None
     ref: str | None = None
     step: int | None = None
@@ -149,24 +152,24 @@ def _view(
 ) -> LedgerView:
     """The reply of the script, read."""
     fields = _record(meta)
-    deadlines = {int(group): float(deadline) for group, deadline in _pairs(leases)}
+    deadlines = {int(group): float(deadline) for group, deadline in rows(leases, 2)}
     in_pool, is_ready = {int(g) for g in waiting}, {int(g) for g in ready}
     groups: dict[int, GroupView] = {}
-    for number, record in _pairs(live):
+    for number, record in rows(live, 2):
         group = int(number)
         state: State = "ready" if group in is_ready else "waiting" if group in in_pool else "leased"
         groups[group] = _group(group, state, _record(record), now, deadlines.get(group))
     claimed = []
-    for step, record, records in zip(claims[0::3], claims[1::3], claims[2::3], strict=True):
+    for step, record, records in rows(claims, 3):
         claim = _record(record)
         at = _number(claim, "claimed_at")
         claimed.append(ClaimView(int(step), _ids(claim, "groups"), _ids(claim, "data"), claim.get("published") == "1", _age(now, at)))
-        for number, held in _pairs(records):
+        for number, held in rows(records, 2):
             groups[int(number)] = _group(int(number), "claimed", _record(held), now, None, int(step), at)
-    data_deadlines = {int(batch): float(deadline) for batch, deadline in _pairs(data_leases)}
+    data_deadlines = {int(batch): float(deadline) for batch, deadline in rows(data_leases, 2)}
     done = {int(batch) for batch in data_ready}
     batches = []
-    for number, record in _pairs(data):
+    for number, record in rows(data, 2):
         batch, held = int(number), _record(record)
         left = None if batch in done else _left(now, data_deadlines.get(batch))
         batches.append(DataView(batch, "ready" if batch in done else "leased", held.get("owner"), left, _number(held, "bytes")))
@@ -177,8 +180,8 @@ def _view(
         live=dict(sorted(groups.items())),
         claims=claimed,
         data=batches,
-        ended={state: _bits(bitmap) for state, bitmap in zip(FINISHED, bitmaps, strict=True)},
-        failures={int(group): reasons.decode().splitlines() for group, reasons in _pairs(letters)},
+        ended={state: bits(bitmap) for state, bitmap in zip(FINISHED, bitmaps, strict=True)},
+        failures={int(group): reasons.decode().splitlines() for group, reasons in rows(letters, 2)},
         requeued=frozenset(int(group) for group in requeued),
     )
 
@@ -196,6 +199,8 @@ def _group(group: int, state: State, record: dict[str, str], now: int, deadline:
         version=_number(record, "version"),
         epoch=_number(record, "epoch"),
         rewards=header.get("rewards"),
+        scores=header.get("scores", {}),
+        revisions=header.get("revisions", {}),
         bytes=_number(record, "bytes"),
         ref=record.get("ref"),
         step=step,
@@ -207,12 +212,8 @@ def _group(group: int, state: State, record: dict[str, str], now: int, deadline:
     )
 
 
-def _pairs(flat: list[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(flat[0::2], flat[1::2], strict=True))
-
-
 def _record(flat: list[bytes]) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in _pairs(flat)}
+    return {name.decode(): value.decode() for name, value in rows(flat, 2)}
 
 
 def _number(record: dict[str, str], name: str) -> int | None:
@@ -220,7 +221,7 @@ def _number(record: dict[str, str], name: str) -> int | None:
 
 
 def _ids(record: dict[str, str], name: str) -> list[int]:
-    return [int(part) for part in record.get(name, "").split()]
+    return list(numbers(record.get(name, "")))
 
 
 def _age(now: int, since: int | None) -> float | None:
@@ -229,8 +230,3 @@ def _age(now: int, since: int | None) -> float | None:
 
 def _left(now: int, deadline: float | None) -> float | None:
     return None if deadline is None else (deadline - now) / 1000
-
-
-def _bits(bitmap: bytes) -> frozenset[int]:
-    """Indices of the set bits; Redis counts from the most significant bit of the first byte."""
-    return frozenset(8 * place + bit for place, byte in enumerate(bitmap) if byte for bit in range(8) if byte & (0x80 >> bit))

@@ -18,7 +18,9 @@ from replay.connect import surfaced
 from replay.errors import CheckpointConflict, Fenced, InUse, NotInitialised, OutOfOrder, ReplayError
 from replay.keys import key_prefix, own_keys
 from replay.policy import BufferSettings, budget_error
-from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader, Lease
+from replay.records import Claim, ClaimedData, ClaimedGroup, DeadLetter, GroupHeader, Lease
+from replay.replies import bits, numbers, rows
+from replay.rewards import identity
 from replay.scripts import Scripts
 
 
@@ -81,10 +83,11 @@ class Ledger:
         """Commands sent together, in order, without a transaction."""
         return self._client.pipeline(transaction=False)
 
-    def commit(self, lease: Lease, header: str, version: int, size: int, flat: bool, ref: str, key: str, lineage: int | None, batch: Pipeline) -> Answer:
+    def commit(self, lease: Lease, header: GroupHeader, flat: bool, ref: str, key: str, lineage: int | None, batch: Pipeline) -> Answer:
         """Sends `batch` (which holds the payload write, if any) with the ledger entry behind it."""
         origin = "" if lineage is None else lineage
-        return self._finish("commit", batch, (lease.group, lease.token, version, origin, size, header, ref, key, int(flat)))
+        head = (lease.group, lease.token, header.version, origin, header.bytes, header.to_json())
+        return self._finish("commit", batch, (*head, ref, key, int(flat), identity(header.revisions)))
 
     def commit_data(self, number: int, size: int, checksum: str, ref: str, key: str, batch: Pipeline) -> Answer:
         """As `commit`; 'duplicate': another copy of this batch is already there."""
@@ -102,9 +105,11 @@ class Ledger:
             return Answer("full", *reply[1:])
         return Answer("unstored" if reply[0] in ("no_payload", "no_memory") else str(reply[0]))
 
-    def fail(self, lease: Lease, reason: str) -> str:
-        """'pool', 'dead' or 'lost'."""
-        return str(self._run_script("fail", lease.group, lease.token, reason)[0])
+    def fail(self, lease: Lease, reason: str, prompt: str) -> None:
+        self._run_script("fail", lease.group, lease.token, reason, prompt)
+
+    def give_back(self, lease: Lease, reason: str) -> None:
+        self._run_script("give_back", lease.group, lease.token, reason)
 
     def release(self, owner: str) -> tuple[int, int]:
         _, groups, data = self._run_script("release", owner)
@@ -115,6 +120,10 @@ class Ledger:
         if reply[0] == "no_data":
             raise ReplayError("data_per_step is 0: this run takes no data batches")
         return int(reply[1]) if reply[0] == "ok" else None
+
+    def expect(self, revisions: str) -> int:
+        """How many ready groups were scored otherwise and are evicted."""
+        return int(self._run_script("expect", revisions)[1])
 
     def rollback(self, step: int, groups: Sequence[int], data: Sequence[int], token: str) -> int:
         reply = self._run_script("rollback", step, _ids(groups), _ids(data), token)
@@ -144,9 +153,9 @@ class Ledger:
             raise ReplayError(f"claim of step {step} names groups whose records are gone: the ledger is damaged")
         groups = [
             ClaimedGroup(int(g), GroupHeader.from_json(header.decode()), ref.decode(), int(leased_at), int(ready_at))
-            for g, header, ref, leased_at, ready_at in _rows(group_part, 5)
+            for g, header, ref, leased_at, ready_at in rows(group_part, 5)
         ]
-        data = [ClaimedData(int(k), ref.decode(), checksum.decode()) for k, checksum, ref in _rows(data_part, 3)]
+        data = [ClaimedData(int(k), ref.decode(), checksum.decode()) for k, checksum, ref in rows(data_part, 3)]
         return Claim(step, epoch, groups, data, claimed_at), 0
 
     def publish(self, step: int, epoch: int) -> None:
@@ -172,14 +181,19 @@ class Ledger:
             found: Any = self._client.hget(self.prefix + "meta", "last_failure")
         return found.decode() if found else ""
 
-    def dead_letters(self) -> list[tuple[int, list[str]]]:
-        """(group, reasons of its attempts) of the latest 1000 dead groups, newest first."""
+    def dead_letters(self) -> list[DeadLetter]:
+        """Of the latest 1000 dead groups, newest first."""
         batch = self._client.pipeline(transaction=True)
         batch.lrange(self.prefix + "dead_order", 0, -1)
         batch.hgetall(self.prefix + "letters")
+        batch.hgetall(self.prefix + "deaths")
         with surfaced(self._client):
-            order, letters = batch.execute()
-        return [(int(group), letters[group].decode().splitlines()) for group in order]
+            order, letters, deaths = batch.execute()
+        found = []
+        for group in order:
+            number, epoch, died_at, prompt = deaths.get(group, b"0 0 0 ").decode().split(" ", 3)
+            found.append(DeadLetter(int(group), letters[group].decode().splitlines(), int(number), int(epoch), int(died_at), prompt))
+        return found
 
     def requeue(self, group: int) -> bool:
         """False: the group is not dead."""
@@ -221,34 +235,23 @@ class Ledger:
         _, meta, sets, bitmaps, claims, groups, data, trash = self._run_script("snapshot")
         live, ready, leases, pool, requeued, data_live = (frozenset(int(member) for member in members) for members in sets)
         return Snapshot(
-            meta={name.decode(): int(value) for name, value in _rows(meta, 2) if value.lstrip(b"-").isdigit()},
+            meta={name.decode(): int(value) for name, value in rows(meta, 2) if value.lstrip(b"-").isdigit()},
             live=live,
             ready=ready,
             leases=leases,
             pool=pool,
-            claims={int(step): (_parsed(taken), _parsed(batches)) for step, taken, batches in _rows(claims, 3)},
-            finished={name: _bits(bitmap) for name, bitmap in zip(("settled", "evicted", "dead"), bitmaps, strict=True)},
+            claims={int(step): (numbers(taken), numbers(batches)) for step, taken, batches in rows(claims, 3)},
+            finished={name: bits(bitmap) for name, bitmap in zip(("settled", "evicted", "dead"), bitmaps, strict=True)},
             data_live=data_live,
             requeued=requeued,
-            group_bytes={int(group): int(size) for group, size, ref in _rows(groups, 3) if ref},
-            data_bytes={int(number): int(size) for number, size, ref in _rows(data, 3) if ref},
-            references=frozenset(ref.decode() for _, _, ref in _rows(groups, 3) + _rows(data, 3) if ref),
+            group_bytes={int(group): int(size) for group, size, ref, _ in rows(groups, 4) if ref},
+            data_bytes={int(number): int(size) for number, size, ref, _ in rows(data, 4) if ref},
+            revisions={int(group): text.decode() for group, _, ref, text in rows(groups, 4) if ref},
+            expected=dict(rows(meta, 2)).get(b"revisions", b"").decode(),
+            references=frozenset(ref.decode() for _, _, ref, _ in rows(groups, 4) + rows(data, 4) if ref),
             trash=frozenset(ref.decode() for ref in trash),
         )
 
 
 def _ids(numbers: Sequence[int]) -> str:
     return " ".join(str(int(number)) for number in numbers)
-
-
-def _rows(flat: list[Any], width: int) -> list[tuple[Any, ...]]:
-    return list(zip(*(flat[place::width] for place in range(width)), strict=True))
-
-
-def _parsed(text: bytes) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split())
-
-
-def _bits(bitmap: bytes) -> frozenset[int]:
-    """Indices of the set bits; Redis counts from the most significant bit of the first byte."""
-    return frozenset(8 * place + bit for place, byte in enumerate(bitmap) if byte for bit in range(8) if byte & (0x80 >> bit))

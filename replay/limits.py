@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 
 from replay.errors import ImpossibleSettings, NotInitialised, ReplayError
 from replay.payloads import IN_REDIS
-from replay.policy import BufferSettings, check_server
+from replay.policy import GIVE_BACK_PAUSE_S, BufferSettings, check_server
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ def write(client: redis.Redis, run: str, meta: str, settings: BufferSettings, pl
     `place`: where payloads are ('redis' or a folder). Raises `ImpossibleSettings` or `UnsuitableServer`.
     """
     settings.check()
-    found: Any = client.hmget(meta, "server_version", "payloads", "bytes", "closed", "widest_slots", "widest_retained", "widest_bytes")
-    recorded, before, held, closed, *widest = (value.decode() if value else "" for value in found)
+    found: Any = client.hmget(meta, "server_version", "payloads", "bytes", "closed", "dead", "deaths", "widest_slots", "widest_retained", "widest_bytes")
+    recorded, before, held, closed, dead, deaths, *widest = (value.decode() if value else "" for value in found)
     if closed:
         raise ReplayError(f"the ledger of run {run!r} is half deleted: finish with `forget`, or choose another name")
     if held not in ("", "0") and before and (before == IN_REDIS) != (place == IN_REDIS):
@@ -41,6 +41,7 @@ def write(client: redis.Redis, run: str, meta: str, settings: BufferSettings, pl
         "data_retained": settings.retained_data,
         "max_bytes": settings.max_bytes,
         "lease_ms": int(settings.lease_s * 1000),
+        "pause_ms": int(GIVE_BACK_PAUSE_S * 1000),
         "max_attempts": settings.max_attempts,
         "G": settings.groups_per_step,
         "D": settings.data_per_step,
@@ -57,6 +58,8 @@ def write(client: redis.Redis, run: str, meta: str, settings: BufferSettings, pl
         limits[f"widest_{name}"] = max(now, int(former or 0))
     if version:
         limits["server_version"] = version
+    if not deaths:  # a new ledger, or one that has not counted them: at least those that are dead now
+        limits["deaths"] = dead or 0
     client.hset(meta, mapping=limits)
 
 

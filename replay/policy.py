@@ -31,6 +31,8 @@ FORK_HEADROOM = 1.5
 DISK_FACTOR = 3.0
 # Rewards closer than this agree: no advantage can be made of them.
 FLAT_REWARDS = 1e-9
+# Seconds before a producer that gave a group back is given it again.
+GIVE_BACK_PAUSE_S = 1.0
 # By default at most this many steps' worth of zero-variance groups are dropped between two claims.
 DROPS_PER_GROUP = 4
 # A script handles all groups of a step in one call; Lua passes at most some 8000 values at once.

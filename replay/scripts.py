@@ -15,8 +15,8 @@ from redis.client import Pipeline
 from redis.exceptions import NoScriptError, ResponseError
 
 NAMES = (
-    "lease", "extend", "commit", "fail", "release", "requeue", "lease_data", "commit_data",
-    "claim", "publish", "settle", "rollback", "counts", "snapshot", "close",
+    "lease", "extend", "commit", "fail", "give_back", "release", "requeue", "lease_data", "commit_data",
+    "expect", "claim", "publish", "settle", "rollback", "counts", "snapshot", "close",
 )  # fmt: skip
 PARTS = ("common", "groups", "data", "steps", "settling")
 

@@ -1,15 +1,16 @@
 -- commit: a finished group becomes ready. The payload has been written before this script runs.
 -- Uses: groups.
 -- ARGV: group, token, version, lineage ('' = the epoch of the lease), bytes, header (opaque JSON), ref,
---       payload key ('' when the payload is outside Redis), flat ('1' = the rewards all agree).
--- Effect: leased -> ready; the payload loses its expiry. Weights of a cut-off lineage evict the group instead; so does a
---         flat group while the run drops those and fewer than drop_limit were dropped since the last new claim.
+--       payload key ('' when the payload is outside Redis), flat ('1' = the rewards all agree), revisions of the rewards.
+-- Effect: leased -> ready; the payload loses its expiry. Weights of a cut-off lineage evict the group instead, and rewards
+--         or revisions that the run does not expect; so does a flat group while the run drops those and fewer than
+--         drop_limit were dropped since the last new claim.
 -- Idempotent: the same token again answers as before and changes nothing, until the group ends ('dropped': until the
 --             next new claim); any other token answers 'lost'. 'full' and 'no_payload' change nothing: ask again.
 -- Reply: {'ok'} | {'dropped'} | {'lost'} | {'no_payload'} | {'full', bytes held, groups held, limit}
 --        | {'budget', group bytes, data bytes, retained groups, retained data, limit}
 local g, token, version, lineage = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local bytes, header, ref, payload, flat = tonumber(ARGV[5]), ARGV[6], ARGV[7], ARGV[8], ARGV[9] == '1'
+local bytes, header, ref, payload, flat, revisions = tonumber(ARGV[5]), ARGV[6], ARGV[7], ARGV[8], ARGV[9] == '1', ARGV[10]
 local record, dropped = group_key(g), P .. 'dropped'
 local held = redis.call('HMGET', record, 'token', 'ref', 'epoch')
 if held[1] ~= token then
@@ -23,6 +24,13 @@ if held[2] then
 end
 if not version_alive(tonumber(lineage) or tonumber(held[3]), version) then
   cut_off(g)
+  return {'lost'}
+end
+if foreign(revisions) then
+  evict(g, 'reward')
+  local found = revisions == '' and 'no named rewards' or revisions
+  local expected = redis.call('HGET', META, 'revisions')
+  set('last_failure', 'group ' .. g .. ' was scored by ' .. found .. ', the run expects ' .. expected)
   return {'lost'}
 end
 
@@ -43,7 +51,8 @@ if bytes > max_bytes then return {'budget', bytes, 0, 1, 0, max_bytes} end
 if total + bytes > max_bytes then return {'full', total, redis.call('ZCARD', READY) + claimed, max_bytes} end
 
 if payload ~= '' then redis.call('PERSIST', payload) end
-redis.call('HSET', record, 'ref', ref, 'bytes', bytes, 'version', version, 'header', header, 'ready_at', now_ms())
+redis.call('HSET', record, 'ref', ref, 'bytes', bytes, 'version', version, 'header', header,
+  'revisions', revisions, 'ready_at', now_ms())
 redis.call('HDEL', TOKENS, token)
 if redis.call('ZREM', LEASES, g) == 0 then redis.call('ZREM', POOL, g) end
 redis.call('ZADD', READY, version, g)

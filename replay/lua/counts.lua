@@ -2,7 +2,8 @@
 -- Uses: steps.
 -- ARGV: none. Effect: none. Idempotent: read only.
 -- Reply: {'ok', name, number, …}; leased includes groups that wait for their next attempt, evicted is the sum of the
---        evicted:reason; oldest_… are ages in ms of the longest lease in hand, ready group and claim (0 when none).
+--        evicted:reason; deaths only grows, dead shrinks when a dead group is made again; oldest_… are ages in ms of the
+--        longest lease in hand, ready group and claim (0 when none).
 local reply = {'ok'}
 local function tell(name, value)
   reply[#reply + 1] = name
@@ -10,9 +11,9 @@ local function tell(name, value)
 end
 
 local names = {
-  'settled', 'evicted', 'evicted:stale', 'evicted:lineage', 'evicted:forgotten', 'evicted:zero_variance', 'dead', 'remade',
-  'expired', 'failed', 'claimed', 'unpublished', 'bytes', 'version', 'epoch', 'next_group', 'claimed_step', 'settled_step',
-  'next_data', 'data_floor'}
+  'settled', 'evicted', 'evicted:stale', 'evicted:lineage', 'evicted:forgotten', 'evicted:zero_variance',
+  'evicted:reward', 'dead', 'deaths', 'remade', 'expired', 'failed', 'given_back', 'claimed', 'unpublished', 'bytes',
+  'version', 'epoch', 'next_group', 'claimed_step', 'settled_step', 'next_data', 'data_floor'}
 for i, value in ipairs({numbers(unpack(names))}) do tell(names[i], value) end
 
 local leased, waiting = redis.call('ZCARD', LEASES), redis.call('ZCARD', POOL)

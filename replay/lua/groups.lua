@@ -1,7 +1,8 @@
 -- groups: how a group moves between its states. A part, not a script.
--- Record group:<g>: token, owner, attempt (grants so far), spent (attempts lost), failures (a reason per line),
---                   granted, min_version, epoch, leased_at; once committed also ref, bytes, version, header, ready_at.
-local DEAD, LETTERS = P .. 'dead_order', P .. 'letters'
+-- Record group:<g>: token, owner, attempt (grants so far), spent (attempts lost), failures (a reason per line), prompt,
+--                   rests (given back: its owner may ask again then), granted, min_version, epoch, leased_at; once
+--                   committed also ref, bytes, version, header, revisions (of its rewards), ready_at.
+local DEAD, LETTERS, DEATHS = P .. 'dead_order', P .. 'letters', P .. 'deaths'
 
 local function leave_live(g)
   for _, name in ipairs({LIVE, READY, LEASES, POOL}) do redis.call('ZREM', name, g) end
@@ -45,10 +46,11 @@ local function to_pool(g, revoke)
   end
 end
 
--- One attempt is spent. Returns 'dead' or 'pool'. The letters of the latest 1000 dead are kept.
+-- One attempt is spent. Returns 'dead' or 'pool'. The letters of the latest 1000 dead are kept; deaths are numbered from
+-- the beginning of the run, and a number is never given again.
 local function spend(g, reason, revoke)
   set('last_failure', 'group ' .. g .. ': ' .. reason)
-  local held = redis.call('HMGET', group_key(g), 'spent', 'failures')
+  local held = redis.call('HMGET', group_key(g), 'spent', 'failures', 'prompt')
   local spent, failures = (tonumber(held[1]) or 0) + 1, held[2] and held[2] .. '\n' .. reason or reason
   if spent < numbers('max_attempts') then
     redis.call('HSET', group_key(g), 'spent', spent, 'failures', failures)
@@ -58,7 +60,13 @@ local function spend(g, reason, revoke)
   leave_live(g)
   finish({g}, 'dead')
   redis.call('HSET', LETTERS, g, failures)
-  if redis.call('LPUSH', DEAD, g) > 1000 then redis.call('HDEL', LETTERS, redis.call('RPOP', DEAD)) end
+  local number, epoch = redis.call('HINCRBY', META, 'deaths', 1), numbers('epoch')
+  redis.call('HSET', DEATHS, g, number .. ' ' .. epoch .. ' ' .. now_ms() .. ' ' .. (held[3] or ''))
+  if redis.call('LPUSH', DEAD, g) > 1000 then
+    local oldest = redis.call('RPOP', DEAD)
+    redis.call('HDEL', LETTERS, oldest)
+    redis.call('HDEL', DEATHS, oldest)
+  end
   return 'dead'
 end
 
@@ -69,7 +77,7 @@ local function cut_off(g)
   if held[2] then
     add('bytes', -held[1])
     redis.call('SADD', TRASH, held[2])
-    redis.call('HDEL', group_key(g), 'ref', 'bytes', 'version', 'header', 'ready_at')
+    redis.call('HDEL', group_key(g), 'ref', 'bytes', 'version', 'header', 'revisions', 'ready_at')
   end
   redis.call('ZREM', READY, g)
   to_pool(g, true)
@@ -83,4 +91,10 @@ local function version_alive(lineage, version)
     if floor and version > tonumber(floor) then return false end
   end
   return true
+end
+
+-- Whether a group scored by `revisions` must not be trained on: the run expects other rewards, or other revisions of them.
+local function foreign(revisions)
+  local expected = redis.call('HGET', META, 'revisions') or ''
+  return expected ~= '' and (revisions or '') ~= expected
 end

@@ -3,6 +3,7 @@
 -- ARGV: token (fresh per request), owner.
 -- Effect: expired leases spend an attempt and go to the pool (or die); the lowest pooled index is leased again, else, if
 --         pipeline slots, retained groups and bytes allow, the lowest dead index that `requeue` marked, else a new one.
+--         Whoever has just given the next group back waits.
 -- Idempotent: asked again with the same token (a lost reply), it returns the same lease.
 -- Reply: {'ok', group, attempt, min_version, epoch} | {'wait', why} | {'no_groups'}
 local token, owner = ARGV[1], ARGV[2]
@@ -43,8 +44,10 @@ local waiting = redis.call('ZRANGE', POOL, 0, 0)[1]
 if waiting then
   local rank = redis.call('ZRANK', LIVE, waiting)
   if needed_version(rank, 0) > version then return {'wait', 'version'} end
-  local former = redis.call('HMGET', group_key(waiting), 'token', 'attempt')
+  local former = redis.call('HMGET', group_key(waiting), 'token', 'attempt', 'owner', 'rests')
+  if former[3] == owner and tonumber(former[4] or 0) > now then return {'wait', 'pause'} end
   redis.call('HDEL', TOKENS, former[1])
+  redis.call('HDEL', group_key(waiting), 'rests')
   redis.call('ZREM', POOL, waiting)
   return grant(waiting, rank, former[2] + 1)
 end
@@ -62,6 +65,7 @@ if revived then
   redis.call('ZREM', P .. 'requeued', revived)
   redis.call('SETBIT', P .. 'dead', revived, 0)
   redis.call('HDEL', LETTERS, revived)
+  redis.call('HDEL', DEATHS, revived)
   redis.call('LREM', DEAD, 0, revived)
   add('dead', -1)
 else

@@ -2,7 +2,8 @@
 -- Uses: groups, data, steps, settling.
 -- ARGV: step, group ids consumed since the previous checkpoint (space-separated), data ids likewise, request token.
 -- Effect: 1. what the checkpoint says was consumed is settled, even if its claim record is lost;
---         2. claims > step stay and will be served again, charged to the pipeline anew;
+--         2. claims > step stay and will be served again, charged to the pipeline anew; from the first on that has a
+--            group of other rewards than the run expects, they are taken apart and formed anew;
 --         3. live groups made by versions > step are cut off; the version becomes step.
 -- Idempotent: the same request token returns the epoch it opened; a new one opens the next epoch.
 -- Reply: {'ok', epoch} | {'settled', settled step} | {'conflict', text}
@@ -62,7 +63,19 @@ next_data, data_next, data_floor = numbers('next_data', 'data_next', 'data_floor
 set('next_data', math.max(next_data, last_data + 1), 'data_next', math.max(data_next, last_data + 1),
   'data_floor', math.max(data_floor, last_data + 1))
 
+for _, s in ipairs(redis.call('ZRANGE', CLAIMS, 0, -1)) do
+  local other = false
+  for _, g in ipairs(ids(redis.call('HGET', claim_key(s), 'groups'))) do
+    other = other or foreign(redis.call('HGET', group_key(g), 'revisions'))
+  end
+  if other then
+    take_apart(s, 'reward')
+    break
+  end
+end
+
 local unpublished = 0
+claimed_step = numbers('claimed_step')
 for _, s in ipairs(redis.call('ZRANGE', CLAIMS, 0, -1)) do
   redis.call('HSET', claim_key(s), 'published', 0)
   unpublished = unpublished + #ids(redis.call('HGET', claim_key(s), 'groups'))

@@ -1,4 +1,4 @@
--- settling: the end of claims. A part, not a script; needs groups, data and steps before it.
+-- settling: the end of claims: settled, or taken apart. A part, not a script; needs groups, data and steps before it.
 
 -- Settles every claim <= step; frees what it held.
 local function settle_through(step)
@@ -16,4 +16,23 @@ local function settle_through(step)
     redis.call('ZREM', CLAIMS, s)
   end
   if step > numbers('settled_step') then set('settled_step', step) end
+end
+
+-- Takes apart every claim >= step: the groups are evicted, the data batches ready again, the steps will be formed anew.
+local function take_apart(step, reason)
+  for _, s in ipairs(redis.call('ZRANGEBYSCORE', CLAIMS, step, '+inf')) do
+    local record = redis.call('HMGET', claim_key(s), 'groups', 'data')
+    local groups, data = ids(record[1]), ids(record[2])
+    finish(groups, 'evicted')
+    add('evicted:' .. reason, #groups)
+    add('claimed', -#groups)
+    for _, k in ipairs(data) do
+      redis.call('ZADD', DATA_LIVE, k, k)
+      redis.call('ZADD', DATA_READY, k, k)
+    end
+    add('data_next', -#data)
+    redis.call('DEL', claim_key(s))
+    redis.call('ZREM', CLAIMS, s)
+  end
+  set('claimed_step', step - 1)
 end

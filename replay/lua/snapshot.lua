@@ -2,8 +2,8 @@
 -- Uses: data, steps.
 -- ARGV: none. Effect: none. Idempotent: read only.
 -- Reply: {'ok', meta, {live, ready, leases, pool, requeued, data_live}, {settled, evicted, dead (bitmaps)},
---         {step, groups, data, …}, {group, bytes, ref, …}, {data batch, bytes, ref, …}, trash}; bytes and ref are '' for
---         groups and batches without a payload.
+--         {step, groups, data, …}, {group, bytes, ref, revisions, …}, {data batch, bytes, ref, '', …}, trash}; bytes,
+--         ref and revisions are '' for groups and batches without a payload.
 local sets, bitmaps, claims, groups, batches = {}, {}, {}, {}, {}
 for i, name in ipairs({'live', 'ready', 'leases', 'pool', 'requeued', 'data_live'}) do
   sets[i] = redis.call('ZRANGE', P .. name, 0, -1)
@@ -11,10 +11,11 @@ end
 for i, name in ipairs({'settled', 'evicted', 'dead'}) do bitmaps[i] = redis.call('GET', P .. name) or '' end
 
 local function describe(reply, id, record)
-  local held = redis.call('HMGET', record, 'bytes', 'ref')
+  local held = redis.call('HMGET', record, 'bytes', 'ref', 'revisions')
   reply[#reply + 1] = id
   reply[#reply + 1] = held[1] or ''
   reply[#reply + 1] = held[2] or ''
+  reply[#reply + 1] = held[3] or ''
 end
 for _, g in ipairs(sets[1]) do describe(groups, g, group_key(g)) end
 for _, k in ipairs(sets[6]) do describe(batches, k, data_key(k)) end

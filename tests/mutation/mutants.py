@@ -9,7 +9,10 @@ import yaml
 
 REPLAY = "tests/integration/replay"
 SUITES = {
-    "ledger": tuple(f"{REPLAY}/test_replay_{name}.py" for name in ("ledger", "budgets", "commit_payload", "late_calls", "lost_reply", "model")),
+    "ledger": tuple(
+        f"{REPLAY}/test_replay_{name}.py"
+        for name in ("ledger", "budgets", "rewards", "give_back", "deaths", "commit_payload", "late_calls", "lost_reply", "model")
+    ),
     "embedded": (f"{REPLAY}/test_replay_embedded.py",),
     "parts": ("tests/unit/replay",),
     "settle": ("tests/integration/trainer/test_settle.py",),

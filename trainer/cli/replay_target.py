@@ -71,15 +71,12 @@ def _config(folder: Path) -> RunConfig:
 
 @contextmanager
 def _joined(url: str, run: str | None, driven: bool = False) -> Iterator[Ledger]:
-    from replay.connect import connect, public_url
+    from replay.addresses import without_password
+    from replay.connect import connect
     from replay.errors import ReplayError
     from replay.inspection import find_runs
 
-    try:
-        where = public_url(url)
-    except ValueError:  # whose message would show what stands where the port should be
-        raise TargetError("the Redis URL cannot be read; it looks like redis://:password@host:6379/0, special characters percent-encoded") from None
-    client = connect(url, CONNECT_TIMEOUT_S)
+    client, where = connect(url, CONNECT_TIMEOUT_S), without_password(url)
     try:
         if run is None:
             try:

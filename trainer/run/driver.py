@@ -210,7 +210,7 @@ class Driver:
         assert self._buffer is not None
         letters = self._buffer.dead_letters()
         if len(letters) > self.config.max_dead_groups:
-            raise RunFailed("rollouts", f"{len(letters)} groups failed every attempt; the last one: {letters[0][1]}")
+            raise RunFailed("rollouts", f"{len(letters)} groups failed every attempt; the last one: {letters[0].reasons[-1]}")
 
     def _counts(self) -> dict[str, int]:
         assert self._buffer is not None

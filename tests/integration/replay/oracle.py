@@ -20,6 +20,11 @@ class Group:
     expired: bool = False
     version: int = 0
     size: int = 0
+    scored_by: str = ""
+    rests: bool = False  # its owner has given it back and must let the pause pass
+    reasons: list[str] = field(default_factory=list)
+    prompt: str = ""
+    death: tuple[int, int] = (0, 0)  # number, epoch
 
 
 @dataclass
@@ -46,6 +51,9 @@ class Oracle:
     epoch: int = 0
     expired: int = 0
     failed: int = 0
+    given_back: int = 0
+    deaths: int = 0
+    expected: str = ""  # rewards that groups must have been scored by; "": any
     largest: int = 0
     group_sizes: list[int] = field(default_factory=list)  # of every commit ever accepted
     batch_sizes: list[int] = field(default_factory=list)
@@ -67,7 +75,7 @@ class Oracle:
         return len(self.among(*LIVE)) + sum(len(self.claims[step][0]) for step in self.unpublished)
 
     def counts(self) -> dict[str, int]:
-        reasons = ("stale", "lineage", "zero_variance")
+        reasons = ("stale", "lineage", "zero_variance", "reward")
         return {
             "leased": len(self.among("leased", "pool")),
             "waiting": len(self.among("pool")),
@@ -89,16 +97,30 @@ class Oracle:
             "dropped_since_claim": len(self.dropped),
             "expired": self.expired,
             "failed": self.failed,
+            "given_back": self.given_back,
+            "deaths": self.deaths,
         }
 
     # -- rules ------------------------------------------------------------------------------------
 
-    def _spend(self, group: Group, revoke: bool) -> None:
+    def letters(self) -> list[tuple[int, list[str], int, int, str]]:
+        """(group, reasons, number, epoch, prompt) of the dead, newest first."""
+        dead = [(g, group.reasons, *group.death, group.prompt) for g, group in enumerate(self.groups) if group.state == "dead"]
+        return sorted(dead, key=lambda letter: -letter[2])
+
+    def _spend(self, group: Group, reason: str, revoke: bool) -> None:
         group.spent += 1
+        group.reasons.append(reason)
         group.state = "dead" if group.spent >= self.run.max_attempts else "pool"
         group.expired = False
         if revoke or group.state == "dead":
             group.token = ""
+        if group.state == "dead":
+            self.deaths += 1
+            group.death = self.deaths, self.epoch
+
+    def _foreign(self, group: Group) -> bool:
+        return bool(self.expected) and group.scored_by != self.expected
 
     def _cut_off(self, group: Group) -> None:
         group.token, group.expired, group.size = "", False, 0
@@ -122,14 +144,15 @@ class Oracle:
 
     # -- producers --------------------------------------------------------------------------------
 
-    def lease(self) -> int | None:
+    def lease(self, owner: str) -> int | None:
         """The index that must be granted; None: nothing may start."""
         for group in self.groups:
             if group.state == "leased" and group.expired:
                 self.expired += 1
-                self._spend(group, revoke=False)
+                self._spend(group, f"lease expired ({group.owner})", revoke=False)
         for g in self.among("pool"):
-            return g if self.least(g) <= self.version else None
+            rests = self.groups[g].rests and self.groups[g].owner == owner
+            return g if self.least(g) <= self.version and not rests else None
         live, ready = len(self.among(*LIVE)), len(self.among("ready"))
         if self.charged() >= self.run.slots or live + len(self.among("claimed")) >= self.run.retained_groups:
             return None
@@ -147,13 +170,13 @@ class Oracle:
             self.groups.append(Group(attempt=0))
         group = self.groups[lease.group]
         group.attempt += 1
-        group.state, group.owner, group.token, group.granted = "leased", owner, lease.token, self.version
+        group.state, group.owner, group.token, group.granted, group.rests = "leased", owner, lease.token, self.version, False
         slack = math.ceil((self.run.window - 1) / self.run.groups_per_step)
         assert lease.attempt == group.attempt
         assert lease.min_version == min(self.version, self.least(lease.group, slack))
         assert lease.epoch == self.epoch
 
-    def commit(self, lease: Lease, version: int, lineage: int | None, size: int, flat: bool) -> str:
+    def commit(self, lease: Lease, version: int, lineage: int | None, size: int, flat: bool, scored_by: str) -> str:
         group = self.groups[lease.group]
         if not group.token or group.token != lease.token or group.state not in ("leased", "pool", "ready", "claimed"):
             return "dropped" if flat and lease.token in self.dropped else "lost"
@@ -162,13 +185,16 @@ class Oracle:
         if not self._alive(lease.epoch if lineage is None else lineage, version):
             self._cut_off(group)
             return "lost"
+        if self.expected and scored_by != self.expected:
+            group.state = "evicted:reward"
+            return "lost"
         if flat and len(self.dropped) < self.run.drop_limit:
             group.state = "evicted:zero_variance"
             self.dropped.add(lease.token)
             return "dropped"
         room = self._room([*self.group_sizes, size], self.batch_sizes, size)
         if room == "ok":
-            group.state, group.version, group.size, group.expired = "ready", version, size, False
+            group.state, group.version, group.size, group.expired, group.scored_by = "ready", version, size, False, scored_by
             self.group_sizes.append(size)
             self.largest = max(self.largest, size)
         return room
@@ -184,15 +210,23 @@ class Oracle:
         self.groups[lease.group].state, self.groups[lease.group].expired = "leased", False
         return True
 
-    def fail(self, lease: Lease) -> None:
+    def fail(self, lease: Lease, reason: str, prompt: str) -> None:
         if self.holds(lease):
             self.failed += 1
-            self._spend(self.groups[lease.group], revoke=True)
+            group = self.groups[lease.group]
+            group.prompt = prompt or group.prompt
+            self._spend(group, reason, revoke=True)
+
+    def give_back(self, lease: Lease) -> None:
+        if self.holds(lease):
+            self.given_back += 1
+            group = self.groups[lease.group]
+            group.state, group.token, group.expired, group.rests = "pool", "", False, True
 
     def release(self, owner: str) -> tuple[int, int]:
         held = [self.groups[g] for g in self.among("leased") if self.groups[g].owner == owner]
         for group in held:
-            self._spend(group, revoke=True)
+            self._spend(group, f"released by {owner}", revoke=True)
         batches = [self.batches[k] for k in self.batches_among("leased") if self.batches[k].owner == owner and not self.batches[k].free]
         for batch in batches:
             batch.free = True
@@ -226,6 +260,14 @@ class Oracle:
         return room
 
     # -- learner ----------------------------------------------------------------------------------
+
+    def expect(self, scored_by: str) -> int:
+        """How many ready groups are evicted."""
+        self.expected = scored_by
+        others = [self.groups[g] for g in self.among("ready") if self._foreign(self.groups[g])]
+        for group in others:
+            group.state = "evicted:reward"
+        return len(others)
 
     def claim(self, step: int) -> tuple[list[int], list[int]] | None:
         """The composition of a new step; None: not ready. Groups outside the bound are evicted either way."""
@@ -276,6 +318,14 @@ class Oracle:
         self.epoch += 1
         self.floors[self.epoch] = step
         self.settle(step)
+        others = [s for s, (groups, _) in self.claims.items() if any(self._foreign(self.groups[g]) for g in groups)]
+        for undone in [s for s in self.claims if others and s >= min(others)]:
+            groups, data = self.claims.pop(undone)
+            for g in groups:
+                self.groups[g].state = "evicted:reward"
+            for k in data:
+                self.batches[k].state = "ready"
+            self.claimed_step = min(self.claimed_step, undone - 1)
         self.unpublished = set(self.claims)
         self.version = step
         for group in self.groups:

@@ -51,7 +51,7 @@ def test_a_limited_user_can_run_everything(limited: Callable[[str], str], caplog
         return lease
 
     buffer.fail(take(), "x")
-    assert buffer.dead_letters() == [(0, "x")]
+    assert [(letter.group, letter.reasons) for letter in buffer.dead_letters()] == [(0, ["x"])]
     assert buffer.requeue(0)
     assert buffer.commit(take(), b"flat", [1.0, 1.0], 0)
     for number in (1, 2):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from replay.records import GroupHeader
+
 Make = Callable[..., Any]
 
 
@@ -24,7 +26,8 @@ def test_a_payload_that_did_not_arrive_is_not_adopted(make_driver: Make) -> None
     lease = driver.take()
     key = f"ddrl:{{{driver.run}}}:payload:nowhere"
     before = driver.buffer.counts()["bytes"]
-    assert ledger.commit(lease, '{"rewards":[0.0]}', 0, 5, False, "nowhere", key, None, ledger.batch()).status == "unstored"
+    header = GroupHeader([0.0], 1, 0, 5, "0" * 16)
+    assert ledger.commit(lease, header, False, "nowhere", key, None, ledger.batch()).status == "unstored"
     number = driver.buffer.lease_data("f", 0)
     assert ledger.commit_data(number, 5, "0" * 16, "nowhere", key, ledger.batch()).status == "unstored"
     counts = driver.buffer.counts()

@@ -30,6 +30,7 @@ from replay.buffer import BufferSettings, Lease, ReplayBuffer
 from replay.cluster import RunClient
 from replay.embedded import EmbeddedRedis
 from replay.errors import BudgetExceeded, ClaimTimeout, Fenced
+from replay.rewards import identity
 from tests.integration.replay.oracle import LIVE, Oracle
 from tests.integration.replay.proxy import DroppingProxy
 
@@ -38,7 +39,9 @@ RUNS = itertools.count()
 EXAMPLES = int(os.environ.get("DDRL_REPLAY_EXAMPLES", "40"))
 OWNERS = st.sampled_from(["a", "b"])
 SIZES = st.sampled_from([4, 12, 1, 30, 70])
+REVISIONS: list[dict[str, str]] = [{"ocr": "r1"}, {"ocr": "r2"}, {}]
 WIDE = 1 << 30
+PAUSE_MS = 1 << 30  # ends when a test says so
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -61,10 +64,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.buffers = [ReplayBuffer(client, self.name, self.run) for client in (self.client, self.client, self.lossy)]
         self.buffer = self.buffers[0]
         self.buffer.initialise()
-        self.client.hset(self.key("meta"), mapping={"group_commits": before, "group_bytes_sum": before})
+        self.client.hset(self.key("meta"), mapping={"group_commits": before, "group_bytes_sum": before, "pause_ms": PAUSE_MS})
         self.oracle = Oracle(self.run, group_sizes=[1] * before)
         self.leases: list[Lease] = []
         self.content: dict[str, tuple[int, bool]] = {}  # what each lease will produce: (bytes, do all rewards agree)
+        self.scored_by: dict[str, dict[str, str]] = {}  # and by which revisions
+        self.fleet: dict[str, str] = REVISIONS[0]  # which revisions score now
         self.trained: dict[int, list[int]] = {}  # the surviving lineage: step → groups
         self.restart(0, self.buffer)
 
@@ -85,13 +90,14 @@ class LedgerMachine(RuleBasedStateMachine):
         self.lease_with(self.any_client(data), owner, size, flat)
 
     def lease_with(self, buffer: ReplayBuffer, owner: str, size: int, flat: bool) -> Lease | None:
-        expected = self.oracle.lease()
+        expected = self.oracle.lease(owner)
         lease = buffer.lease(owner, 0)
         assert (lease and lease.group) == expected
         if lease is not None:
             self.oracle.granted(lease, owner)
             self.leases.append(lease)
             self.content[lease.token] = size, flat
+            self.scored_by[lease.token] = self.fleet
         return lease
 
     @precondition(lambda self: self.leases)
@@ -104,13 +110,13 @@ class LedgerMachine(RuleBasedStateMachine):
             self.commit_lease(self.any_client(data), lease, max(0, self.oracle.version - behind), lineage)
 
     def commit_lease(self, buffer: ReplayBuffer, lease: Lease, version: int, lineage: int | None = None) -> None:
-        size, flat = self.content[lease.token]
-        expected = self.oracle.commit(lease, version, lineage, size, flat)
+        (size, flat), scored_by = self.content[lease.token], self.scored_by[lease.token]
+        expected = self.oracle.commit(lease, version, lineage, size, flat, identity(scored_by))
         event(f"commit: {expected}")
         rewards = [1.0, 1.0] if flat else [1.0, 2.0]
 
         def call() -> bool:
-            return buffer.commit(lease, self.payload(lease.group, size), rewards, version, lineage=lineage, timeout_s=0)
+            return buffer.commit(lease, self.payload(lease.group, size), rewards, version, lineage=lineage, timeout_s=0, revisions=scored_by)
 
         if expected in ("budget", "full"):
             with pytest.raises(BudgetExceeded, match="retained" if expected == "budget" else "held by"):
@@ -133,9 +139,26 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
         lease = data.draw(st.sampled_from(self.leases))
-        self.oracle.fail(lease)
-        self.any_client(data).fail(lease, "why")
-        self.any_client(data).fail(lease, "again")
+        prompt = data.draw(st.sampled_from(["", f"prompt {lease.group}"]))
+        self.oracle.fail(lease, "why", prompt)
+        self.any_client(data).fail(lease, "why", prompt)
+        self.any_client(data).fail(lease, "again", "another")
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        """The producer lacks something else."""
+        lease = data.draw(st.sampled_from(self.leases))
+        self.oracle.give_back(lease)
+        self.any_client(data).give_back(lease, "no weights")
+        self.any_client(data).give_back(lease, "again")
+
+    @rule()
+    def the_pause_passes(self) -> None:
+        for g, group in enumerate(self.oracle.groups):
+            if group.rests and group.state == "pool":
+                group.rests = False
+                self.client.hset(self.key(f"group:{g}"), "rests", 1)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -200,6 +223,20 @@ class LedgerMachine(RuleBasedStateMachine):
         batch.execute()
 
     # -- learner ----------------------------------------------------------------------------------
+
+    @rule(data=st.data(), revisions=st.sampled_from(REVISIONS), restart=st.booleans())
+    def the_reward_changes(self, data: st.DataObject, revisions: dict[str, str], restart: bool) -> None:
+        """The driver comes back with a reward fleet of the same or of other revisions; mostly the learner then starts."""
+        self.fleet = revisions
+        evicted = self.oracle.expect(identity(revisions))
+        event(f"expect: {'evicts' if evicted else 'evicts none'}")
+        lost = self.proxy.dropped
+        found = self.any_client(data).expect_rewards(revisions)
+        assert found == (evicted if self.proxy.dropped == lost else 0)
+        if restart:
+            claimed = self.oracle.claimed_step
+            self.restart(data.draw(st.integers(self.oracle.settled_step, self.oracle.version)), self.any_client(data))
+            event(f"rollback: {'takes claims apart' if self.oracle.claimed_step < claimed else 'keeps the claims'}")
 
     @rule(data=st.data())
     def claim(self, data: st.DataObject) -> None:
@@ -301,7 +338,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert counts["bytes"] <= self.run.max_bytes
         assert len(self.oracle.among(*LIVE)) <= self.run.slots
         assert len(self.oracle.among(*LIVE, "claimed")) <= self.run.retained_groups
-        assert sorted(group for group, _ in self.buffer.dead_letters()) == self.oracle.among("dead")
+        letters = [(letter.group, letter.reasons, letter.number, letter.epoch, letter.prompt) for letter in self.buffer.dead_letters()]
+        assert letters == self.oracle.letters()
         seen = [g for groups in self.trained.values() for g in groups]
         assert len(seen) == len(set(seen)), "a group is in two steps of one lineage"
 
@@ -318,6 +356,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for k in self.oracle.batches_among("leased"):
             self.oracle.batches[k].free = True
             self.client.zadd(self.key("data_leases"), {str(k): 0}, xx=True)
+        self.the_pause_passes()
         goal = self.oracle.claimed_step + 3
         for _ in range(200):
             if self.oracle.unpublished:

@@ -192,8 +192,8 @@ def test_one_run_needs_no_name_several_do(fresh: EmbeddedRedis) -> None:
     ("arguments", "message"),
     [
         (["status"], "which ledger?"),
-        (["status", "--url", "redis://:sesame@127.0.0.1:1/0"], "cannot reach Redis at redis://127.0.0.1:1/0"),
-        (["status", "--url", "redis://:sesame/oil@127.0.0.1/0"], "the Redis URL cannot be read"),
+        (["status", "--url", "redis://:sesame@127.0.0.1:1/0"], "cannot reach Redis at redis://:***@127.0.0.1:1/0"),
+        (["status", "--url", "redis://:sesame/oil@127.0.0.1/0"], "redis.url is not usable"),
         (["status", "--url", "http://:sesame@127.0.0.1/0"], "not usable"),
         (["audit", "no/such/run"], "no/such/run is not a run folder"),
         (["inspect", "no/such/run"], "which group?"),

@@ -14,13 +14,14 @@ import redis
 from pydantic import ValidationError
 
 from replay import scripts
+from replay.addresses import without_password
 from replay.audit import Snapshot, audit
 from replay.config import RedisConfig, ReplayConfig
-from replay.connect import public_url
 from replay.embedded import find_server, refuse_several_nodes
 from replay.errors import EmbeddedServerError, PayloadMissing
 from replay.payloads import FolderPayloads, checksum
 from replay.records import GroupHeader
+from replay.rewards import identity
 from replay.waiting import poll
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,6 +33,21 @@ def test_header_round_trip_and_no_nan() -> None:
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="JSON"):
             replace(header, rewards=[bad]).to_json()
+        with pytest.raises(ValueError, match="JSON"):
+            replace(header, scores={"ocr": [0.5, bad]}).to_json()
+
+
+def test_headers_of_before_and_with_scores_are_read() -> None:
+    old = '{"rewards":[0.5,-1.0],"size":2,"version":3,"bytes":10,"checksum":"ab","meta":{}}'
+    assert GroupHeader.from_json(old) == GroupHeader([0.5, -1.0], 2, 3, 10, "ab")
+    header = GroupHeader([0.5, 1.0], 2, 3, 10, "ab", scores={"ocr": [0.5, None]}, revisions={"ocr": "r1"})
+    assert GroupHeader.from_json(header.to_json()) == header
+
+
+def test_the_identity_of_rewards_ignores_their_order_and_nothing_else() -> None:
+    assert identity({"b": "2", "a": "1"}) == identity({"a": "1", "b": "2"}) == '{"a":"1","b":"2"}'
+    assert len({identity(found) for found in ({}, {"a": "1"}, {"a": "2"}, {"b": "1"}, {"a": "1", "b": "1"})}) == 5
+    assert identity({}) == identity(None) == ""
 
 
 def test_config_is_strict_and_described() -> None:
@@ -66,13 +82,17 @@ def test_poll_returns_the_first_answer_and_keeps_its_deadline() -> None:
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("redis://:secret@host:6380/2", "redis://host:6380/2"),
-        ("rediss://user:secret@host", "rediss://host:6379"),
-        ("unix://:secret@/run/redis.sock", "unix:///run/redis.sock"),
+        ("redis://:secret@host:6380/2", "redis://:***@host:6380/2"),
+        ("rediss://user:secret@host", "rediss://user:***@host"),
+        ("redis://:sec@r/et@host/0", "redis://:***@host/0"),
+        ("unix://:secret@/run/redis.sock", "unix://:***@/run/redis.sock"),
+        ("redis://host/0?password=secret&db=1", "redis://host/0?password=***&db=1"),
+        ("redis://host:6379/0", "redis://host:6379/0"),
+        ("the server of the run", "the server of the run"),
     ],
 )
-def test_public_url_hides_the_password(url: str, shown: str) -> None:
-    assert public_url(url) == shown
+def test_a_password_is_not_shown(url: str, shown: str) -> None:
+    assert without_password(url) == shown
 
 
 def test_folder_store_writes_whole_files_and_sweeps_old_strangers(tmp_path: Path) -> None:
@@ -193,6 +213,9 @@ def test_audit_of_a_whole_ledger_is_empty() -> None:
         ({"group_bytes": {2: 10, 3: 11}}, "group 4 is ready or claimed but has no payload"),
         ({"group_bytes": {2: 10, 3: 11, 4: 12, 5: 0}}, "group 5 has a payload but is neither"),
         ({"requeued": frozenset({4})}, "group 4 is marked to be made again but is not dead"),
+        ({"expected": "{}"}, "group 4 is ready but scored by no named rewards, the run expects {}"),
+        ({"expected": "b", "revisions": {2: "a", 3: "a", 4: "a"}}, "group 4 is ready but scored by a, the run expects b"),
+        ({"finished": {**WHOLE.finished, "dead": frozenset({6})}}, "1 groups are dead, only 0 deaths were counted"),
         ({"references": frozenset({"g4-a"}), "trash": frozenset({"g4-a"})}, "g4-a is in use and in the trash"),
     ],
 )
