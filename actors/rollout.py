@@ -44,8 +44,6 @@ from services.client.base import RewardUnavailable
 IDLE_S = 1.0
 """Longest a generator waits for a lease before it looks at its stop flag."""
 DECODE_DEADLINE_S = 300.0
-PAUSE_S = 1.0
-"""How long a generator waits after it gave a group back for want of something else."""
 LOOK_S = 0.1
 """How often a generator that samples and has room for more asks for another lease."""
 
@@ -184,14 +182,13 @@ class RolloutGenerator:
             self._give_back(lease, "sampling", error)
             return None
 
-    def _give_back(self, lease: Lease, stage: str, error: Exception) -> None:
+    def _give_back(self, lease: Lease, stage: str, error: Exception, prompt: str = "") -> None:
         """Hand a group back: one that failed has used an attempt, one that lacked weights or a reward service has not."""
         self._leases.pop(lease.group, None)  # first: once it is given back it may come again, as another lease
         if isinstance(error, INFRASTRUCTURE):
             self.buffer.give_back(lease, _reason(stage, error))
-            self._stop.wait(PAUSE_S)  # what is missing may need a moment
         else:
-            self.buffer.fail(lease, _reason(stage, error))
+            self.buffer.fail(lease, _reason(stage, error), prompt)
 
     def _heartbeat(self) -> None:
         """Keep the leases in hand alive, however long sampling and scoring take; ends with the process."""
@@ -249,7 +246,7 @@ class RolloutGenerator:
                 lease, payload, judged.totals, version, meta, group.lineage, self.spec.target.wait_s, scores=judged.values, revisions=self.revisions
             )
         except Exception as error:
-            self._give_back(lease, stage, error)
+            self._give_back(lease, stage, error, text)
             return False
         self._leases.pop(lease.group, None)
         return committed

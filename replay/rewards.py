@@ -17,8 +17,11 @@ def identity(revisions: Mapping[str, str] | None) -> str:
 
 
 def check_scores(members: int, scores: Scores, revisions: Mapping[str, str]) -> None:
-    """Raises ValueError unless `scores` has a revision for each reward and an entry for each of `members`."""
-    if scores and scores.keys() != revisions.keys():
+    """Raises ValueError unless `scores` has a revision for each reward and an entry for each of `members`.
+
+    A score may be named after a part of a reward: `scene.sharpness` belongs to `scene`.
+    """
+    if scores and {name.partition(".")[0] for name in scores} != revisions.keys():
         raise ValueError(f"scores of {sorted(scores)} but revisions of {sorted(revisions)}: both must name the same rewards")
     for name, entries in scores.items():
         if len(entries) != members:

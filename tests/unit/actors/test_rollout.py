@@ -143,7 +143,7 @@ class Ledger:
         self.committed.append((lease.group, decode_group(payload), rewards, version, meta))
         return lease.group != 13  # a lease that was lost meanwhile
 
-    def fail(self, lease: Lease, reason: str) -> None:
+    def fail(self, lease: Lease, reason: str, prompt: str = "") -> None:
         self.failed.append((lease.group, reason))
 
     def give_back(self, lease: Lease, reason: str) -> None:
@@ -382,8 +382,7 @@ def test_nothing_is_leased_before_there_are_weights(policy_folder: Path, monkeyp
     assert ledger.failed == ledger.given_back == []
 
 
-def test_a_service_that_does_not_answer_costs_a_group_no_attempt(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.rollout.PAUSE_S", 0.01)
+def test_a_service_that_does_not_answer_costs_a_group_no_attempt(policy_folder: Path) -> None:
     ledger = Ledger([4, 5])
     assert run(policy_folder, ledger, Scorer({prompt(4): RewardUnavailable("serve://rewards/mean", "no answer", "Start it.")})) == 1
     assert [g for g, _ in ledger.given_back] == [4]
