@@ -19,12 +19,16 @@ from services.scorers.base import Scorer
 
 
 class Darkness(Scorer):
+    name = "darkness"
+    media = ("image",)
     reward = "darkness"
     sub_scores = ("darkness", "blueness")
 
-    @property
-    def revision(self):
-        return "darkness-1"
+    revision = "darkness-1"
+    preprocessing = "none"
+
+    def __init__(self, settings):
+        self.settings = settings
 
     def score(self, prompts, media):
         means = [item.pixels.mean((0, 1)) / 255 for item in media]
