@@ -62,7 +62,6 @@ class RolloutConfig(Strict):
     weights: Literal["in_flight", "drain"] = Field(
         "in_flight", description="new weights: in_flight = between two denoising steps; drain = when the groups being sampled have finished"
     )
-    score_timeout_s: float = Field(60.0, gt=0, description="deadline of scoring one group, retries included, in seconds")
     same_initial_noise: bool = Field(False, description="all members of a group start from the same noise (DanceGRPO)")
     threads: int = Field(1, ge=1, description="torch threads of one generator")
     gpus: float = Field(0.0, ge=0, description="GPUs of one generator")
@@ -91,5 +90,4 @@ class EvaluationConfig(Strict):
     diversity_prompts: int = Field(32, ge=1, description="prompts of the diversity figure before and after; a periodic evaluation uses a quarter")
     diversity_samples: int = Field(16, ge=2, description="samples per prompt of the diversity figure")
     grid_prompts: int = Field(32, ge=1, description="prompts of the sample grids")
-    score_timeout_s: float = Field(300.0, gt=0, description="deadline of scoring one evaluation's samples, retries included, in seconds")
     threads: int = Field(2, ge=1, description="torch threads of the evaluator")

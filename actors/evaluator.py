@@ -32,6 +32,8 @@ from diffusion.lora import trained_weights
 from diffusion.seeds import generator, key
 from services.contract import ItemScore, ScoreFailure
 
+SCORED_AT_ONCE = 64
+"""Samples of one scoring call, which must end within `fleet.timeout_s`."""
 Column = list[float | None]
 """One number per prompt; None where the reward failed."""
 
@@ -127,7 +129,12 @@ class Evaluator:
         if not rewards.names:
             return Judgement({}, {}, {}, {})
         revisions = {name: info.revision for name, info in self.client.info(rewards.names).items()}
-        return judged(rewards, self.client.score_all(rewards.names, prompts, images, self.spec.evaluation.score_timeout_s), revisions)
+        scores: dict[str, list[ItemScore | ScoreFailure]] = {name: [] for name in rewards.names}
+        for start in range(0, len(prompts), SCORED_AT_ONCE):
+            part = slice(start, start + SCORED_AT_ONCE)
+            for name, found in self.client.score_all(rewards.names, prompts[part], images[part], rewards.fleet.timeout_s).items():
+                scores[name] += found
+        return judged(rewards, scores, revisions)
 
     def _losses(self, split: str, points: int) -> tuple[list[str], NDArray[np.float32]]:
         """Captions, and diffusion loss at `points` fixed (sample, time, noise) points; times are spread evenly over the process's range."""

@@ -233,7 +233,7 @@ class RolloutGenerator:
             stage = "scoring"
             if not self.revisions:
                 self.revisions = {name: info.revision for name, info in self.client.info(rewards.trained_names).items()}
-            scores = self.client.score_all(rewards.trained_names, [text] * len(images), images, rollout.score_timeout_s)
+            scores = self.client.score_all(rewards.trained_names, [text] * len(images), images, rewards.fleet.timeout_s)
             judged = judge(scores, rewards.trained, len(images), rollout.enough_members, rewards.fill_mean)
             meta: dict[str, float | int | str] = {"prompt": text, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
             if judged.failures:

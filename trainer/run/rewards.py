@@ -41,7 +41,7 @@ def check_rewards(config: RunConfig, rewards: RunRewards) -> dict[str, str]:
     blank = np.full((len(prompts), config.sampler.height, config.sampler.width, 3), 255, np.uint8)
     try:
         revisions = {name: info.revision for name, info in client.info(rewards.names).items()}
-        scores = client.score_all(rewards.names, prompts, blank, config.rollout.score_timeout_s)
+        scores = client.score_all(rewards.names, prompts, blank, rewards.fleet.timeout_s)
     except RewardError as error:
         raise RunFailed("rewards", str(error)) from error
     finally:
