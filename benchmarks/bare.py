@@ -21,21 +21,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from actors.sources.anchor import training_batch
-from actors.sources.prompts import training_prompt
 
+from actors.groups import group_payload, group_request, judge
 from actors.payload import DataPayload, encode
-from actors.rollout import group_payload, group_request, scored_members
+from actors.sources.draws import data_source, prompt_source, training_batch, training_example
 from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
 from replay.buffer import ReplayBuffer
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
+from services.contract import ItemScore, ScoreFailure
 from services.media.base import Media
-from services.scorers.registry import build_scorer, parse_reward
+from services.scorers.registry import build_scorer
 from trainer.config.load import load_config
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, step_batch
 from trainer.learn.learner import BY_STEP, SUMS, Learner, learning_rate
+from trainer.run.rewards import run_rewards
 
 
 class BareLearner(Learner):
@@ -84,8 +85,10 @@ class BareLoop:
         self.learner = BareLearner(config, torch.device("cpu"))
         self.engine = Engine(self.learner.model, self.policy.process, config.sampler.max_tokens, config.model.dtype)
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(config.sampler.height, config.sampler.width))
-        reward = {"kind": "ocr", **config.reward.ocr.model_dump()}
-        self.scorers = [build_scorer(parse_reward(reward)) for _ in range(threads)]
+        self.rewards = run_rewards(config)
+        (self.reward,) = self.rewards.trained_names  # one is what this loop knows
+        self.scorers = [build_scorer(self.rewards.fleet.rewards[self.reward]) for _ in range(threads)]
+        self.prompts, self.data = prompt_source(config.prompts, config.data), data_source(config.data)
         self.pool = ThreadPoolExecutor(threads, "scorer")
 
     def update(self, step: int) -> dict[str, Any]:
@@ -93,18 +96,21 @@ class BareLoop:
         config, held, clock = self.config, Held(), [time.monotonic()]
         first = (step - 1) * config.rollout.groups_per_step
         groups = range(first, first + config.rollout.groups_per_step)
-        prompts = [training_prompt(config.prompts, config.seed, g) for g in groups]
+        prompts = [training_example(self.prompts, config.seed, g).text for g in groups]
         texts = self.policy.text_encoder.encode(prompts)
         requests = [group_request(config.sampler, config.rollout, config.seed, g, texts[i], None, self.shape) for i, g in enumerate(groups)]
         trajectories = self.engine.run(requests)
         clock.append(time.monotonic())
-        rewards = self._score(prompts, [t.latent for t in trajectories])
+        scores = self._score(prompts, [t.latent for t in trajectories])
         clock.append(time.monotonic())
-        size, claimed = config.rollout.group_size, []
+        size, claimed, rewards = config.rollout.group_size, [], list[float]()
         for i, g in enumerate(groups):
             mine = trajectories[i * size : (i + 1) * size]
             held.payloads[str(g)] = encode(group_payload(mine, texts[i]))
-            claimed.append(ClaimedGroup(g, GroupHeader(rewards[i * size : (i + 1) * size], size, step - 1, len(held.payloads[str(g)]), ""), str(g)))
+            judged = judge({self.reward: scores[i * size : (i + 1) * size]}, self.rewards.trained, size, size, fill=False)
+            header = GroupHeader(judged.totals, size, step - 1, len(held.payloads[str(g)]), "", scores=judged.values)
+            claimed.append(ClaimedGroup(g, header, str(g)))
+            rewards += judged.totals
         data = []
         if config.uses_data:
             held.payloads["data"] = encode(self._anchors(step - 1))
@@ -120,17 +126,19 @@ class BareLoop:
     def _anchors(self, batch: int) -> DataPayload:
         """Anchor batch `batch`, as the feeder makes it."""
         config = self.config
-        captions, pixels = training_batch(config.data, config.seed, batch, config.data_rows, config.sampler.height, config.sampler.width)
+        captions, pixels = training_batch(
+            self.data, config.data.caption_dropout, config.seed, batch, config.data_rows, config.sampler.height, config.sampler.width
+        )
         text = self.policy.text_encoder.encode(captions)
         return DataPayload(self.policy.codec.encode(pixels), text.prompt_embeds, text.pooled)
 
-    def _score(self, prompts: list[str], latents: list[torch.Tensor]) -> list[float]:
+    def _score(self, prompts: list[str], latents: list[torch.Tensor]) -> list[ItemScore | ScoreFailure]:
         images = [Media.image(image) for image in self.policy.codec.decode(torch.stack(latents))]
         asked = [p for p in prompts for _ in range(self.config.rollout.group_size)]
         n, count = len(images), len(self.scorers)
         parts = [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
         jobs = [self.pool.submit(scorer.score, asked[part], images[part]) for scorer, part in zip(self.scorers, parts, strict=True)]
-        return scored_members([score for job in jobs for score in job.result()], n)[1]
+        return [score for job in jobs for score in job.result()]
 
 
 def main() -> None:

@@ -28,10 +28,10 @@ Codec = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
 def glyph_group() -> bytes:
     """Payload of group 0 of the glyph recipe, sampled by the base checkpoint."""
     import torch
-    from actors.sources.prompts import training_prompt
 
+    from actors.groups import group_payload, group_request
     from actors.payload import encode
-    from actors.rollout import group_payload, group_request
+    from actors.sources.draws import prompt_source, training_example
     from diffusion.checkpoint import load_policy
     from diffusion.engine.engine import Engine
     from trainer.config.load import load_config
@@ -42,7 +42,7 @@ def glyph_group() -> bytes:
     policy = load_policy(model, "cpu", config.seed)
     engine = Engine(policy.transformer, policy.process, config.sampler.max_tokens, model.dtype)
     shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
-    text = policy.text_encoder.encode([training_prompt(config.prompts, config.seed, 0)])[0]
+    text = policy.text_encoder.encode([training_example(prompt_source(config.prompts, config.data), config.seed, 0).text])[0]
     request = group_request(config.sampler, config.rollout, config.seed, 0, text, None, shape)
     return encode(group_payload(engine.run([request]), text))
 

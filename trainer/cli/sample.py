@@ -87,8 +87,8 @@ def _draw(
     config: RunConfig, file: Path, sizes: list[tuple[int, int]], counts: list[int], n: int | None, noise: bool, seed: int, folder: Path, device: str | None
 ) -> None:
     import torch
-    from actors.sources.prompts import prompt_lines
 
+    from actors.sources.text import prompt_lines
     from diffusion.checkpoint import CheckpointError, load_policy
     from diffusion.engine.engine import StepFailed, compile_for_batches
     from diffusion.engine.generate import DiffusionEngine, SamplingParams

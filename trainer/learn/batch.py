@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from actors.groups import trained_steps
 from actors.payload import DataPayload, GroupPayload, PayloadError, decode_data, decode_group
-from actors.rollout import trained_steps
 from diffusion.kernels import StepKernel
 from diffusion.processes import ForwardProcess
 from diffusion.seeds import INITIAL, generator, step_noise

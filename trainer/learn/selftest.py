@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from actors.groups import group_payload, group_request
 from actors.payload import decode_group, encode
-from actors.rollout import group_payload, group_request
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.seeds import key

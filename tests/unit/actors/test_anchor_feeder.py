@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from actors.sources.anchor import training_batch
 
 from actors.anchor import AnchorFeeder, AnchorSpec
 from actors.config import DataConfig
 from actors.payload import DataPayload, decode_data
+from actors.sources.draws import training_batch
+from actors.sources.glyph import GlyphSource
 from diffusion.config import ModelConfig, SamplerConfig
 
 
@@ -51,7 +52,7 @@ def feeder(folder: Path, ledger: Ledger) -> AnchorFeeder:
 
 def test_batches_are_clean_latents_with_their_own_captions(policy_folder: Path) -> None:
     made = feeder(policy_folder, Ledger(0))
-    captions, pixels = training_batch(DataConfig(), 5, 3, 4, 16, 48)
+    captions, pixels = training_batch(GlyphSource(), 0.0, 5, 3, 4, 16, 48)
     payload = made.make(3)
     np.testing.assert_array_equal(made.policy.codec.decode(payload.x0), pixels)
     text = made.policy.text_encoder.encode(captions)

@@ -260,7 +260,7 @@ def test_a_member_without_a_score_fails_its_group_and_no_other(policy_folder: Pa
     assert run(policy_folder, ledger, Scorer(broken)) == 1
     assert [c[0] for c in ledger.committed] == [6]
     assert [g for g, _ in ledger.failed] == [4, 5]
-    assert ledger.failed[0][1].startswith("scoring: ScoringFailed: 2 of 3 members have a reward, 3 are needed; member 1: engine_error: OCR crashed")
+    assert ledger.failed[0][1].startswith("scoring: ScoringFailed: 2 of 3 members have a reward, 3 are needed; member 1: mean: engine_error: OCR crashed")
     assert ledger.failed[1][1].startswith("scoring: TimeoutError: no answer within 1 s")
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.groups import trained_steps
 from actors.payload import DataPayload, GroupPayload, PayloadError, encode
-from actors.rollout import trained_steps
 from diffusion.kernels import StepKernel, make_kernel
 from diffusion.processes import RectifiedFlow
 from diffusion.seeds import INITIAL, step_noise
