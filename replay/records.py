@@ -25,7 +25,9 @@ class GroupHeader:
 
     `size` = members = len(rewards), which may be fewer than the run's group size when members failed (their
     number is then in `meta["failed_members"]`); `version` = oldest policy version that sampled any transition; `bytes`
-    and `checksum` (xxh3-64, hex) describe the payload.
+    and `checksum` (xxh3-64, hex) describe the payload. `rewards` are the totals; `scores` holds what each reward gave
+    each member (None: this one failed for it), `revisions` which revision of it; both empty in a header of a ledger that
+    did not keep them.
     """
 
     rewards: list[float]
@@ -34,6 +36,8 @@ class GroupHeader:
     bytes: int
     checksum: str
     meta: dict[str, float | int | str] = field(default_factory=dict)
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Raises ValueError on a NaN or infinite reward: a failed score is a failure, never a number."""
