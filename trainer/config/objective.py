@@ -40,6 +40,12 @@ class ObjectiveConfig(Strict):
         "so that ratios start at 1 whatever the sampler's precision",
     )
     clip: float = Field(1e-3, gt=0, description="probability ratios are clipped to 1 ± clip, in units of the chosen log_prob scaling")
+    advantages: Literal["each", "sum"] = Field(
+        "each", description="several rewards: each = normalised one by one, then averaged with their weights (public DDRL code); sum = their weighted sum is normalised"
+    )
+    failed_reward: Literal["leave_out", "fill_mean"] = Field(
+        "leave_out", description="a member without a score: leave_out of its group, or fill_mean = give it the mean of the group's others (public DDRL code)"
+    )
     advantage_scale: Literal["group", "batch"] = Field("group", description="whose standard deviation divides the advantage")
     advantage_clip: float = Field(5.0, gt=0, description="bound on |advantage|")
     advantages: Literal["each", "sum"] = Field(

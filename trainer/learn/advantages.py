@@ -1,20 +1,51 @@
-"""Group-normalised advantages. Pure Python on lists: no torch.
+"""Group-normalised advantages of one or several rewards. Pure Python on lists: no torch.
 
 A_n = (r_n - mean of the group) / (std + 1e-4), clipped to ±5 (public DDRL code; Flow-GRPO and DanceGRPO clip alike).
 The standard deviation is the group's own, unbiased, or that of all rewards of the update (Flow-GRPO on SD3.5).
+
+Several rewards (terms), each clamped to its own bounds first, become one advantage in one of two ways:
+
+    each   every term is normalised by itself; A = sum w A_term / sum |w|: the mean over reward models of the public DDRL
+           code when the weights are equal
+    sum    R = sum w r_term is normalised once
+
+With one reward of weight 1 both are the formula above. The exponential map and the clip are applied once, at the end.
+
+A worked example: a group with ocr [0, 1] and sharpness [30, 10], weights 1 and 1. `sum` follows sharpness, which has the
+larger numbers: A = [0.7, -0.7]. `each` gives both the same say: A = [0, 0].
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from replay.policy import zero_variance
 
 EPSILON = 1e-4
 """Added to the standard deviation (public DDRL code)."""
 
+GroupScores = Mapping[str, Sequence[float | None]]
+"""Scores of one group's members by term; None: the term failed for that member."""
 
-def group_advantages(groups: list[list[float]], scale: str = "group", clip: float = 5.0, exponential: bool = False) -> list[list[float]]:
-    """Advantages of every member of every group.
+
+@dataclass(frozen=True)
+class Term:
+    """One reward that is trained on: its weight, and bounds that scores are clamped to before anything else."""
+
+    weight: float = 1.0
+    clip: tuple[float, float] | None = None
+
+    def clamp(self, score: float) -> float:
+        """`score` within the bounds."""
+        return score if self.clip is None else min(max(score, self.clip[0]), self.clip[1])
+
+
+def group_advantages(groups: Sequence[Sequence[float]], scale: str = "group", clip: float = 5.0, exponential: bool = False) -> list[list[float]]:
+    """Advantages of every member of every group, of one reward.
 
     Args:
         groups: rewards by group, each of at least two members, all finite.
@@ -25,25 +56,85 @@ def group_advantages(groups: list[list[float]], scale: str = "group", clip: floa
     Raises:
         ValueError: a group with fewer than two members or a reward that is not finite.
     """
+    return [_bounded(values, clip, exponential) for values in normalised(groups, scale)]
+
+
+def advantages_of(
+    groups: Sequence[GroupScores],
+    terms: Mapping[str, Term],
+    combine: Literal["each", "sum"] = "each",
+    failed: Literal["leave_out", "fill_mean"] = "leave_out",
+    scale: str = "group",
+    clip: float = 5.0,
+    exponential: bool = False,
+) -> list[list[float]]:
+    """Advantages of every member of every group, of several rewards.
+
+    Args:
+        groups: scores by term, of at least two members; every term of `terms` is there, for every member.
+        terms: what is trained on. A group that has no score at all of a term gets nothing from it.
+        combine: see the module's docstring.
+        failed: `fill_mean` puts the mean of the group's other members in the place of a failed score, before the standard
+            deviation is taken (public DDRL code). With `leave_out` a member without a score is not in the group at all.
+        scale, clip, exponential: as for `group_advantages`.
+    Raises:
+        ValueError: what `group_advantages` raises; a term that a group lacks; weights that are all 0; with `leave_out`,
+            a member without a score.
+    """
+    total = sum(abs(term.weight) for term in terms.values())
+    if total == 0:
+        raise ValueError(f"the weights of {', '.join(terms) or 'no rewards'} add up to 0: nothing to learn from")
+    filled = {name: [_filled(name, group, term, failed) for group in groups] for name, term in terms.items()}
+    sizes = [max(map(len, group.values()), default=0) for group in groups]
+    if combine == "sum":
+        scored = [[(terms[name].weight, values) for name in terms if (values := filled[name][g])] for g in range(len(groups))]
+        sums = [[math.fsum(w * values[m] for w, values in rows) for m in range(n)] for rows, n in zip(scored, sizes, strict=True)]
+        return group_advantages(sums, scale, clip, exponential)
+    mixed = [[0.0] * n for n in sizes]
+    for name, term in terms.items():
+        present = [g for g, values in enumerate(filled[name]) if values]
+        for g, values in zip(present, normalised([filled[name][g] for g in present], scale), strict=True):
+            mixed[g] = [a + term.weight / total * b for a, b in zip(mixed[g], values, strict=True)]
+    return [_bounded(values, clip, exponential) for values in mixed]
+
+
+def _filled(name: str, group: GroupScores, term: Term, failed: str) -> list[float]:
+    """A term's scores of one group, clamped and without holes; empty when nobody has one."""
+    if name not in group:
+        raise ValueError(f"a group has scores of {', '.join(group) or 'nothing'}, none of {name}, which the run trains on; was it made by another recipe?")
+    scores = group[name]
+    known = [term.clamp(score) for score in scores if score is not None]
+    if len(known) < len(scores) and failed == "leave_out":
+        raise ValueError(f"{len(scores) - len(known)} of {len(scores)} members have no score of {name}; objective.failed_reward=leave_out leaves such members out")
+    if not known:
+        return []
+    mean = statistics.fmean(known)
+    return [mean if score is None else term.clamp(score) for score in scores]
+
+
+def normalised(groups: Sequence[Sequence[float]], scale: str) -> list[list[float]]:
+    """(r - mean of the group) / (std + 1e-4), neither mapped nor clipped. Raises ValueError like `group_advantages`."""
     for rewards in groups:
         if len(rewards) < 2:
             raise ValueError(f"a group needs at least 2 rewards, got {len(rewards)}")
         if not all(math.isfinite(r) for r in rewards):
-            raise ValueError(f"rewards must be finite numbers, got {rewards}")
-    pooled = statistics.stdev([r for rewards in groups for r in rewards]) if scale == "batch" else None
-    return [_one(rewards, pooled, clip, exponential) for rewards in groups]
+            raise ValueError(f"rewards must be finite numbers, got {list(rewards)}")
+    pooled = statistics.stdev([r for rewards in groups for r in rewards]) if scale == "batch" and groups else None
+    found = []
+    for rewards in groups:
+        mean, std = statistics.fmean(rewards), statistics.stdev(rewards) if pooled is None else pooled
+        found.append([(r - mean) / (std + EPSILON) for r in rewards])
+    return found
 
 
-def _one(rewards: list[float], pooled: float | None, clip: float, exponential: bool) -> list[float]:
-    mean = statistics.fmean(rewards)
-    std = statistics.stdev(rewards) if pooled is None else pooled
-    raw = [(r - mean) / (std + EPSILON) for r in rewards]
+def _bounded(raw: Sequence[float], clip: float, exponential: bool) -> list[float]:
     # -exp(-A) overflows for very negative A; anything below -clip is clipped anyway
     mapped = [-math.exp(-max(a, -clip)) for a in raw] if exponential else raw
     return [max(-clip, min(clip, a)) for a in mapped]
 
 
-def zero_variance(groups: list[list[float]]) -> int:
-    """Groups whose members all have the same reward: nothing in them is better than the rest (their advantages are all
-    0, or all -1 after the exponential map)."""
-    return sum(1 for rewards in groups if max(rewards) - min(rewards) < 1e-9)
+def flat_groups(groups: Sequence[GroupScores]) -> int:
+    """Groups in which no term varies: nothing in them is better than the rest (their advantages are all 0, or all -1
+    after the exponential map)."""
+    known = [[[s for s in scores if s is not None] for scores in group.values()] for group in groups]
+    return sum(all(not scores or zero_variance(scores) for scores in group) for group in known)

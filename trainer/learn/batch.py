@@ -18,8 +18,9 @@ from diffusion.kernels import StepKernel
 from diffusion.processes import ForwardProcess
 from diffusion.seeds import INITIAL, generator, step_noise
 from replay.buffer import Claim, ReplayBuffer
+from replay.records import GroupHeader
 from trainer.config.run import RunConfig
-from trainer.learn.advantages import group_advantages, zero_variance
+from trainer.learn.advantages import GroupScores, Term, advantages_of, flat_groups
 from trainer.learn.objective import Anchors, Transitions
 from trainer.learn.plan import share
 
@@ -37,6 +38,16 @@ class StepBatch:
     transition_rows: list[int]
     anchor_rows: list[int]
     zero_variance_groups: int
+
+
+def terms_of(config: RunConfig) -> dict[str, Term]:
+    """The rewards that `config` trains on, by the name of their term in a group's scores."""
+    return {"reward": Term()}
+
+
+def scores_of(header: GroupHeader) -> GroupScores:
+    """Scores of a group's members by term; a group with one reward may hold them as `rewards` alone."""
+    return header.scores or {"reward": header.rewards}
 
 
 def take(rows: Rows, part: slice, device: torch.device | str = "cpu") -> Rows:
@@ -124,15 +135,18 @@ def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, b
         PayloadError: bytes that are no group or data batch, or a group that this run's kernel did not sample.
     """
     objective = config.objective
-    rewards = [g.header.rewards for g in claim.groups]
+    scores = [scores_of(g.header) for g in claim.groups]
     transitions, times, rows = None, None, []
     if claim.groups:
-        advantages = group_advantages(rewards, objective.advantage_scale, objective.advantage_clip, objective.exponential_advantage)
+        o = objective
+        advantages = advantages_of(
+            scores, terms_of(config), o.advantages, o.failed_reward, o.advantage_scale, o.advantage_clip, o.exponential_advantage
+        )
         mine = share(len(claim.groups), rank, world)
         payloads = {i: decode_group(buffer.fetch(claim.groups[i])) for i in mine}
         transitions = _cat([transitions_of(p, advantages[i], kernel) for i, p in payloads.items()])
         k = next(iter(payloads.values())).log_prob.shape[1]
-        rows = [sum(len(rewards[i]) * k for i in share(len(rewards), r, world)) for r in range(world)]
+        rows = [sum(len(advantages[i]) * k for i in share(len(advantages), r, world)) for r in range(world)]
         if claim.data and (objective.data_noise == "shared" or objective.data_per == "transition"):
             times = _all_times(config, process, kernel, [g.group for g in claim.groups])
     anchors, anchor_rows, total = None, [], 0
@@ -143,7 +157,7 @@ def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, b
         mine = share(total, rank, world)
         anchors = Anchors(**{f.name: getattr(everything, f.name)[mine] for f in fields(Anchors)})
         anchor_rows = [len(share(total, r, world)) for r in range(world)]
-    return StepBatch(transitions, anchors, sum(rows), total, rows, anchor_rows, zero_variance(rewards))
+    return StepBatch(transitions, anchors, sum(rows), total, rows, anchor_rows, flat_groups(scores))
 
 
 def _all_times(config: RunConfig, process: ForwardProcess, kernel: StepKernel, groups: list[int]) -> Tensor:
