@@ -48,13 +48,6 @@ class ObjectiveConfig(Strict):
     )
     advantage_scale: Literal["group", "batch"] = Field("group", description="whose standard deviation divides the advantage")
     advantage_clip: float = Field(5.0, gt=0, description="bound on |advantage|")
-    advantages: Literal["each", "sum"] = Field(
-        "each", description="several rewards: each = advantages per reward, then averaged with their weights (public DDRL code); sum = of the weighted sum"
-    )
-    failed_reward: Literal["leave_out", "fill_mean"] = Field(
-        "leave_out",
-        description="a member that a reward failed on: leave_out = it is left out of its group; fill_mean = it counts as the group's mean (public DDRL code)",
-    )
     exponential_advantage: bool = Field(False, description="map A to -exp(-A), the theory's transform (exp_reward of the public code)")
     data_per: Literal["transition", "rollout"] = Field(
         "transition", description="diffusion-loss evaluations: one per trained transition (public code) or one per rollout (data_on_first_only)"

@@ -42,12 +42,12 @@ class StepBatch:
 
 def terms_of(config: RunConfig) -> dict[str, Term]:
     """The rewards that `config` trains on, by the name of their term in a group's scores."""
-    return {"reward": Term()}
+    return {name: Term(term.weight, term.clip) for name, term in config.rewards.items()}
 
 
 def scores_of(header: GroupHeader) -> GroupScores:
-    """Scores of a group's members by term; a group with one reward may hold them as `rewards` alone."""
-    return header.scores or {"reward": header.rewards}
+    """Scores of a group's members by term."""
+    return header.scores
 
 
 def take(rows: Rows, part: slice, device: torch.device | str = "cpu") -> Rows:
