@@ -241,7 +241,7 @@ def test_unreachable_is_one_clear_line_without_the_password() -> None:
         password = secrets.token_hex(8)
         started = time.monotonic()
         with pytest.raises(Unreachable) as caught:
-            connect(f"redis://:{password}@127.0.0.1:{port}/0", timeout=0.5)
+            connect(f"redis://:{password}@127.0.0.1:{port}/0", timeout=0.3)
     message = str(caught.value)
     assert time.monotonic() - started < 2
     assert message.startswith(f"cannot reach Redis at redis://:***@127.0.0.1:{port}/0: ")

@@ -254,6 +254,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert ([item.group for item in claim.groups], [item.batch for item in claim.data]) == expected
         for item in claim.groups:
             assert 0 <= step - 1 - item.header.version <= self.run.max_staleness
+            assert self.oracle.expected in ("", identity(item.header.revisions))
         self.trained[step] = [item.group for item in claim.groups]
         return True
 
@@ -338,8 +339,10 @@ class LedgerMachine(RuleBasedStateMachine):
         assert counts["bytes"] <= self.run.max_bytes
         assert len(self.oracle.among(*LIVE)) <= self.run.slots
         assert len(self.oracle.among(*LIVE, "claimed")) <= self.run.retained_groups
-        letters = [(letter.group, letter.reasons, letter.number, letter.epoch, letter.prompt) for letter in self.buffer.dead_letters()]
-        assert letters == self.oracle.letters()
+        letters = self.buffer.dead_letters() if self.oracle.deaths else []
+        assert sorted((letter.group, letter.reasons, letter.epoch, letter.prompt) for letter in letters) == self.oracle.letters()
+        numbers = [letter.number for letter in letters]
+        assert numbers == sorted(set(numbers), reverse=True), "newest first, each with a number of its own"
         seen = [g for groups in self.trained.values() for g in groups]
         assert len(seen) == len(set(seen)), "a group is in two steps of one lineage"
 
