@@ -177,7 +177,6 @@ def test_times_and_counters(make_driver: Make) -> None:
     claim = buffer.claim(1, epoch, 0)
     group = claim.groups[0]
     assert 0 < group.leased_at <= group.ready_at < claim.claimed_at
-    assert claim.waits_s() == [(claim.claimed_at - group.ready_at) / 1000]
     assert buffer.claim(1, epoch, 0) == claim, "times do not move"
     time.sleep(0.02)
     assert buffer.counts()["oldest_claimed_ms"] >= 20

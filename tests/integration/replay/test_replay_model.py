@@ -70,6 +70,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.content: dict[str, tuple[int, bool]] = {}  # what each lease will produce: (bytes, do all rewards agree)
         self.scored_by: dict[str, dict[str, str]] = {}  # and by which revisions
         self.fleet: dict[str, str] = REVISIONS[0]  # which revisions score now
+        self.audited: dict[str, int] = {}
         self.trained: dict[int, list[int]] = {}  # the surviving lineage: step → groups
         self.restart(0, self.buffer)
 
@@ -335,7 +336,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.proxy.drop = 0  # a call that sent nothing (a refused one) has lost nothing
         counts, expected = self.buffer.counts(), self.oracle.counts()
         assert {name: counts[name] for name in expected} == expected
-        assert self.buffer.audit() == []
+        state = {name: value for name, value in counts.items() if not name.endswith("_ms")}
+        if state != self.audited:  # a call that moved nothing has left nothing to audit
+            assert self.buffer.audit() == []
+            self.audited = state
         assert counts["bytes"] <= self.run.max_bytes
         assert len(self.oracle.among(*LIVE)) <= self.run.slots
         assert len(self.oracle.among(*LIVE, "claimed")) <= self.run.retained_groups
