@@ -97,9 +97,8 @@ def _budgets(snapshot: Snapshot, claimed: set[int]) -> list[str]:
     findings += [f"group {group} is marked to be made again but is not dead" for group in sorted(stray)]
     if snapshot.expected:
         scored = {group: snapshot.revisions.get(group) or "no named rewards" for group in sorted(snapshot.ready)}
-        findings += [
-            f"group {g} is ready but scored by {found}, the run expects {snapshot.expected}" for g, found in scored.items() if found != snapshot.expected
-        ]
+        others = {group: found for group, found in scored.items() if found != snapshot.expected}
+        findings += [f"group {group} is ready but scored by {found}, the run expects {snapshot.expected}" for group, found in others.items()]
     both = snapshot.references & snapshot.trash
     findings += [f"payload {ref} is in use and in the trash" for ref in sorted(both)]
     return findings

@@ -84,10 +84,6 @@ class Claim:
     data: list[ClaimedData]
     claimed_at: int = 0
 
-    def waits_s(self) -> list[float]:
-        """Seconds each group lay ready before this claim."""
-        return [(self.claimed_at - group.ready_at) / 1000 for group in self.groups]
-
 
 @dataclass(frozen=True)
 class DeadLetter:

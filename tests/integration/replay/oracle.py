@@ -24,7 +24,7 @@ class Group:
     rests: bool = False  # its owner has given it back and must let the pause pass
     reasons: list[str] = field(default_factory=list)
     prompt: str = ""
-    death: tuple[int, int] = (0, 0)  # number, epoch
+    died_in: int = 0  # epoch
 
 
 @dataclass
@@ -103,10 +103,9 @@ class Oracle:
 
     # -- rules ------------------------------------------------------------------------------------
 
-    def letters(self) -> list[tuple[int, list[str], int, int, str]]:
-        """(group, reasons, number, epoch, prompt) of the dead, newest first."""
-        dead = [(g, group.reasons, *group.death, group.prompt) for g, group in enumerate(self.groups) if group.state == "dead"]
-        return sorted(dead, key=lambda letter: -letter[2])
+    def letters(self) -> list[tuple[int, list[str], int, str]]:
+        """(group, reasons, epoch, prompt) of the dead, by group: the order of deaths within one call is not foreseen."""
+        return [(g, self.groups[g].reasons, self.groups[g].died_in, self.groups[g].prompt) for g in self.among("dead")]
 
     def _spend(self, group: Group, reason: str, revoke: bool) -> None:
         group.spent += 1
@@ -117,7 +116,7 @@ class Oracle:
             group.token = ""
         if group.state == "dead":
             self.deaths += 1
-            group.death = self.deaths, self.epoch
+            group.died_in = self.epoch
 
     def _foreign(self, group: Group) -> bool:
         return bool(self.expected) and group.scored_by != self.expected

@@ -46,7 +46,7 @@ class Cluster:
             place = folder / str(port)
             place.mkdir()
             options = {
-                "port": port, "bind": "127.0.0.1", "dir": place, "cluster-enabled": "yes", "cluster-node-timeout": 1000,
+                "port": port, "bind": "127.0.0.1", "dir": place, "cluster-enabled": "yes", "cluster-node-timeout": 500,
                 "appendonly": "yes", "save": "", "logfile": place / "log", "maxmemory-policy": "noeviction",
             }  # fmt: skip
             command = [str(binary), *(part for name, value in options.items() for part in (f"--{name}", str(value)))]

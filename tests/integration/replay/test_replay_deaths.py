@@ -49,6 +49,7 @@ def test_a_group_made_again_does_not_take_its_death_back(make_driver: Make) -> N
     counts = buffer.counts()
     assert (counts["dead"], counts["deaths"]) == (0, 1)
     assert buffer.first_death() is None, "alive again"
+    assert driver.client.hlen(f"ddrl:{{{driver.run}}}:deaths") == 0
 
 
 def test_the_prompt_of_an_earlier_attempt_is_kept(make_driver: Make) -> None:

@@ -54,20 +54,26 @@ def make(buffer: ReplayBuffer, count: int, version: int) -> list[int]:
     return made
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis.start(tmp_path / "redis") as running:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("embedded") / "redis"
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[EmbeddedRedis]:
+    """For tests that leave it running and unchanged."""
+    with EmbeddedRedis.start(folder) as running:
         yield running
 
 
-def test_it_is_private(server: EmbeddedRedis, tmp_path: Path) -> None:
+def test_it_is_private(server: EmbeddedRedis, folder: Path) -> None:
     pid = server_pid(server)
     password = server.url.split("@")[0].removeprefix("redis://:")
     listening = {c.laddr.ip for c in psutil.Process(pid).net_connections("inet") if c.status == "LISTEN"}
     assert listening == {"127.0.0.1"}
     commands = [" ".join(process.cmdline()) for process in (psutil.Process(pid), psutil.Process(pid).parent())]
     assert not any(password in command for command in commands)
-    assert stat.S_IMODE((tmp_path / "redis" / "redis.conf").stat().st_mode) == 0o600
+    assert stat.S_IMODE((folder / "redis.conf").stat().st_mode) == 0o600
     assert os.getsid(pid) not in (os.getsid(0), 0), "Ctrl-C in our terminal must not reach it"
     with pytest.raises(redis.AuthenticationError):
         redis.Redis.from_url(server.url.replace(password, ""), retry=None).ping()
@@ -88,10 +94,10 @@ def test_stop_and_resume_on_the_same_folder(tmp_path: Path) -> None:
         assert [group.group for group in buffer.claim(1, buffer.rollback(0), 0).groups] == [0, 1]
 
 
-def test_a_folder_serves_one_server_only(server: EmbeddedRedis, tmp_path: Path) -> None:
+def test_a_folder_serves_one_server_only(server: EmbeddedRedis, folder: Path) -> None:
     started = time.monotonic()
     with pytest.raises(EmbeddedServerError, match="another redis-server uses"):
-        EmbeddedRedis.start(tmp_path / "redis", timeout_s=0.3)
+        EmbeddedRedis.start(folder, timeout_s=0.2)
     assert time.monotonic() - started < 2
 
 
@@ -228,10 +234,12 @@ def test_the_server_dies_with_a_sigkilled_parent(tmp_path: Path, eventually: Eve
     EmbeddedRedis.start(tmp_path).stop()
 
 
-def test_the_server_dies_with_a_sigkilled_supervisor(server: EmbeddedRedis, eventually: Eventually) -> None:
+def test_the_server_dies_with_a_sigkilled_supervisor(tmp_path: Path, eventually: Eventually) -> None:
+    server = EmbeddedRedis.start(tmp_path)
     pid = server_pid(server)
     os.kill(server._process.pid, signal.SIGKILL)
     eventually(lambda: gone(pid), 10)
+    server.stop()
 
 
 def test_unreachable_is_one_clear_line_without_the_password() -> None:
@@ -241,7 +249,7 @@ def test_unreachable_is_one_clear_line_without_the_password() -> None:
         password = secrets.token_hex(8)
         started = time.monotonic()
         with pytest.raises(Unreachable) as caught:
-            connect(f"redis://:{password}@127.0.0.1:{port}/0", timeout=0.5)
+            connect(f"redis://:{password}@127.0.0.1:{port}/0", timeout=0.3)
     message = str(caught.value)
     assert time.monotonic() - started < 2
     assert message.startswith(f"cannot reach Redis at redis://:***@127.0.0.1:{port}/0: ")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 Make = Callable[..., Any]
+
+
+def set_pause(driver: Any, ms: int) -> None:
+    driver.client.hset(f"ddrl:{{{driver.run}}}:meta", "pause_ms", ms)
 
 
 def pass_the_pause(driver: Any, group: int) -> None:
@@ -39,22 +44,28 @@ def test_giving_back_costs_no_attempt(make_driver: Make) -> None:
 
 def test_a_group_given_back_goes_to_the_front_and_to_its_owner_after_a_pause(make_driver: Make) -> None:
     driver = make_driver(groups_per_step=2)
+    set_pause(driver, 60_000)
     first, second = driver.take("a"), driver.take("a")
     driver.buffer.give_back(second, "no weights")
     driver.buffer.give_back(first, "no weights")
     assert driver.lease("a") is None, "who cannot work asks again without haste"
     assert driver.take("b").group == 0, "anyone else gets it at once, the lowest index first"
     assert driver.lease("a") is None, "nor does it pass the front and open a new index"
-    again = driver.buffer.lease("a", 10)
+    driver.buffer.fail(driver.take("b"), "b gave this one back never")
+    set_pause(driver, 150)
+    driver.buffer.give_back(driver.take("b"), "no weights")
+    given_back = time.monotonic()
+    again = driver.buffer.lease("b", 10)
     assert again is not None
     assert again.group == 1
+    assert time.monotonic() - given_back > 0.14
 
 
 def test_the_pause_ends_with_the_next_lease(make_driver: Make) -> None:
     driver = make_driver(groups_per_step=1)
+    set_pause(driver, 60_000)
     driver.buffer.give_back(driver.take("a"), "no weights")
-    other = driver.take("b")
-    driver.buffer.fail(other, "no text")
+    driver.buffer.fail(driver.take("b"), "no text")
     assert driver.take("b").group == 0, "b gave nothing back"
 
 

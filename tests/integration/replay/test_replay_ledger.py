@@ -111,7 +111,7 @@ def test_expired_lease_is_leased_again_then_dead(make_driver: Make) -> None:
 
 
 def test_a_real_expiry_by_the_servers_clock(make_driver: Make) -> None:
-    driver = make_driver(groups_per_step=1, max_staleness=0, lease_s=1.0)
+    driver = make_driver(groups_per_step=1, max_staleness=0, lease_s=0.4)
     held = driver.take("a")
     assert driver.lease("b") is None
     extended = time.monotonic()
@@ -119,7 +119,7 @@ def test_a_real_expiry_by_the_servers_clock(make_driver: Make) -> None:
     again = driver.buffer.lease("b", 20)
     assert again is not None
     assert (again.group, again.attempt) == (0, 2)
-    assert time.monotonic() - extended > 0.95
+    assert time.monotonic() - extended > 0.38
 
 
 def test_an_expired_lease_nobody_took_may_still_be_committed(make_driver: Make) -> None:
@@ -173,7 +173,7 @@ def test_a_blocked_lease_starts_as_soon_as_publish_frees_a_slot(make_driver: Mak
     got: list[Any] = []
     waiter = threading.Thread(target=lambda: got.append(driver.buffer.lease("b", 10)))
     waiter.start()
-    time.sleep(0.1)
+    time.sleep(0.03)
     driver.buffer.publish(1, epoch)
     waiter.join(5)
     assert got
@@ -461,14 +461,15 @@ def test_supervised_mode_has_data_only(make_driver: Make) -> None:
 
 
 def test_data_is_bounded_ordered_and_leased_again(make_driver: Make) -> None:
-    driver = make_driver(groups_per_step=0, data_per_step=1, data_depth=2, checkpoint_interval=1, lease_s=1.0)
+    driver = make_driver(groups_per_step=0, data_per_step=1, data_depth=2, checkpoint_interval=1)
     buffer = driver.buffer
     epoch = buffer.rollback(0)
     assert [buffer.lease_data("f", 0) for _ in range(3)] == [0, 1, None]
     buffer.commit_data(1, b"one")
     with pytest.raises(ClaimTimeout, match="data_ready 1"):
         buffer.claim(1, epoch, 0)
-    assert buffer.lease_data("g", 20) == 0, "the feeder died; its unfinished batch comes back"
+    driver.client.zadd(f"ddrl:{{{driver.run}}}:data_leases", {"0": 1}, xx=True)
+    assert buffer.lease_data("g", 0) == 0, "the feeder died; its unfinished batch comes back"
     buffer.commit_data(0, b"zero")
     buffer.commit_data(0, b"zero")
     assert [item.batch for item in buffer.claim(1, epoch, 0).data] == [0]
@@ -594,7 +595,7 @@ def test_bad_commits_are_refused_before_anything_is_written(make_driver: Make) -
 
 def test_producers_and_learner_at_once(make_driver: Make) -> None:
     """Four producers, some dropping their leases, against a learner: bounded, and all accounted for."""
-    driver = make_driver(groups_per_step=4, max_staleness=1, window=3, checkpoint_interval=2, lease_s=0.2)
+    driver = make_driver(groups_per_step=4, max_staleness=1, window=3, checkpoint_interval=2, lease_s=0.1)
     buffer = driver.buffer
     epoch = buffer.rollback(0)
     steps = 15

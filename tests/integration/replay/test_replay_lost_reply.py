@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
+from redis.backoff import NoBackoff
 
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
@@ -19,7 +20,10 @@ def proxy(server: EmbeddedRedis) -> Iterator[DroppingProxy]:
     running.close()
 
 
-def test_every_operation_with_its_reply_lost(server: EmbeddedRedis, proxy: DroppingProxy, request: pytest.FixtureRequest) -> None:
+def test_every_operation_with_its_reply_lost(
+    server: EmbeddedRedis, proxy: DroppingProxy, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replay.connect.ExponentialWithJitterBackoff", lambda **_: NoBackoff())  # the pauses are not what is tried
     parts = urlsplit(server.url)
     run = f"lost-{request.node.callspec.id}"
     settings = BufferSettings(groups_per_step=2, data_per_step=1, checkpoint_interval=2)
@@ -33,6 +37,8 @@ def test_every_operation_with_its_reply_lost(server: EmbeddedRedis, proxy: Dropp
         proxy.drop = 1
 
     losing()
+    assert buffer.expect_rewards({"ocr": "r1"}) == 0
+    losing()
     epoch = buffer.rollback(0)
     assert epoch == 1
     for step in (1, 2):
@@ -41,7 +47,9 @@ def test_every_operation_with_its_reply_lost(server: EmbeddedRedis, proxy: Dropp
             lease = buffer.lease("a", 1)
             assert lease is not None
             losing()
-            assert buffer.commit(lease, b"payload", [1.0], step - 1)
+            assert buffer.commit(lease, b"payload", [1.0], step - 1, revisions={"ocr": "r1"})
+        losing()
+        buffer.give_back(lease, "a group that is committed is not given back")
         losing()
         number = buffer.lease_data("f", 1)
         assert number == step - 1

@@ -146,6 +146,7 @@ def test_zero_variance_and_its_limit() -> None:
     assert zero_variance([0.5])
     assert zero_variance([0.5, 0.5 + 1e-10])
     assert not zero_variance([0.5, 0.5 + 1e-8])
+    assert not zero_variance([0.0, 1e-9]), "as near as rewards may come and still differ"
     assert BufferSettings(groups_per_step=3).drop_limit == 0
     assert BufferSettings(groups_per_step=3, drop_zero_variance=True).drop_limit == 12
     assert BufferSettings(groups_per_step=3, drop_zero_variance=True, max_drops_per_step=5).drop_limit == 5
