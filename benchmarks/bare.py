@@ -32,9 +32,10 @@ from replay.buffer import ReplayBuffer
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
 from services.media.base import Media
 from services.scorers.registry import build_scorer, parse_reward
-from trainer.batch import StepBatch, step_batch
-from trainer.config import RunConfig, load_config
-from trainer.learner import BY_STEP, SUMS, Learner, learning_rate
+from trainer.config.load import load_config
+from trainer.config.run import RunConfig
+from trainer.learn.batch import StepBatch, step_batch
+from trainer.learn.learner import BY_STEP, SUMS, Learner, learning_rate
 
 
 class BareLearner(Learner):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.logprob [--json] [--members 8] [--threads 1]
 
-It is the start-up self-test (`trainer/selftest.py`) with more rollouts and every stochastic step trained: rollouts of 16x48 and
+It is the start-up self-test (`trainer/learn/selftest.py`) with more rollouts and every stochastic step trained: rollouts of 16x48 and
 16x24 packed into one batch of the engine, replayed in micro-batches of one size. Figures are |ratio - 1| with exact scaling,
 mean and largest over all transitions, and the largest mean of a step. Without `--json` a markdown table is printed.
 """
@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from diffusion.kernel_names import CHURN, KERNEL_NAMES, stochastic_steps
-from trainer.config import RunConfig, parse_config
-from trainer.learner import Learner
-from trainer.selftest import self_test
+from trainer.config.load import parse_config
+from trainer.config.run import RunConfig
+from trainer.learn.learner import Learner
+from trainer.learn.selftest import self_test
 
 NOISE = {"flow_sde": 0.7, "constant_sde": 0.3, "cps": 0.5, "ddim_eta": 1.0, "edm_euler": 1.0, "edm_2ab": 1.0, "ancestral": 1.0}
 POLICY = Path(__file__).resolve().parents[1] / "recipes" / "glyph-base"

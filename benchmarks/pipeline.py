@@ -82,7 +82,7 @@ def run_bare(folder: Path, updates: int, overrides: Sequence[str], spin: bool) -
 
 
 def _run(command: list[str], spin: bool = False) -> None:
-    from trainer.environment import QUIET
+    from trainer.run.environment import QUIET
 
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     environment |= QUIET  # what ddrl sets for itself, waiting threads that sleep among it
@@ -98,7 +98,7 @@ def measure(updates: int, repeats: int, overrides: Sequence[str], spin: bool, sa
     """Both sides, taking turns."""
     from benchmarks.machine import machine
     from benchmarks.stats import spread
-    from trainer.config import load_config
+    from trainer.config.load import load_config
 
     here, config = machine(), load_config(ROOT / RECIPE, list(overrides))
     size = config.rollout.group_size

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.summary import changes, evaluation, reward_against
+from trainer.report.summary import changes, evaluation, reward_against
 
 
 def final(run: Path) -> dict[str, Any]:

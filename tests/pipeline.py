@@ -19,7 +19,7 @@ import pytest
 from replay.buffer import ReplayBuffer
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis
-from trainer.config import load_config
+from trainer.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 RUN_DEADLINE_S = 420.0

@@ -34,7 +34,7 @@ def glyph_group() -> bytes:
     from actors.sources.prompts import training_prompt
     from diffusion.checkpoint import load_policy
     from diffusion.engine.engine import Engine
-    from trainer.config import load_config
+    from trainer.config.load import load_config
 
     torch.set_num_threads(1)
     config = load_config(RECIPE)

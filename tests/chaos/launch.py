@@ -10,7 +10,7 @@ from tests.chaos.points import FOLDER
 
 
 def main() -> None:
-    from trainer.environment import prepare
+    from trainer.run.environment import prepare
 
     address = sys.argv[sys.argv.index("--ray-address") + 1] if "--ray-address" in sys.argv else None
     prepare(address)
@@ -19,7 +19,7 @@ def main() -> None:
     # in a cluster that is joined, workers do not inherit this process's environment
     workers = {"worker_process_setup_hook": "tests.chaos.points.install", "env_vars": {FOLDER: os.environ[FOLDER]}}
     ray.init = functools.partial(ray.init, runtime_env=workers)
-    from trainer.cli import main as ddrl
+    from trainer.cli.main import main as ddrl
 
     ddrl()
 

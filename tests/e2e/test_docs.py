@@ -22,8 +22,8 @@ from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis
 from tests.pipeline import REDUCED, ROOT, command, settings
-from trainer.config import load_config
-from trainer.runfolder import RunFolder
+from trainer.config.load import load_config
+from trainer.run.folder import RunFolder
 
 RUN_ELSEWHERE = {"rest.md": "tests/e2e/test_rest_docs.py"}
 PAGES = sorted(p for p in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")] if ".venv" not in p.parts and p.name not in RUN_ELSEWHERE)

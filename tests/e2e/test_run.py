@@ -25,8 +25,8 @@ from replay.buffer import ReplayBuffer
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis
 from tests.pipeline import ROOT, Run, check_ledger, command, records
-from trainer.cluster import buffer_settings
-from trainer.config import load_config
+from trainer.config.load import load_config
+from trainer.run.cluster import buffer_settings
 
 
 def check_finished(folder: Path, updates: int) -> None:

@@ -17,8 +17,8 @@ LIGHT = [
     "services.rest.schemas",
     "services.scorers.registry",
     "services.scorers.settings",
-    "trainer.cli",
-    "trainer.environment",
+    "trainer.cli.main",
+    "trainer.run.environment",
 ]
 HEAVY = ("torch", "ray", "redis")
 
@@ -71,7 +71,7 @@ def allowed(file: str) -> set[str]:
 
 def test_pure_cores_import_neither_ray_nor_torch() -> None:
     cores = [
-        *("trainer/advantages.py", "trainer/plan.py", "trainer/tail.py", "trainer/summary.py"),
+        *("trainer/learn/advantages.py", "trainer/learn/plan.py", "trainer/report/tail.py", "trainer/report/summary.py"),
         *("diffusion/engine/scheduler.py", "diffusion/kernel_names.py", "replay/policy.py", "replay/records.py", "services/client/retry.py"),
     ]
     for name in cores:

@@ -21,7 +21,7 @@ from trainer.report.record import GROUP_STATES, EvalPoint, Grid, RunRecord, load
 from trainer.report.wording import number
 
 GRIDS_BETWEEN = 8
-_TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 @dataclass(frozen=True)

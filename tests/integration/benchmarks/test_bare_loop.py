@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.bare import BareLoop
 from benchmarks.pipeline import RECIPE, SMALL, samples
-from trainer.config import load_config
+from trainer.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[3]
 

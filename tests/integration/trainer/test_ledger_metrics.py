@@ -29,7 +29,7 @@ def test_prometheus_sees_the_ledger() -> None:
     import ray
 
     def report() -> None:
-        from trainer.metrics import ClaimMetrics, LedgerMetrics, SettleMetrics
+        from trainer.learn.metrics import ClaimMetrics, LedgerMetrics, SettleMetrics
 
         ledger = LedgerMetrics("metrics-test")
         ledger.update(COUNTS)

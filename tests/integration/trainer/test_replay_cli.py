@@ -22,9 +22,9 @@ from replay.connect import connect
 from replay.embedded import EmbeddedRedis, find_server
 from replay.inspection import find_runs, inspect
 from tests.integration.replay.test_replay_cluster import free_ports
-from trainer.cli import app
-from trainer.config import load_config
-from trainer.runfolder import RunFolder
+from trainer.cli.main import app
+from trainer.config.load import load_config
+from trainer.run.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = BufferSettings(groups_per_step=1, data_per_step=1, max_staleness=3, max_attempts=2, checkpoint_interval=2)
@@ -201,7 +201,7 @@ def test_one_run_needs_no_name_several_do(fresh: EmbeddedRedis) -> None:
     ],
 )
 def test_a_mistake_is_one_line_without_the_password(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.replay_target.CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("trainer.cli.replay_target.CONNECT_TIMEOUT_S", 0.3)
     error = ddrl(*arguments, status=2).stderr
     assert error.startswith("ddrl: ")
     assert message in error
@@ -291,7 +291,7 @@ def test_a_run_folder_with_a_driver_is_joined_and_left_alone(folder: RunFolder) 
 
 
 def test_a_driver_without_its_server_is_not_disturbed(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.replay_target.CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("trainer.cli.replay_target.CONNECT_TIMEOUT_S", 0.3)
     with (folder.path / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert "cannot reach Redis" in ddrl("status", str(folder.path), status=2).stderr

@@ -13,7 +13,7 @@ import pytest
 from actors.connect import Target
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.embedded import EmbeddedRedis
-from trainer.settle import SettleCheckpointed
+from trainer.learn.settle import SettleCheckpointed
 
 ROOT = Path(__file__).resolve().parents[3]
 REGISTERED: Any = object()
@@ -58,7 +58,7 @@ def test_a_report_without_a_checkpoint_settles_nothing(target: Target, trained: 
 
 def test_a_late_report_of_an_older_learner_settles_nothing(target: Target, trained: ReplayBuffer, caplog: pytest.LogCaptureFixture) -> None:
     trained.rollback(0)
-    with caplog.at_level(logging.WARNING, "trainer.settle"):
+    with caplog.at_level(logging.WARNING, "trainer.learn.settle"):
         SettleCheckpointed(target).after_report(None, [{"step": 1, "epoch": 1}], REGISTERED)
     assert settled(trained) == 0
     assert "fenced" in caplog.text
@@ -66,7 +66,7 @@ def test_a_late_report_of_an_older_learner_settles_nothing(target: Target, train
 
 def test_a_lost_server_is_logged_and_never_raised(target: Target, caplog: pytest.LogCaptureFixture) -> None:
     gone = Target("redis://127.0.0.1:1/0", "run", target.settings)
-    with caplog.at_level(logging.WARNING, "trainer.settle"):
+    with caplog.at_level(logging.WARNING, "trainer.learn.settle"):
         SettleCheckpointed(gone).after_report(None, [{"step": 1, "epoch": 1}], REGISTERED)
     assert "the next checkpoint settles it" in caplog.text
 
@@ -79,4 +79,4 @@ def test_nothing_else_in_the_trainer_settles() -> None:
             calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
             if any(isinstance(call, ast.Attribute) and call.attr == "settle" for call in calls):
                 callers.add(str(file.relative_to(ROOT)))
-    assert callers == {"trainer/settle.py"}
+    assert callers == {"trainer/learn/settle.py"}

@@ -1,0 +1,277 @@
+"""From a claim to a rank's rows: the whole once over all ranks, and randomness that does not know how many ranks there are."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.payload import DataPayload, GroupPayload, PayloadError, encode
+from actors.rollout import trained_steps
+from diffusion.kernels import StepKernel, make_kernel
+from diffusion.processes import RectifiedFlow
+from diffusion.seeds import INITIAL, step_noise
+from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
+from trainer.config.load import parse_config
+from trainer.config.run import RunConfig
+from trainer.learn.advantages import group_advantages
+from trainer.learn.batch import StepBatch, step_batch, take
+from trainer.learn.objective import Anchors, Transitions
+
+PROCESS = RectifiedFlow(2.0)
+GROUPS, MEMBERS, TRAINED = [3, 4, 7, 8, 9], 3, 2
+SHAPE = (3, 2, 2)
+
+
+def config_of(kernel: str = "flow_sde", **objective: Any) -> RunConfig:
+    return parse_config(
+        {
+            "seed": 5,
+            "sampler": {"kernel": kernel, "steps": 6, "trained_steps": TRAINED},
+            "rollout": {"groups_per_step": len(GROUPS), "group_size": MEMBERS},
+            "objective": objective,
+        }
+    )
+
+
+def kernel_of(config: RunConfig) -> StepKernel:
+    return make_kernel(config.sampler.kernel, PROCESS, config.sampler.noise_level, config.sampler.steps)
+
+
+def members_of(group: int) -> int:
+    """Group 8 lost a member whose scoring failed."""
+    return MEMBERS - 1 if group == 8 else MEMBERS
+
+
+def rewards_of(group: int) -> list[float]:
+    return [0.5] * MEMBERS if group == 7 else [0.1 * ((group * 31 + m * 17) % 10) for m in range(members_of(group))]
+
+
+class Ledger:
+    """A claim of real payloads; keeps what is fetched."""
+
+    def __init__(self, config: RunConfig, step: int = 2) -> None:
+        self.payloads: dict[str, bytes] = {}
+        self.fetched: list[str] = []
+        groups, data = [], []
+        if config.uses_policy:
+            for group in GROUPS:
+                self.payloads[f"g{group}"] = encode(self._group(config, group))
+                groups.append(ClaimedGroup(group, GroupHeader(rewards_of(group), members_of(group), 0, 0, ""), f"g{group}"))
+        if config.uses_data:
+            rows = config.data_rows
+            self.payloads["d1"] = encode(DataPayload(self._numbered(rows, *SHAPE), self._numbered(rows, 4, 2), self._numbered(rows, 3)))
+            data.append(ClaimedData(1, "d1", ""))
+        self.claim = Claim(step, 1, groups, data)
+
+    @staticmethod
+    def _numbered(rows: int, *shape: int) -> torch.Tensor:
+        """Row i is filled with i."""
+        return torch.arange(float(rows)).reshape(rows, *[1] * len(shape)).expand(rows, *shape)
+
+    @staticmethod
+    def _group(config: RunConfig, group: int) -> GroupPayload:
+        """Member m, trained step k of group g: x is 100 g + 10 m + k everywhere."""
+        number = 100.0 * group + 10 * torch.arange(members_of(group))[:, None] + torch.arange(TRAINED)
+        x = number[:, :, None, None, None].expand(members_of(group), TRAINED, *SHAPE)
+        return GroupPayload(
+            x=x,
+            x_next=x + 0.5,
+            log_prob=-number,
+            trained=torch.tensor(trained_steps(config.sampler, config.seed, group)),
+            times=kernel_of(config).time_grid(config.sampler.steps),
+            prompt_embeds=torch.full((4, 2), float(group)),
+            pooled=torch.full((3,), float(group)),
+            previous=x - 0.5 if kernel_of(config).uses_previous else None,
+        )
+
+    def fetch(self, item: ClaimedGroup | ClaimedData) -> bytes:
+        self.fetched.append(item.ref)
+        return self.payloads[item.ref]
+
+
+def rows_of(config: RunConfig, rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> StepBatch:
+    ledger = ledger or Ledger(config)
+    return step_batch(config, PROCESS, kernel_of(config), ledger, ledger.claim, rank, world)  # type: ignore[arg-type]
+
+
+def whole(parts: list[Any], kind: type) -> dict[str, torch.Tensor]:
+    """All rows of all ranks, by field, in an order that does not depend on the ranks."""
+    columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(kind)}
+    joined = {name: torch.cat(values) for name, values in columns.items() if values[0] is not None}
+    flat = torch.cat([v.reshape(len(v), -1).double() for v in joined.values()], 1)
+    order = sorted(range(len(flat)), key=lambda i: flat[i].tolist())
+    return {name: value[order] for name, value in joined.items()}
+
+
+OBJECTIVES: list[dict[str, Any]] = [
+    {},
+    {"data_per": "rollout"},
+    {"data_noise": "shared"},
+    {"data_noise": "shared", "data_per": "rollout"},
+    {"preset": "flow_grpo"},
+    {"preset": "sft"},
+    {"advantage_scale": "batch", "exponential_advantage": True},
+    {"kernel": "edm_2ab", "data_noise": "shared"},
+]
+
+
+@given(objective=st.sampled_from(OBJECTIVES), world=st.integers(1, len(GROUPS)))
+@settings(max_examples=30)
+def test_the_ranks_have_every_row_once_whatever_their_number(objective: dict[str, Any], world: int) -> None:
+    config = config_of(**objective)
+    alone = rows_of(config)
+    ranks = [rows_of(config, rank, world) for rank in range(world)]
+    for name, kind in (("transitions", Transitions), ("anchors", Anchors)):
+        one, many = getattr(alone, name), [getattr(r, name) for r in ranks]
+        if one is None:
+            assert many == [None] * world
+            continue
+        expected, found = whole([one], kind), whole(many, kind)
+        for key in expected:
+            assert torch.equal(expected[key], found[key]), key
+        counts = [len(part.weight) for part in many]
+        for rank in ranks:  # all ranks know how many rows each has
+            assert getattr(rank, f"{name[:-1]}_rows") == counts
+            assert getattr(rank, f"{name[:-1]}_count") == sum(counts) == len(one.weight)
+            assert bool((getattr(rank, name).weight == 1).all())
+    assert {r.zero_variance_groups for r in ranks} == {1 if config.uses_policy else 0}
+
+
+@pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
+def test_a_row_of_a_group_carries_its_own_times_advantage_and_prompt(kernel: str) -> None:
+    config = config_of(kernel, advantage_scale="batch")
+    rows = rows_of(config).transitions
+    assert rows is not None
+    advantages = dict(zip(GROUPS, group_advantages([rewards_of(g) for g in GROUPS], "batch"), strict=True))
+    grid = kernel_of(config).time_grid(6)
+    seen = set()
+    for i in range(len(rows.weight)):
+        number = round(float(rows.x[i].flatten()[0]))
+        group, member, k = number // 100, number % 100 // 10, number % 10
+        seen.add((group, member, k))
+        step = trained_steps(config.sampler, 5, group)[k]
+        assert float(rows.x_next[i].flatten()[0]) == number + 0.5
+        assert float(rows.old_log_prob[i]) == -number
+        assert (rows.t[i], rows.t_next[i], rows.step[i]) == (grid[step], grid[step + 1], step)
+        if kernel == "flow_sde":
+            assert rows.history is None
+        else:
+            assert rows.history is not None
+            assert float(rows.history.x0[i].flatten()[0]) == number - 0.5
+            assert rows.history.t[i] == (grid[step - 1] if step else torch.inf)
+        assert float(rows.advantage[i]) == pytest.approx(advantages[group][member], rel=1e-6)
+        assert rows.prompt_embeds[i].unique().tolist() == rows.pooled[i].unique().tolist() == [group]
+    assert seen == {(g, m, k) for g in GROUPS for m in range(members_of(g)) for k in range(TRAINED)}
+
+
+def test_a_rank_fetches_its_own_groups_and_the_anchor_batch() -> None:
+    config = config_of()
+    fetched = []
+    for rank in range(2):
+        ledger = Ledger(config)
+        rows_of(config, rank, 2, ledger)
+        assert ledger.fetched.count("d1") == 1
+        fetched += [ref for ref in ledger.fetched if ref != "d1"]
+    assert sorted(fetched) == sorted(f"g{g}" for g in GROUPS)
+
+
+def test_more_ranks_than_groups_are_refused() -> None:
+    config = config_of()
+    with pytest.raises(ValueError, match="5 items cannot be shared among 6 ranks"):
+        rows_of(config, 0, 6)
+
+
+def test_groups_of_another_sampler_are_refused() -> None:
+    """What a generator with other settings, or of another build, has sampled cannot be scored by this run's kernel."""
+    ours, theirs = config_of("edm_2ab"), config_of("edm_euler")
+    with pytest.raises(PayloadError, match="holds no predictions of the step before, which edm_2ab needs"):
+        rows_of(ours, ledger=Ledger(theirs))
+    with pytest.raises(PayloadError, match="another time grid than flow_sde's of 6 steps"):
+        rows_of(config_of(), ledger=Ledger(theirs))
+    rows = rows_of(theirs, ledger=Ledger(ours)).transitions  # the same grid and states, and a history that is not needed
+    assert rows is not None
+    assert rows.history is None
+
+
+# -- anchor evaluations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("data_per", "repeats"), [("transition", TRAINED), ("rollout", 1)])
+def test_anchor_evaluations_per_transition_or_per_rollout(data_per: str, repeats: int) -> None:
+    anchors = rows_of(config_of(data_per=data_per)).anchors
+    assert anchors is not None
+    rows = len(GROUPS) * MEMBERS
+    assert anchors.x0[:, 0, 0, 0].tolist() == [float(i) for i in range(rows) for _ in range(repeats)]
+    for value in (anchors.prompt_embeds, anchors.pooled):
+        assert torch.equal(value.flatten(1)[:, 0], anchors.x0[:, 0, 0, 0])  # its own caption
+    assert anchors.eps.shape == anchors.x0.shape
+    assert len(anchors.t.unique()) == rows * repeats
+    assert ((anchors.t > 0) & (anchors.t < 1)).all()
+    assert not torch.equal(anchors.eps[0], anchors.eps[1])
+
+
+def test_fresh_noise_is_named_by_seed_and_step() -> None:
+    config = config_of()
+
+    def eps(changed: RunConfig, step: int) -> torch.Tensor:
+        anchors = rows_of(changed, ledger=Ledger(changed, step)).anchors
+        assert anchors is not None
+        return torch.cat([anchors.eps.flatten(), anchors.t])
+
+    first = eps(config, 2)
+    assert torch.equal(first, eps(config, 2))  # a step trained again after a crash
+    assert not torch.equal(first, eps(config, 3))
+    assert not torch.equal(first, eps(config.model_copy(update={"seed": 6}), 2))
+
+
+@pytest.mark.parametrize("same_start", [False, True])
+@pytest.mark.parametrize("data_per", ["transition", "rollout"])
+@pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
+def test_shared_noise_is_the_rollouts_own_start_and_times(kernel: str, data_per: str, same_start: bool) -> None:
+    """A kernel in sigma space visits sigma where the flow's time is sigma / (1 + sigma)."""
+    config = config_of(kernel, data_noise="shared", data_per=data_per)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"same_initial_noise": same_start})})
+    anchors = rows_of(config).anchors
+    assert anchors is not None
+    grid, i = kernel_of(config).time_grid(6), 0
+    if kernel == "edm_2ab":
+        grid = grid / (1 + grid)
+    for group in GROUPS:
+        times = [float(grid[k]) for k in trained_steps(config.sampler, 5, group)]
+        for member in range(MEMBERS):
+            start = step_noise(5, group, 0 if same_start else member, INITIAL, SHAPE)
+            rows = range(i, i + (TRAINED if data_per == "transition" else 1))
+            assert all(torch.equal(anchors.eps[r], start) for r in rows)
+            found = [float(anchors.t[r]) for r in rows]
+            assert found == times if data_per == "transition" else found[0] in times
+            i += len(rows)
+    assert i == len(anchors.t)
+
+
+# -- micro-batches --------------------------------------------------------------------------------------------------
+
+
+def test_take_slices_every_field_and_pads_with_weight_zero() -> None:
+    rows = rows_of(config_of()).transitions
+    assert rows is not None
+    part = take(rows, slice(3, 7))
+    filled = [f.name for f in fields(Transitions) if getattr(rows, f.name) is not None]
+    assert set(filled) == {f.name for f in fields(Transitions)} - {"previous", "t_previous"}
+    assert all(torch.equal(getattr(part, name), getattr(rows, name)[3:7]) for name in filled)
+    padding = take(rows, slice(4, 4))
+    assert padding.weight.tolist() == [0.0]
+    assert all(len(getattr(padding, name)) == 1 for name in filled)
+    assert padding.x.isfinite().all()
+
+
+def test_a_damaged_payload_stops_the_step() -> None:
+    config = config_of()
+    ledger = Ledger(config)
+    ledger.payloads["g7"] = ledger.payloads["g7"][:-1]
+    with pytest.raises(PayloadError):
+        rows_of(config, ledger=ledger)

@@ -1,0 +1,317 @@
+"""One update of a one-rank learner group against the same sum written plainly; skips, averages, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion.checkpoint import load_policy
+from diffusion.engine.engine import Engine
+from diffusion.engine.request import SampleRequest
+from diffusion.kernel_names import stochastic_steps
+from diffusion.kernels import make_kernel
+from diffusion.lora import merged_state
+from diffusion.text.base import Conditioning
+from trainer.config.learner import OptimizerConfig
+from trainer.config.load import parse_config
+from trainer.config.run import RunConfig
+from trainer.learn.batch import StepBatch
+from trainer.learn.learner import Learner, learning_rate
+from trainer.learn.objective import Anchors, Transitions, data_terms, policy_terms
+from trainer.learn.records import append_metrics
+
+CPU = torch.device("cpu")
+SHAPE = (3, 8, 16)
+
+
+# -- learning rate --------------------------------------------------------------------------------------------------
+
+
+@given(lr=st.floats(1e-6, 1e-2), warmup=st.integers(0, 50), updates=st.integers(60, 500))
+def test_learning_rate(lr: float, warmup: int, updates: int) -> None:
+    constant = OptimizerConfig(lr=lr, warmup=warmup)
+    rates = [learning_rate(constant, step, updates) for step in range(1, updates + 1)]
+    assert rates[0] == pytest.approx(lr / max(1, warmup))
+    assert rates[warmup:] == pytest.approx([lr] * (updates - warmup))
+    assert all(a <= b for a, b in pairwise(rates))
+
+    cosine = OptimizerConfig(lr=lr, warmup=warmup, decay="cosine")
+    falling = [learning_rate(cosine, step, updates) for step in range(1, updates + 1)]
+    assert falling[-1] == pytest.approx(0.02 * lr)
+    assert all(a >= b for a, b in pairwise(falling[warmup:]))
+    assert all(f <= r * (1 + 1e-9) for f, r in zip(falling, rates, strict=True))
+    assert learning_rate(cosine, updates + 10, updates) == pytest.approx(0.02 * lr)  # a resumed run with fewer updates
+
+
+# -- a group of one rank --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def config_of(folder: Path, micro_batch: int = 100, **sections: dict[str, Any]) -> RunConfig:
+    return parse_config(
+        {
+            "model": {"path": str(folder), "init": True, **sections.get("model", {})},
+            "sampler": {"steps": 4, "trained_steps": 2, "height": SHAPE[1], "width": SHAPE[2], **sections.get("sampler", {})},
+            "objective": {"clip": 0.2, "data_weight": 0.3, **sections.get("objective", {})},
+            "optimizer": {"lr": 1e-3, "ema": 0.9, **sections.get("optimizer", {})},
+            "learner": {"ranks": 1, "micro_batch": micro_batch, **sections.get("learner", {})},
+        }
+    )
+
+
+def learner_of(config: RunConfig) -> Learner:
+    """With every parameter random: fresh weights predict zero and have no gradient but in the last layer."""
+    made = Learner(config, CPU)
+    state = {n: v + 0.05 * torch.randn(v.shape, generator=torch.Generator().manual_seed(i)) for i, (n, v) in enumerate(made.full_state().items())}
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            parameter.to_local().copy_(state[name])  # type: ignore[attr-defined]
+            if name in made.ema:
+                made.ema[name].to_local().copy_(state[name])  # type: ignore[attr-defined]
+    return made
+
+
+def batch_of(made: Learner) -> StepBatch:
+    """Three real rollouts of two trained transitions, and five anchor evaluations."""
+    model = load_policy(made.config.model).transformer
+    model.load_state_dict(made.full_state())
+    g = torch.Generator().manual_seed(0)
+    sampler = made.config.sampler
+    embeds, pooled = torch.randn(10, 64, generator=g), torch.randn(64, generator=g)
+    trained = (0, stochastic_steps(sampler.kernel, 4) - 1)
+    request = SampleRequest(
+        shape=SHAPE,
+        steps=4,
+        conditioning=Conditioning(embeds, pooled),
+        n=3,
+        kernel=sampler.kernel,
+        noise_level=sampler.noise_level,
+        stochastic=frozenset(trained) | {1},
+        trained=trained,
+        guidance=sampler.guidance,
+        negative=made.guidance.negative if made.guidance else None,
+    )
+    done = Engine(model, made.process, 10_000).run([request])
+    times, step = done[0].times, torch.tensor(trained)
+    previous = [d.previous for d in done if d.previous is not None]
+    transitions = Transitions(
+        x=torch.cat([d.x for d in done]),
+        x_next=torch.cat([d.x_next for d in done]),
+        t=times[step].repeat(3),
+        t_next=times[step + 1].repeat(3),
+        step=step.repeat(3),
+        old_log_prob=torch.cat([d.log_prob for d in done]),
+        advantage=torch.tensor([1.0, 1.0, -0.5, -0.5, 0.2, 0.2]),
+        weight=torch.ones(6),
+        prompt_embeds=embeds.expand(6, -1, -1),
+        pooled=pooled.expand(6, -1),
+        previous=torch.cat(previous) if previous else None,
+        t_previous=torch.where(step > 0, times[step - 1], torch.inf).repeat(3) if previous else None,
+    )
+    x0, eps = torch.randn(2, 5, *SHAPE, generator=g)
+    anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.randn(5, 10, 64, generator=g), torch.randn(5, 64, generator=g))
+    return StepBatch(transitions, anchors, 6, 5, [6], [5], 0)
+
+
+def copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On one rank a gathered state shares its memory with the parameters."""
+    return {k: v.clone() for k, v in state.items()}
+
+
+def flat(stats: dict[str, Any]) -> dict[str, float]:
+    """Numbers of an update, those by step under `name/step`."""
+    nested = [(n, v if isinstance(v, dict) else {"": v}) for n, v in stats.items()]
+    return {f"{name}/{step}": value for name, values in nested for step, value in values.items()}
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+GUIDED = {"kernel": "edm_2ab", "noise_level": 1.0, "guidance": 3.0, "negative_prompt": "a sign"}
+
+
+@pytest.mark.parametrize("objective", [{}, {"preset": "flow_grpo", "data_weight": 0.3}], ids=["ddrl", "with reverse KL"])
+@pytest.mark.parametrize("sampler", [{}, GUIDED], ids=["plain", "guided in sigma space"])
+@pytest.mark.parametrize("shard_blocks", [True, False])
+def test_an_update_is_the_gradient_of_the_whole_sum(objective: dict[str, Any], sampler: dict[str, Any], shard_blocks: bool, policy_folder: Path) -> None:
+    config = config_of(policy_folder, objective=objective, sampler=sampler, learner={"shard_blocks": shard_blocks})
+    made = learner_of(config)
+    batch = batch_of(made)
+    plain = load_policy(config.model).transformer
+    plain.load_state_dict(made.full_state())
+    reference = load_policy(config.model, seed=config.seed).transformer if config.objective.kl_weight else None
+    rows, anchors = batch.transitions, batch.anchors
+    assert rows is not None
+    assert anchors is not None
+
+    kernel = make_kernel(config.sampler.kernel, made.process, config.sampler.noise_level, 4)
+
+    def predict(model: torch.nn.Module) -> torch.Tensor:
+        x, t = rows.x, rows.t
+        if sampler:  # states are (1 + sigma) times the flow's
+            x, t = x / (1 + t.reshape(-1, 1, 1, 1)), t / (1 + t)
+        conditional: torch.Tensor = model(x, t, rows.prompt_embeds, rows.pooled)
+        if not sampler:
+            return conditional
+        text = load_policy(config.model).text_encoder.encode(["a sign"])
+        unconditional = model(x, t, text.prompt_embeds.expand(6, -1, -1), text.pooled.expand(6, -1)).detach()
+        return unconditional + 3.0 * (conditional - unconditional)
+
+    loss, _ = policy_terms(predict(plain), None if reference is None else predict(reference).detach(), rows, kernel, config.objective)
+    noised = made.process.noise(anchors.x0, anchors.eps, anchors.t)
+    data = data_terms(plain(noised, anchors.t, anchors.prompt_embeds, anchors.pooled), anchors, made.process)
+    (loss / 6 + 0.3 * data / 5).backward()
+    o = config.optimizer
+    norm = float(torch.nn.utils.clip_grad_norm_(plain.parameters(), o.grad_clip))
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    optimizer.step()
+
+    stats = made.update(batch, 1)
+    assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert stats["data_loss"] == pytest.approx(data.item() / 5, rel=1e-5)
+    assert stats["ratio_deviation"] == pytest.approx(0, abs=1e-5)
+    steps = {str(int(i)) for i in rows.step}
+    assert set(stats["ratio_deviation_by_step"]) == set(stats["log_prob_gap_by_step"]) == steps
+    assert sum(stats["ratio_deviation_by_step"].values()) / 2 == pytest.approx(stats["ratio_deviation"])
+    assert ("reverse_kl" in stats) == bool(objective)
+    assert (stats["skipped"], stats["lr"]) == (0, o.lr)
+    gradients = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    after = made.full_state()
+    for name, value in plain.state_dict().items():
+        # Adam's first step is lr times the gradient's sign: compare where the sign is no accident of rounding
+        sure = gradients[name].abs() > 1e-6 if name in gradients else torch.ones_like(value, dtype=torch.bool)
+        assert float(((after[name] - value).abs() * sure).max()) < 1e-6, name
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("shard_blocks", [True, False])
+def test_the_size_of_a_micro_batch_changes_nothing(micro_batch: int, shard_blocks: bool, policy_folder: Path) -> None:
+    whole = learner_of(config_of(policy_folder))
+    parts = learner_of(config_of(policy_folder, micro_batch, learner={"shard_blocks": shard_blocks}))
+    batch = batch_of(whole)
+    one, other = whole.update(batch, 1), parts.update(batch, 1)
+    assert flat(one) == pytest.approx(flat(other), rel=1e-4, abs=2e-6)
+
+
+def test_a_group_of_ranks_with_unequal_rows_pads_without_effect(policy_folder: Path) -> None:
+    """This rank has 6 rows, another is said to have 9: three passes more, of weight zero or of fewer rows."""
+    made, again = learner_of(config_of(policy_folder, 1)), learner_of(config_of(policy_folder, 1))
+    batch = batch_of(made)
+    one = made.update(batch, 1)
+    padded = again.update(replace(batch, transition_rows=[6, 9], anchor_rows=[5, 7]), 1)
+    assert flat(one) == pytest.approx(flat(padded), rel=1e-5, abs=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update(policy_folder: Path) -> None:
+    made = learner_of(config_of(policy_folder))
+    batch = batch_of(made)
+    assert batch.transitions is not None
+    before, average = copied(made.full_state()), copied(made.full_state(ema=True))
+    poisoned = replace(batch, transitions=replace(batch.transitions, advantage=torch.tensor([math.nan] + [0.0] * 5)))
+    stats = made.update(poisoned, 1)
+    assert stats["skipped"] == 1
+    assert all(math.isfinite(value) for value in flat(stats).values())
+    append_metrics(policy_folder, {"kind": "update", "step": 1, **stats})  # a skipped update is recorded like any other
+    assert "grad_norm" not in stats
+    assert difference(made.full_state(), before) == 0
+    assert difference(made.full_state(ema=True), average) == 0
+    assert made.update(batch, 2)["skipped"] == 0
+    assert difference(made.full_state(), before) > 0
+
+
+def test_the_moving_average_follows_by_its_decay(policy_folder: Path) -> None:
+    made = learner_of(config_of(policy_folder))
+    batch, before = batch_of(made), copied(made.full_state())
+    made.update(batch, 1)
+    after, average = made.full_state(), made.full_state(ema=True)
+    for name, _ in made.model.named_parameters():
+        torch.testing.assert_close(average[name], 0.9 * before[name] + 0.1 * after[name], atol=1e-7, rtol=1e-5)
+    assert learner_of(config_of(policy_folder, optimizer={"ema": 0.0})).ema == {}
+
+
+def test_a_restored_learner_goes_on_bit_for_bit(policy_folder: Path, tmp_path: Path) -> None:
+    made = learner_of(config_of(policy_folder))
+    batch = batch_of(made)
+    made.update(batch, 1)
+    made.save(tmp_path / "checkpoint")
+    restored = learner_of(config_of(policy_folder))
+    restored.load(tmp_path / "checkpoint")
+    assert difference(restored.full_state(), made.full_state()) == 0
+    assert made.update(batch, 2) == restored.update(batch, 2)
+    assert difference(restored.full_state(), made.full_state()) == 0
+    assert difference(restored.full_state(ema=True), made.full_state(ema=True)) == 0
+
+
+LORA = {"lora": {"rank": 4, "alpha": 8.0}}
+
+
+@pytest.mark.parametrize("shard_blocks", [True, False])
+def test_with_an_adapter_nothing_else_is_trained_or_published(shard_blocks: bool, policy_folder: Path, tmp_path: Path) -> None:
+    config = config_of(policy_folder, model=LORA, objective={"preset": "flow_grpo", "data_weight": 0.3}, learner={"shard_blocks": shard_blocks})
+    made = learner_of(config)
+    batch, before = batch_of(made), copied(made.full_state())
+    stats = made.update(batch, 1)
+    assert stats["ratio_deviation"] < 1e-6
+    assert stats["reverse_kl"] > 0  # learner_of moved the adapter; without it the network is the reference
+    after = made.full_state()
+    assert {n for n in before if not torch.equal(before[n], after[n])} == set(made.shard(0)) == set(made.ema)
+    assert all(".lora_" in n for n in made.ema)
+    made.save(tmp_path / "checkpoint")
+    restored = learner_of(config)
+    restored.load(tmp_path / "checkpoint")
+    assert difference(restored.full_state(), made.full_state()) == 0
+    assert made.update(batch, 2) == restored.update(batch, 2)
+    assert difference(restored.full_state(), made.full_state()) == 0
+
+
+def test_the_reference_of_an_adapter_is_the_policy_without_it(policy_folder: Path) -> None:
+    """Whatever the adapter, the reverse KL is measured against the network that training started from."""
+    config = config_of(policy_folder, model=LORA, objective={"preset": "flow_grpo"}, sampler={"guidance": 2.0})
+    made = learner_of(config)
+    batch = batch_of(made)
+    adapted = made.update(batch, 1)["reverse_kl"]
+    plain = learner_of(config_of(policy_folder, objective={"preset": "flow_grpo"}, sampler={"guidance": 2.0}))
+    state = merged_state(learner_of(config).full_state(), config.model.lora)
+    base = {n: t for n, t in learner_of(config).full_state().items() if ".lora_" not in n}
+    assert plain.reference is not None
+    plain.reference.load_state_dict(base)
+    with torch.no_grad():
+        for name, parameter in plain.model.named_parameters():
+            parameter.to_local().copy_(state[name])  # type: ignore[attr-defined]
+    assert plain.update(batch, 1)["reverse_kl"] == pytest.approx(adapted, rel=1e-4)
+
+
+def test_the_only_ranks_shard_is_the_whole_state(policy_folder: Path) -> None:
+    made = learner_of(config_of(policy_folder))
+    shard, whole = made.shard(0), made.full_state()
+    assert shard.keys() == whole.keys()
+    assert difference(shard, whole) == 0
+    load_policy(made.config.model).transformer.load_state_dict(shard)
+    assert made.shard(1).keys() == {n for n, _ in made.model.named_parameters()}  # buffers come from rank 0 only
+
+
+def test_without_rollouts_the_data_term_trains_alone(policy_folder: Path) -> None:
+    made = learner_of(config_of(policy_folder, objective={"preset": "sft", "data_weight": 1.0}))
+    batch = batch_of(made)
+    stats = made.update(StepBatch(None, batch.anchors, 0, 5, [], [5], 0), 1)
+    assert stats.keys() == {"lr", "skipped", "grad_norm", "data_loss"}
+    for step in range(2, 6):
+        last = made.update(StepBatch(None, batch.anchors, 0, 5, [], [5], 0), step)
+    assert last["data_loss"] < stats["data_loss"]

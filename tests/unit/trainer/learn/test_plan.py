@@ -1,0 +1,40 @@
+"""The micro-batch plan: every row once, and as many passes on every rank."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.learn.plan import passes, share, slices
+
+
+@given(count=st.integers(1, 60), world=st.integers(1, 8))
+def test_every_item_belongs_to_one_rank(count: int, world: int) -> None:
+    if count < world:
+        with pytest.raises(ValueError, match=f"{count} items cannot be shared among {world} ranks"):
+            share(count, 0, world)
+        return
+    shares = [share(count, rank, world) for rank in range(world)]
+    assert sorted(i for part in shares for i in part) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(rows=st.lists(st.integers(1, 50), min_size=1, max_size=8), micro=st.integers(1, 20))
+def test_every_row_is_computed_once_in_equally_many_passes(rows: list[int], micro: int) -> None:
+    count = passes(rows, micro)
+    for own in rows:
+        parts = slices(own, count)
+        assert len(parts) == count
+        assert [i for part in parts for i in range(own)[part]] == list(range(own))
+        assert all(part.stop - part.start <= micro for part in parts)
+        sizes = {part.stop - part.start for part in parts}
+        assert max(sizes) - min(sizes) <= 1
+    assert (count - 1) * micro < max(rows)  # not one pass more than the fullest rank needs
+
+
+def test_worked_example() -> None:
+    assert share(5, 1, 2) == [1, 3]
+    assert passes([30, 20], 8) == 4
+    assert slices(6, 4) == [slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 6)]
+    assert slices(1, 2) == [slice(0, 0), slice(0, 1)]

@@ -1,0 +1,129 @@
+"""`ddrl serve`: Ray, Redis and the reward fleet of one machine, until it is told to stop.
+
+Lifecycle: checks → Ray → Redis, if asked for → fleet → wait for Ctrl-C or SIGTERM → drain → everything down, in reverse order.
+A second signal skips the draining. What libraries print goes to a log file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+
+from replay.embedded import EmbeddedRedis
+from replay.errors import ReplayError
+from services.fleet.file import FleetConfig, parse_fleet
+from services.rest.auth import load_keys, require_keys
+from trainer.run.errors import RunFailed, describe
+from trainer.run.quiet import output_to
+
+
+class Stop:
+    """Set by the first SIGINT or SIGTERM; the second one raises KeyboardInterrupt in the main thread."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the two signals inside the block."""
+        before = {number: signal.signal(number, self._on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set():
+            raise KeyboardInterrupt
+        self._event.set()
+
+    def wait(self) -> None:
+        """Until a signal came."""
+        while not self._event.wait(3600):
+            pass
+
+
+def overridden(config: FleetConfig, **settings: object) -> FleetConfig:
+    """``config`` with the settings that are not None. Raises FleetFileError."""
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items() if value is not None}
+    return parse_fleet({**config.model_dump(mode="json"), **given})
+
+
+def serve_fleet(config: FleetConfig, ready: Callable[[str], None], stopping: Callable[[], None]) -> bool:
+    """Serve until a signal; ``ready`` is called with the URL, ``stopping`` when the signal came. False when something
+    was still open at the end of the draining. Raises RunFailed, FleetFileError or KeysError."""
+    require_keys(config.host, load_keys(config.keys_file))
+    if config.port:
+        _check_port(config.host, config.port)
+    log = Path(tempfile.mkstemp(prefix="ddrl-serve-", suffix=".log")[1])
+    stop = Stop()
+    with ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        with output_to(log):
+            try:
+                url = _start(config, stack)
+            except RunFailed as error:
+                raise RunFailed(error.part, f"{str(error).partition(': ')[2]} (log: {log})") from error
+        ready(url)
+        stop.wait()
+        stopping()
+        with output_to(log):
+            from services.fleet.start import drain_fleet
+
+            drained = drain_fleet(config.drain_s)
+            stack.pop_all().close()
+    return drained
+
+
+def _start(config: FleetConfig, stack: ExitStack) -> str:
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        # "local" starts a new cluster even where RAY_ADDRESS names another
+        ray.init("local", num_cpus=math.ceil(config.room()) + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise RunFailed("Ray", f"a local Ray cluster did not start: {describe(error)}") from error
+    stack.callback(ray.shutdown)
+    gpus: float = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    if config.needs()["GPU"] > gpus:
+        raise RunFailed("reward fleet", f"the rewards need {config.needs()['GPU']:g} GPUs and this machine has {gpus:g}")
+    if config.redis_url == "embedded":
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ddrl-redis-"))
+        try:
+            server = EmbeddedRedis.start(Path(folder))
+        except ReplayError as error:
+            raise RunFailed("Redis", str(error)) from error
+        stack.callback(server.stop)
+        config = config.model_copy(update={"redis_url": server.url})
+    from services.fleet.start import start_fleet
+
+    stack.callback(serve.shutdown)
+    try:
+        return start_fleet(config)
+    except Exception as error:
+        raise RunFailed("reward fleet", describe(error)) from error
+
+
+def _check_port(host: str, port: int) -> None:
+    """Serve's proxy would only say so in its log."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise RunFailed("reward fleet", f"cannot listen on {host}, port {port}: {error.strerror}; choose another with --port") from None

@@ -1,0 +1,159 @@
+"""`ddrl sample`: draw pictures with a recipe's policy, prompts from a file, any mix of sizes and step counts.
+
+A person's mistake is one line and exit status 2; a sample that could not be drawn, 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.cli.exits import fail
+from trainer.config.errors import ConfigError
+from trainer.config.load import load_config
+from trainer.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diffusion.engine.generate import Sample, SamplingParams
+
+GRID_SAMPLES = 64
+"""Samples that the grid shows; all are in the folder."""
+
+
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """`16x48,32x96` to (height, width) pairs. Raises ValueError."""
+    try:
+        sizes = [tuple(int(side) for side in size.split("x")) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or any(len(s) != 2 or min(s) < 1 for s in sizes):
+        raise ValueError(f"--size {text}: give HEIGHTxWIDTH in pixels, several separated by commas, e.g. 16x48,32x96")
+    return [(s[0], s[1]) for s in sizes]
+
+
+def parse_steps(text: str) -> list[int]:
+    """`8,20` to step counts. Raises ValueError."""
+    if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise ValueError(f"--steps {text}: give numbers of denoising steps, several separated by commas, e.g. 8,20")
+    return [int(part) for part in text.split(",")]
+
+
+def spread(prompts: Sequence[str], choices: Sequence[SamplingParams], n: int) -> list[tuple[str, SamplingParams]]:
+    """`n` samples that cover prompts and choices evenly: sample i takes prompt i mod P, and the next choice each time the
+    prompts have come round."""
+    return [(prompts[i % len(prompts)], choices[i // len(prompts) % len(choices)]) for i in range(n)]
+
+
+def sample(
+    recipe: Annotated[Path, typer.Argument(help="recipe, a YAML file: its policy and sampler", show_default=False)],
+    prompts: Annotated[Path, typer.Option(help="file of prompts, one a line", show_default=False)],
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, several separated by commas [default: the recipe's]", show_default=False)] = None,
+    steps: Annotated[str | None, typer.Option(help="denoising steps, several separated by commas [default: sampler.eval_steps]", show_default=False)] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="samples in all, spread over prompts, sizes and steps [default: one each]", show_default=False)
+    ] = None,
+    noise: Annotated[bool, typer.Option(help="stochastic steps, as in rollouts; without, the ODE")] = False,
+    seed: Annotated[int, typer.Option(help="seed of every noise")] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder of the pictures [default: samples/NAME]", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: cuda where there is one]", show_default=False)] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)] = None,
+) -> None:
+    """Draw pictures: every mix of sizes and steps in one packed batch. Writes PNG files, samples.jsonl and grid.png."""
+    try:
+        config = load_config(recipe, set_)
+        sizes = parse_sizes(size) if size else [(config.sampler.height, config.sampler.width)]
+        counts = parse_steps(steps) if steps else [config.sampler.eval_steps]
+    except (ConfigError, ValueError) as error:
+        fail(str(error), 2)
+    folder = out or Path("samples") / config.name
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fail(f"{folder} is not empty; give another folder with --out", 2)
+    try:
+        _draw(config, prompts, sizes, counts, n, noise, seed, folder, device)
+    except OSError as error:
+        fail(f"{folder}: {error.strerror or error}", 1)
+
+
+def _draw(
+    config: RunConfig, file: Path, sizes: list[tuple[int, int]], counts: list[int], n: int | None, noise: bool, seed: int, folder: Path, device: str | None
+) -> None:
+    import torch
+
+    from actors.sources.prompts import prompt_lines
+    from diffusion.checkpoint import CheckpointError, load_policy
+    from diffusion.engine.engine import StepFailed, compile_for_batches
+    from diffusion.engine.generate import DiffusionEngine, SamplingParams
+    from diffusion.engine.request import SamplingFailed
+
+    s = config.sampler
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown; not in this build of torch; not in this machine
+        fail(f"--device {device} cannot be used here: {error}", 2)
+    try:
+        texts = prompt_lines(str(file))
+        choices = [
+            SamplingParams(h, w, c, 1, seed, s.guidance, s.negative_prompt, s.kernel, s.noise_level, "all" if noise else "none")
+            for h, w in sizes
+            for c in counts
+        ]
+        plan = spread(texts, choices, n or len(texts) * len(choices))
+        policy = load_policy(config.model, where, config.seed)
+        if config.model.compile:
+            compile_for_batches(policy.transformer)
+        with DiffusionEngine(policy, s.max_tokens, config.model.dtype) as engine, _progress(len(plan)) as told:
+            typer.echo(f"{engine.engine.plan}; {engine.engine.describe_network()}; {policy.attention.why}")
+            started = time.perf_counter()
+            done = engine.generate([text for text, _ in plan], [choice for _, choice in plan], told)
+            seconds, stats = time.perf_counter() - started, engine.stats
+    except (SamplingFailed, StepFailed, TimeoutError) as error:
+        fail(str(error), 1)
+    except (CheckpointError, ValueError) as error:
+        fail(str(error), 2)
+    pictures = [one for samples in done for one in samples]
+    _write(folder, pictures, seed)
+    typer.echo(
+        f"{len(pictures)} samples in {seconds:.1f} s: {len(pictures) / seconds:.1f} samples/s, {stats.tokens / seconds:.0f} tokens/s, "
+        f"{stats.forwards} forward passes, {stats.occupancy:.0%} of the token budget used"
+    )
+    typer.echo(f"grid: {folder / 'grid.png'}")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of finished samples."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(file=sys.stdout)) as bar:
+        task = bar.add_task("samples", total=total)
+        yield lambda finished, _: bar.update(task, completed=finished)
+
+
+def _write(folder: Path, samples: list[Sample], seed: int) -> None:
+    """Pictures `0000.png …`, what each is in samples.jsonl, and the grid."""
+    from PIL import Image
+
+    from actors.pictures import caption, contact_sheet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, one in enumerate(samples):
+        name = f"{i:04d}.png"
+        Image.fromarray(one.image).save(folder / name)
+        p = one.params
+        lines.append({"file": name, "prompt": one.prompt, "height": p.height, "width": p.width, "steps": p.steps, "seed": seed, "group": i})
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = samples[:GRID_SAMPLES]
+    contact_sheet([s.image for s in shown], [f"{caption(s.prompt)} · {s.params.steps}" for s in shown], columns=8).save(folder / "grid.png")

@@ -1,0 +1,37 @@
+"""The optimiser and the learner group."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.config.strict import Strict
+
+
+class OptimizerConfig(Strict):
+    """AdamW and the moving average of the weights."""
+
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's betas")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
+    warmup: int = Field(0, ge=0, description="updates of linear warm-up")
+    decay: Literal["none", "cosine"] = Field("none", description="cosine = fall to 2 % of lr over the run")
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema: float = Field(0.95, ge=0, lt=1, description="decay of the exponential moving average of the weights; 0 = none")
+
+
+class LearnerConfig(Strict):
+    """The FSDP learner group."""
+
+    ranks: int = Field(2, ge=1, description="learner processes (FSDP2 shards)")
+    shard_blocks: bool = Field(
+        True, description="shard every transformer block on its own; false = the whole model as one unit (small models: fewer collectives)"
+    )
+    micro_batch: int = Field(160, ge=1, description="samples in one forward pass of a rank")
+    threads: int = Field(1, ge=1, description="torch threads of one rank")
+    gpus: float = Field(0.0, ge=0, description="GPUs of one rank; 0 = CPU and gloo")
+    max_failures: int = Field(3, ge=0, description="worker-group restarts before the run gives up")
+    collective_timeout_s: float = Field(120.0, gt=0, description="deadline of a collective among ranks")
+    max_skipped: int = Field(20, ge=0, description="updates skipped in a row for non-finite gradients before the run gives up")

@@ -1,0 +1,81 @@
+"""The tree of a run's settings, and what must fit together in it. Settings that cannot work together are refused here,
+before anything starts."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from actors.config import DataConfig, EvaluationConfig, PromptConfig, RolloutConfig
+from diffusion.config import ModelConfig, SamplerConfig
+from replay.config import RedisConfig, ReplayConfig
+from services.config import RewardConfig
+from trainer.config.learner import LearnerConfig, OptimizerConfig
+from trainer.config.objective import ObjectiveConfig
+from trainer.config.strict import Strict
+
+
+class RayConfig(Strict):
+    """Which Ray cluster."""
+
+    address: str | None = Field(None, description="cluster to join (auto, host:port); null = start a local one")
+    cpus: int = Field(16, ge=1, description="logical CPUs of a local cluster (more than the machine's cores: actors mostly wait)")
+    object_store_mb: int = Field(256, ge=80, description="object store of a local cluster")
+
+
+class RunConfig(Strict):
+    """A run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
+    updates: int = Field(100, ge=1, description="optimiser updates")
+    checkpoint_every: int = Field(20, ge=1, description="updates between checkpoints")
+    wandb_project: str | None = Field(None, description="Weights & Biases project to log to as well (needs the extra: pip install 'ddrl[wandb]'); null = none")
+    max_dead_groups: int = Field(8, ge=0, description="groups that failed every attempt before the run gives up")
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="the policy")
+    sampler: SamplerConfig = Field(default_factory=lambda: SamplerConfig(), description="rollout sampling")
+    rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description="rollout generators")
+    prompts: PromptConfig = Field(default_factory=lambda: PromptConfig(), description="prompt source")
+    data: DataConfig = Field(default_factory=lambda: DataConfig(), description="anchor data")
+    objective: ObjectiveConfig = Field(default_factory=lambda: ObjectiveConfig(), description="the loss")
+    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="optimiser and EMA")
+    learner: LearnerConfig = Field(default_factory=lambda: LearnerConfig(), description="learner group")
+    reward: RewardConfig = Field(default_factory=lambda: RewardConfig(), description="reward fleet")
+    replay: ReplayConfig = Field(default_factory=lambda: ReplayConfig(), description="replay buffer")
+    redis: RedisConfig = Field(default_factory=lambda: RedisConfig(), description="Redis server of the replay buffer")
+    evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig(), description="held-out numbers")
+    ray: RayConfig = Field(default_factory=lambda: RayConfig(), description="Ray cluster")
+
+    @property
+    def uses_policy(self) -> bool:
+        return self.objective.policy_weight > 0
+
+    @property
+    def uses_data(self) -> bool:
+        return self.objective.data_weight > 0
+
+    @property
+    def data_rows(self) -> int:
+        """Anchor samples per update: as configured, else one per rollout."""
+        return self.data.batch_size or self.rollout.groups_per_step * self.rollout.group_size
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        rollouts = self.rollout.groups_per_step * self.rollout.group_size
+        if self.uses_policy and self.uses_data and self.data_rows != rollouts:
+            raise ValueError(
+                f"data.batch_size={self.data_rows} must equal the rollouts per update ({rollouts} = groups_per_step x group_size) "
+                "when rollouts are trained; leave it null"
+            )
+        rows = min([self.rollout.groups_per_step] * self.uses_policy + [self.data_rows] * self.uses_data)
+        if self.learner.ranks > rows:
+            raise ValueError(f"learner.ranks={self.learner.ranks} exceeds the {rows} groups or anchor samples of an update: some rank would have nothing to do")
+        if self.model.lora.merge and self.model.lora.rank and self.objective.old_log_prob == "rollout":
+            raise ValueError(
+                "model.lora.merge=true rounds otherwise than the adapter that is trained, and log-probabilities of such rollouts would not match; "
+                "set objective.old_log_prob=learner, or model.lora.merge=false"
+            )
+        if self.objective.data_noise == "shared" and not self.uses_policy:
+            raise ValueError("objective.data_noise=shared needs rollouts; use fresh")
+        if self.redis.url == "embedded" and self.ray.address is not None:
+            raise ValueError("redis.url=embedded listens on this machine only; with ray.address give a redis://host:port/ that every node can reach")
+        return self

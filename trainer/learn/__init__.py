@@ -1,0 +1,1 @@
+"""The learner group: from claimed groups to weights and checkpoints."""

@@ -1,0 +1,242 @@
+"""One rank of the learner group: the sharded policy, its optimiser and moving average, one update, its checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from diffusion.checkpoint import Policy, load_policy
+from diffusion.kernels import make_kernel
+from diffusion.lora import trained_weights, without_lora
+from diffusion.models.base import PackedModel
+from trainer.config.learner import OptimizerConfig
+from trainer.config.run import RunConfig
+from trainer.learn.batch import StepBatch, take
+from trainer.learn.forward import Guidance, data_prediction, policy_prediction
+from trainer.learn.objective import Transitions, data_terms, policy_terms
+from trainer.learn.plan import passes, slices
+
+
+def guidance_of(config: RunConfig, policy: Policy, device: torch.device) -> Guidance | None:
+    """The run's guidance with its negative prompt encoded, None without. Raises ValueError for a prompt that does not fit."""
+    sampler = config.sampler
+    if sampler.guidance == 1:
+        return None
+    return Guidance(sampler.guidance, policy.text_encoder.encode([sampler.negative_prompt])[0].to(device))
+
+
+def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
+    """Learning rate of update `step` (1-based): linear warm-up, then constant or cosine to 2 %."""
+    rate = config.lr * min(1.0, step / config.warmup) if config.warmup else config.lr
+    if config.decay == "cosine":
+        rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / updates)))
+    return rate
+
+
+PROBE = 'a sign that says "407"'
+"""Prompt of the self-test's rollouts."""
+SUMS = ("policy_loss", "ratio_deviation", "clipped", "reverse_kl", "data_loss")
+"""What ranks sum over the rows of an update, in this order;"""
+BY_STEP = ("count", "ratio_deviation_by_step", "log_prob_gap_by_step")
+"""then, over the rows of each step index, these."""
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Learner:
+    """See the module's docstring. Every method but `shard` is collective: all ranks call it, in the same order.
+
+    Args:
+        config: the run.
+        device: this rank's device.
+    Attributes:
+        process: the policy's forward process.
+        kernel: step kernel of its rollouts; `kernel.process` is the space of their states.
+        guidance: guidance of rollouts and of their replay, None without.
+        probe: an encoded prompt for the self-test; None without rollouts.
+        shape: latent shape of a rollout.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        policy = load_policy(config.model, device, config.seed)
+        self.process, self.model = policy.process, policy.transformer.train()
+        self.reference = self._reference(config, device)
+        self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
+        self.guidance, self.probe = None, None
+        if config.uses_policy:
+            self.guidance, self.probe = guidance_of(config, policy, device), policy.text_encoder.encode([PROBE])[0]
+        self.shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
+        self._wrap()
+        o = config.optimizer
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(trained.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+        self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
+
+    def _wrap(self) -> None:
+        """Shard the model over the ranks."""
+        mesh, blocks = init_device_mesh(self.device.type, (dist.get_world_size(),)), self.config.learner.shard_blocks
+        if blocks:
+            for block in self.model.blocks:
+                fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh, reshard_after_forward=blocks)
+
+    def _reference(self, config: RunConfig, device: torch.device) -> PackedModel | None:
+        """The starting policy, for the reverse KL: a copy; or, where only an adapter is trained, the policy without it."""
+        if config.objective.kl_weight == 0:
+            return None
+        if config.model.lora.rank:
+            return self.model
+        return load_policy(config.model, device, config.seed).transformer.eval().requires_grad_(False)
+
+    def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
+        """One optimiser update. A non-finite gradient skips it on all ranks alike (the norm is global).
+
+        Returns:
+            Global numbers: losses, grad_norm, lr, skipped, ratio_deviation, clip_fraction; and by index of the trained step
+            (as a string) `ratio_deviation_by_step` and `log_prob_gap_by_step`. One that is not finite is left out: a
+            failure is no number, and a skipped update must still be recorded.
+        """
+        world = dist.get_world_size()
+        sums = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64, device=self.device)
+        losses = list(self._losses(batch, sums))
+        assert isinstance(self.model, FSDPModule)
+        for i, compute in enumerate(losses):
+            self.model.set_requires_gradient_sync(i == len(losses) - 1)
+            # FSDP averages gradients over ranks; the sums are divided by global counts, hence the factor
+            (compute() * world).backward()
+        norm = self._clip()
+        skipped = not math.isfinite(norm)
+        lr = learning_rate(self.config.optimizer, step, self.config.updates)
+        if not skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self._update_ema()
+        self.optimizer.zero_grad()
+        dist.all_reduce(sums)
+        stats = {"lr": lr, "skipped": float(skipped)} | ({} if skipped else {"grad_norm": norm})
+        if batch.transition_count:
+            policy, ratio, clipped, kl = (sums[:4] / batch.transition_count).tolist()
+            stats |= {"policy_loss": policy, "ratio_deviation": ratio, "clip_fraction": clipped}
+            if self.reference is not None:
+                stats["reverse_kl"] = kl
+        if batch.anchor_count:
+            stats["data_loss"] = float(sums[4]) / batch.anchor_count
+        found: dict[str, Any] = _finite(stats)
+        if batch.transition_count:
+            count, *values = sums[len(SUMS) :].view(len(BY_STEP), -1).tolist()
+            for name, value in zip(BY_STEP[1:], values, strict=True):
+                found[name] = _finite({str(i): v / n for i, (v, n) in enumerate(zip(value, count, strict=True)) if n})
+        return found
+
+    def replay(self, rows: Transitions) -> Tensor:
+        """The policy's prediction for stored transitions on this rank's device, with gradient; collective."""
+        return policy_prediction(self.model, self.kernel.process, rows, self.guidance, self.config.model.dtype)
+
+    def _losses(self, batch: StepBatch, sums: Tensor) -> Iterator[Callable[[], Tensor]]:
+        """One closure per forward pass, the same number on every rank; each adds its statistics to `sums`."""
+        config, micro = self.config, self.config.learner.micro_batch
+
+        by_step = sums[len(SUMS) :].view(len(BY_STEP), -1)
+
+        def policy(part: slice) -> Tensor:
+            assert batch.transitions is not None
+            rows = take(batch.transitions, part, self.device)
+            prediction, reference = self.replay(rows), None
+            if self.reference is not None:
+                with torch.no_grad(), without_lora(self.reference):
+                    reference = policy_prediction(self.reference, self.kernel.process, rows, self.guidance, config.model.dtype)
+            loss, stats = policy_terms(prediction, reference, rows, self.kernel, config.objective)
+            for i, name in enumerate(SUMS):
+                if name in stats:
+                    sums[i] += stats[name]
+            for i, values in enumerate((rows.weight, stats["ratio_deviation_rows"], stats["log_prob_gap_rows"])):
+                by_step[i].index_add_(0, rows.step, values.double())
+            return loss / batch.transition_count
+
+        def data(part: slice) -> Tensor:
+            assert batch.anchors is not None
+            rows = take(batch.anchors, part, self.device)
+            loss = data_terms(data_prediction(self.model, self.process, rows, config.model.dtype), rows, self.process)
+            sums[SUMS.index("data_loss")] += loss.detach()
+            return config.objective.data_weight * loss / batch.anchor_count
+
+        if batch.transitions is not None:
+            for part in slices(len(batch.transitions.x), passes(batch.transition_rows, micro)):
+                yield partial(policy, part)
+        if batch.anchors is not None:
+            for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, micro)):
+                yield partial(data, part)
+
+    @torch.no_grad()
+    def _clip(self) -> float:
+        """Scale gradients to the largest norm allowed; returns the global norm before. One collective, whatever the
+        number of tensors."""
+        gradients = [_local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        square = torch.stack([g.double().square().sum() for g in gradients]).sum()
+        dist.all_reduce(square)
+        norm = float(square.sqrt())
+        if math.isfinite(norm) and norm > self.config.optimizer.grad_clip:
+            torch._foreach_mul_(gradients, self.config.optimizer.grad_clip / (norm + 1e-6))
+        return norm
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        if self.ema:
+            decay = self.config.optimizer.ema
+            for name, parameter in self.model.named_parameters():
+                if name in self.ema:
+                    _local(self.ema[name]).lerp_(_local(parameter.detach()), 1 - decay)
+
+    def shard(self, rank: int) -> dict[str, Tensor]:
+        """This rank's part of what is trained (dimension 0), CPU fp32, without a collective; buffers from rank 0 only."""
+        state = trained_weights(self.model)
+        return {n: _local(t.detach()).cpu().contiguous() for n, t in state.items() if rank == 0 or isinstance(t, DTensor)}
+
+    def full_state(self, ema: bool = False) -> dict[str, Tensor]:
+        """The whole state dict, gathered on every rank, CPU fp32; with `ema`, averaged weights where there are any."""
+        state = {n: _full(t.detach()).cpu() for n, t in self.model.state_dict().items()}
+        if ema:
+            state |= {n: _full(t).cpu() for n, t in self.ema.items()}
+        return state
+
+    def _shards(self) -> dict[str, object]:
+        return {
+            "model": trained_weights(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "ema": self.ema,
+        }
+
+    def save(self, folder: Path) -> None:
+        """This rank's shards of model, optimiser and moving average (DCP), into a folder of its own."""
+        dcp.save(self._shards(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        """Restore from a complete DCP checkpoint; reshards when the number of ranks changed."""
+        shards = self._shards()
+        dcp.load(shards, checkpoint_id=folder)
+        self.model.load_state_dict(shards["model"], strict=False)  # type: ignore[arg-type]  # what is not trained stays
+        set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])  # type: ignore[arg-type]

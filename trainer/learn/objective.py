@@ -1,0 +1,130 @@
+"""The objective: policy loss + reverse-KL weight x KL + data weight x diffusion loss (DDRL §1.4). Pure torch.
+
+One update maximises the group-normalised reward through a probability-ratio loss on stored transitions and minimises
+the ordinary diffusion loss on anchor data; `ddrl`, `flow_grpo`, `dance_grpo` and `sft` are settings of the same sum.
+
+    L = mean over transitions of max(-A rho, -A clip(rho, 1 ± c)),  rho = exp(log p - log p_old)
+      + kl_weight   x mean over transitions of mean (mu - mu_ref)² / (2 std²)
+      + data_weight x mean over data evaluations of the diffusion loss
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.kernels import MIN_STD, Previous, StepKernel, log_prob
+from diffusion.processes import ForwardProcess
+from trainer.config.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """A micro-batch of M stored transitions, in the space of the step kernel's states.
+
+    Attributes:
+        x, x_next: states before and after `[M, C, h, w]` (video: `[M, C, f, h, w]`).
+        t, t_next: times `[M]`.
+        step: index of the step on its time grid, int64 `[M]`.
+        old_log_prob: exact log-density under the sampling weights `[M]`.
+        advantage: `[M]`.
+        weight: `[M]`, 1 for a real row, 0 for padding.
+        prompt_embeds, pooled: conditioning `[M, L, D]`, `[M, P]`.
+        previous, t_previous: prediction of x0 in the step before, like `x`, and its time `[M]` (inf: there was none), as the
+            sampler stored them; None for kernels that do not use them.
+    """
+
+    x: Tensor
+    x_next: Tensor
+    t: Tensor
+    t_next: Tensor
+    step: Tensor
+    old_log_prob: Tensor
+    advantage: Tensor
+    weight: Tensor
+    prompt_embeds: Tensor
+    pooled: Tensor
+    previous: Tensor | None = None
+    t_previous: Tensor | None = None
+
+    @property
+    def history(self) -> Previous | None:
+        """What a two-step kernel is given of the step before."""
+        return None if self.previous is None or self.t_previous is None else Previous(self.previous, self.t_previous)
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """A micro-batch of M diffusion-loss evaluations: clean `x0`, noise `eps`, times `t`, `weight`, conditioning."""
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    weight: Tensor
+    prompt_embeds: Tensor
+    pooled: Tensor
+
+
+def moments(prediction: Tensor, batch: Transitions, kernel: StepKernel) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the stored steps under `prediction`, a network output at `(x, t)`.
+
+    Raises:
+        ValueError: a transition with (almost) no noise, which has no usable density.
+    """
+    mean, std = kernel.moments(prediction, batch.x, batch.t, batch.t_next, batch.history)
+    if bool((std < MIN_STD).any()):
+        raise ValueError(f"a trained transition has std {float(std.min()):.2g} < {MIN_STD}: choose other sampler.trained_steps")
+    return mean, std
+
+
+def scale(std: Tensor, scaling: str) -> Tensor:
+    """What a difference of exact log-densities is multiplied by, per transition `[M]`: unscaled = exact · 2 std²,
+    std_weighted = exact · std."""
+    return {"exact": torch.ones_like(std), "unscaled": 2 * std.square(), "std_weighted": std}[scaling]
+
+
+def policy_terms(
+    velocity: Tensor, reference: Tensor | None, batch: Transitions, kernel: StepKernel, config: ObjectiveConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sums over a micro-batch of the policy loss plus the reverse-KL term, and statistics.
+
+    Args:
+        velocity: the policy's output at `(x, t)` with gradient.
+        reference: the reference policy's output there, or None.
+    Returns:
+        Loss summed over rows (divide by the global count of transitions), and sums for logging: `policy_loss`,
+        `reverse_kl`, `clipped`, and, against the density that the rollout stored, whatever `old_log_prob` says,
+        `ratio_deviation` (|rho - 1|). `ratio_deviation_rows` and `log_prob_gap_rows` (|log p - stored|, exact) are `[M]`.
+    Raises:
+        ValueError: a transition with (almost) no noise, which has no usable density.
+    """
+    mean, std = moments(velocity, batch, kernel)
+    exact = log_prob(batch.x_next, mean, std, "exact")
+    shift = exact - batch.old_log_prob
+    factor = scale(std, config.log_prob)
+    against_rollout = (shift * factor).exp()
+    # one optimiser step a claim: the learner's density before the update is the one at hand, so ratios are 1 with a gradient
+    ratio = against_rollout if config.old_log_prob == "rollout" else ((exact - exact.detach()) * factor).exp()
+    clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+    surrogate = torch.maximum(-batch.advantage * ratio, -batch.advantage * clipped)
+    loss = config.policy_weight * (batch.weight * surrogate).sum()
+    stats = {
+        "policy_loss": (batch.weight * surrogate).sum(),
+        "ratio_deviation": (batch.weight * (against_rollout - 1).abs()).sum(),
+        "ratio_deviation_rows": batch.weight * (against_rollout - 1).abs(),
+        "log_prob_gap_rows": batch.weight * shift.abs(),
+        "clipped": (batch.weight * ((ratio - 1).abs() > config.clip)).sum(),
+    }
+    if reference is not None:
+        mean_ref, _ = moments(reference, batch, kernel)
+        kl = (mean - mean_ref).square().flatten(1).mean(1) / (2 * std.square())
+        loss = loss + config.kl_weight * (batch.weight * kl).sum()
+        stats["reverse_kl"] = (batch.weight * kl).sum()
+    return loss, {k: v.detach() for k, v in stats.items()}
+
+
+def data_terms(velocity: Tensor, batch: Anchors, process: ForwardProcess) -> Tensor:
+    """Weighted sum over a micro-batch of the diffusion loss (divide by the global count of evaluations)."""
+    return (batch.weight * process.loss(velocity, batch.x0, batch.eps, batch.t)).sum()

@@ -1,0 +1,126 @@
+"""Starting what is missing and joining what is given: Ray, Redis, the reward fleet. Each part undoes itself.
+
+Every function registers its clean-up on the ExitStack it is handed before it returns, so whatever stops a run (an
+error, Ctrl-C, the end) takes down exactly what the run started, in reverse order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from replay.buffer import BufferSettings
+from replay.config import RedisConfig
+from replay.connect import connect
+from replay.embedded import EmbeddedRedis, refuse_several_nodes
+from replay.errors import ReplayError
+from services.client.base import RewardError
+from services.client.connect import connect as connect_rewards
+from services.config import RewardConfig
+from trainer.config.run import RayConfig, RunConfig
+from trainer.run.errors import RunFailed, describe
+from trainer.run.folder import RunFolder
+
+
+def start_ray(config: RayConfig, stack: ExitStack) -> None:
+    """Join `config.address`, or start a local cluster. Raises RunFailed. See `trainer.run.environment`."""
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        if config.address is None:
+            # "local" starts a new cluster even where RAY_ADDRESS names another
+            ray.init("local", num_cpus=config.cpus, include_dashboard=False, object_store_memory=config.object_store_mb << 20, **common)
+        else:
+            ray.init(config.address, **common)
+    except Exception as error:
+        where = "a local Ray cluster did not start" if config.address is None else f"cannot join Ray at {config.address}"
+        raise RunFailed("Ray", f"{where}: {describe(error)}") from error
+    stack.callback(ray.shutdown)
+
+
+def start_redis(config: RedisConfig, folder: RunFolder, max_bytes: int, stack: ExitStack) -> str:
+    """URL of the ledger's Redis; starts the embedded server if that is asked for. Raises RunFailed.
+
+    `max_bytes`: the payloads it will hold, 0 when they lie elsewhere.
+    """
+    try:
+        if config.url == "embedded":
+            server = EmbeddedRedis.start(folder.redis, max_bytes=max_bytes, fsync=config.fsync)
+            stack.callback(server.stop)
+            return server.url
+        connect(config.url, config.connect_timeout_s).close()
+    except ReplayError as error:
+        raise RunFailed("Redis", str(error)) from error
+    return config.url
+
+
+def check_nodes(config: RunConfig) -> None:
+    """Refuse an embedded Redis on several nodes. Raises RunFailed. Ray must be up."""
+    if config.redis.url != "embedded":
+        return
+    import ray
+
+    try:
+        refuse_several_nodes(len([node for node in ray.nodes() if node["Alive"]]))
+    except ReplayError as error:
+        raise RunFailed("Redis", str(error)) from error
+
+
+def check_reward_url(config: RewardConfig) -> None:
+    """Score one test picture at a given reward URL. Raises RunFailed."""
+    if config.url is None:
+        return
+    try:
+        client = connect_rewards(config)
+        with contextlib.closing(client):
+            client.check()
+    except RewardError as error:
+        raise RunFailed("reward", str(error)) from error
+
+
+def start_fleet(config: RewardConfig, stack: ExitStack) -> str:
+    """URL of the reward fleet; deploys the Serve application unless a URL is given. Raises RunFailed."""
+    if config.url is not None:
+        return config.url
+    import ray
+    from ray import serve
+
+    from services.fleet import start as fleet
+    from services.fleet.file import one_reward
+
+    ours = not any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
+    # what stands in a cluster that was joined outlives this driver: take down all of Serve only if this run started it
+    stack.callback(_quietly, serve.shutdown if ours else fleet.stop_fleet)
+    try:
+        return fleet.start_fleet(one_reward(config))
+    except Exception as error:
+        raise RunFailed("reward fleet", describe(error)) from error
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    """Run a clean-up whose failure must not hide what happened before."""
+    with contextlib.suppress(Exception):
+        action()
+
+
+def buffer_settings(config: RunConfig) -> BufferSettings:
+    """What the run asks of the replay buffer."""
+    return BufferSettings(
+        groups_per_step=config.rollout.groups_per_step if config.uses_policy else 0,
+        data_per_step=1 if config.uses_data else 0,
+        max_staleness=config.replay.max_staleness,
+        window=config.replay.window,
+        lease_s=config.replay.lease_s,
+        max_attempts=config.replay.max_attempts,
+        max_bytes=config.replay.max_bytes,
+        data_depth=config.replay.data_depth,
+        checkpoint_interval=config.checkpoint_every,
+        drop_zero_variance=config.replay.drop_zero_variance,
+        # a strictly ordered run must not leave holes in the sequence of prompts when it goes back to a checkpoint
+        remake_cut_off=config.replay.max_staleness == 0 and config.replay.window == 1,
+    )
