@@ -45,7 +45,7 @@ class Clip:
 
         try:
             with av.open(str(self.file)) as container:
-                frames = [_resized(frame.to_image(), height, width) for frame in container.decode(video=0)]
+                frames = [_resized(Image.fromarray(frame.to_ndarray(format="rgb24")), height, width) for frame in container.decode(video=0)]
         except (OSError, ValueError, IndexError, av.FFmpegError) as error:
             raise SourceError(f"anchor clip {self.file} cannot be read: {error}") from None
         if not frames:

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from services.backend import ScoreBackend
-from services.fleet.file import FleetConfig
+from services.config import FleetConfig
 from services.jobs.api import Jobs, jobs_router, make_store
 from services.jobs.cosmos import cosmos_router
 from services.jobs.store import RedisIdempotency

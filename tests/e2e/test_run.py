@@ -43,7 +43,7 @@ def test_run_survives_kills_and_exports_what_diffusers_opens(start: Callable[...
     run.wait_for(lambda: run.updates() >= 1, "the first update")
     killed = run.kill("ray::RolloutGenerator")
     run.wait_for(lambda: run.updates() >= 2, "an update after the generator was killed")
-    killed_replica = run.kill("ray::ServeReplica:rewards-glyph-ocr:ocr")
+    killed_replica = run.kill("ray::ServeReplica:run-glyph-ocr:ocr")
     code, out, err = run.finish()
     assert code == 0, (out, err)
     assert killed != killed_replica

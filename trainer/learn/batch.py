@@ -139,9 +139,7 @@ def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, b
     transitions, times, rows = None, None, []
     if claim.groups:
         o = objective
-        advantages = advantages_of(
-            scores, terms_of(config), o.advantages, o.failed_reward, o.advantage_scale, o.advantage_clip, o.exponential_advantage
-        )
+        advantages = advantages_of(scores, terms_of(config), o.advantages, o.failed_reward, o.advantage_scale, o.advantage_clip, o.exponential_advantage)
         mine = share(len(claim.groups), rank, world)
         payloads = {i: decode_group(buffer.fetch(claim.groups[i])) for i in mine}
         transitions = _cat([transitions_of(p, advantages[i], kernel) for i, p in payloads.items()])

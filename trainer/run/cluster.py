@@ -73,11 +73,11 @@ def start_fleet(rewards: RunRewards, stack: ExitStack) -> None:
     """Deploy the run's own fleet as an application of its own, unless a URL is given or no reward is named. Raises RunFailed."""
     if rewards.fleet.url is not None or not rewards.names:
         return
-    from services.fleet.start import start
+    from services.fleet import start
 
     stack.callback(_quietly, lambda: start.stop_fleet(rewards.app))
     try:
-        start.start_fleet(rewards.fleet, rewards.app)
+        start.start_fleet(rewards.fleet, rewards.app, http=False)
     except Exception as error:
         raise RunFailed("reward fleet", describe(error)) from error
 

@@ -37,6 +37,7 @@ from trainer.run import cluster
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
 from trainer.run.parts import Parts
+from trainer.run.rewards import check_rewards, run_rewards
 from trainer.run.scalars import Scalars, Wandb
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,9 @@ class Driver:
             policy.transformer.tokens((policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width)))
         except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
             raise RunFailed("model", str(error)) from error
-        cluster.check_reward_url(config.reward)
+        rewards = run_rewards(config)
+        if config.fleet.url is not None:
+            check_rewards(config, rewards)
         self.display.stage("Starting Redis")
         url = cluster.start_redis(config.redis, self.folder, config.replay.max_bytes if config.replay.payloads == "redis" else 0, self._stack)
         target = Target(url, config.name, cluster.buffer_settings(config), config.replay.payloads)
@@ -135,7 +138,9 @@ class Driver:
         self._stack.callback(parts.close)
         parts.create_actors()
         self.display.stage("Deploying the reward fleet")
-        cluster.start_fleet(config.reward, self._stack)
+        cluster.start_fleet(rewards, self._stack)
+        revisions = check_rewards(config, rewards)
+        buffer.expect_rewards({name: revisions[name] for name in rewards.trained_names if config.uses_policy})
         parts.start_producers()
         parts.start_training(self.resume)
         self._training.set()

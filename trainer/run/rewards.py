@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from actors.groups import Weighted
@@ -20,10 +22,11 @@ PROBES = 4
 
 def run_rewards(config: RunConfig) -> RunRewards:
     """What the run's actors are given. Its own fleet is an application of its own, so that two runs share nothing."""
-    fleet = config.fleet if config.fleet.url is not None or not config.reward_names else fleet_of(config.fleet, config.reward_names)
+    ours = config.fleet.url is None and bool(config.reward_names)
+    fleet = fleet_of(config.fleet, config.reward_names).located(Path.cwd()) if ours else config.fleet
     terms = tuple(Weighted(Term.parse(name), term.weight, term.clip) for name, term in config.rewards.items())
     held_out = tuple(Term.parse(name) for name in config.held_out_rewards)
-    return RunRewards(fleet, f"rewards-{config.name}", terms, held_out, config.objective.failed_reward == "fill_mean")
+    return RunRewards(fleet, f"run-{config.name}", terms, held_out, config.objective.failed_reward == "fill_mean")
 
 
 def check_rewards(config: RunConfig, rewards: RunRewards) -> dict[str, str]:

@@ -101,8 +101,14 @@ class Blocking:
     def score_many(self, *args: Any, **more: Any) -> MultiScores:
         return self._runner.run(self._client.score_many(*args, **more))
 
-    def check(self) -> Any:
-        return self._runner.run(self._client.check())
+    def score_all(self, *args: Any, **more: Any) -> Any:
+        return self._runner.run(self._client.score_all(*args, **more))
+
+    def info(self, names: list[str]) -> Any:
+        return self._runner.run(self._client.info(names))
+
+    def check(self, names: list[str]) -> Any:
+        return self._runner.run(self._client.check(names))
 
     def close(self) -> None:
         self._runner.run(self._client.close())
@@ -153,7 +159,7 @@ def test_persistent_500_is_one_clear_error(make: Make, url: str, script: Script)
     assert len(script.seen) > 1
 
 
-@pytest.mark.parametrize(("status", "advice"), [(401, "api_key_env"), (404, "reward.url"), (422, "reward.url")])
+@pytest.mark.parametrize(("status", "advice"), [(401, "api_key"), (404, "Check url"), (422, "that url points")])
 def test_refusals_are_not_retried(make: Make, url: str, script: Script, status: int, advice: str) -> None:
     script.last = status
     with pytest.raises(RewardUnavailable, match=advice) as failed:
@@ -174,19 +180,19 @@ def test_unreachable(make: Make) -> None:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     client = make(f"http://127.0.0.1:{port}", check_timeout_s=1.0)
-    with pytest.raises(RewardUnavailable, match=f"127.0.0.1:{port}.*cannot be reached.*reward.url") as failed:
-        client.check()
+    with pytest.raises(RewardUnavailable, match=f"127.0.0.1:{port}.*cannot be reached.*that url names") as failed:
+        client.check(["ocr"])
     assert failed.value.status is None
 
 
 def test_check_scores_for_real(make: Make, url: str, script: Script) -> None:
-    assert make(url).check().revision == "r"
+    assert make(url).check(["ocr"])["ocr"].revision == "r"
     assert len(script.seen) == 1
-    with pytest.raises(RewardUnavailable, match="one of: ocr"):
-        make(url, model="other").check()
+    with pytest.raises(RewardUnavailable, match="It has: ocr"):
+        make(url).check(["other"])
     script.last = 500
     with pytest.raises(RewardUnavailable, match="HTTP 500"):
-        make(url, check_timeout_s=0.5).check()
+        make(url, check_timeout_s=0.5).check(["ocr"])
 
 
 def test_large_batches_are_split(make: Make, url: str, script: Script) -> None:

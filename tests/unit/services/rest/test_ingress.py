@@ -79,7 +79,7 @@ def test_acceptance_8_failures_are_typed_per_item(url: str, png: bytes) -> None:
 def test_the_client_agrees_with_the_service(url: str, draw: Callable[..., Image], encoding: Any) -> None:
     client = RestRewardClient(url, encoding=encoding, chunk_items=3)
     try:
-        assert client.check().name == "ocr"
+        assert client.check(["ocr"])["ocr"].name == "ocr"
         results = client.score("ocr", ['"407"'] * 7 + ["none"], np.stack([draw("407")] * 8), 30)
     finally:
         client.close()
