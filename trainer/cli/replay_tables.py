@@ -19,7 +19,7 @@ ROWS = 40
 LIVE: tuple[State, ...] = ("leased", "waiting", "ready", "claimed")
 MEANING = {
     "leased": "a producer is making it",
-    "waiting": "an attempt failed; the next asker gets it",
+    "waiting": "an attempt failed, or it was given back; the next asker gets it",
     "ready": "committed, not yet claimed",
     "claimed": "belongs to a step whose checkpoint is not registered",
     "settled": "trained, and in a registered checkpoint",
