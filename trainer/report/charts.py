@@ -1,9 +1,10 @@
 """What each figure of the report shows: run records in, titled panels with alternative text out.
 
-Colour means the run and line style means the kind of number, in every panel: solid with dots for held-out
-numbers of the raw weights, short dashes for EMA weights, a thin line for numbers of the training rollouts.
-The x range is the same in all panels, and held-out quantities that have no natural scale are shown as change
-from the start.
+Colour means the run and line style means the kind of number, in every panel: solid with dots for evaluations of the
+raw weights (long dashes with dots where the reward is never trained on), small dots for EMA weights, a thin line for
+numbers of the training rollouts. The x range is the same in all panels, and held-out quantities that have no natural
+scale are shown as change from the start. Runs share a panel only where the evaluation set and the reward's revision
+are the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,17 +63,26 @@ class Charts:
         self._x_range = (0.0, float(max(steps))) if steps else None
 
     def held_out(self) -> list[Panel]:
-        """Reward beside held-out diffusion loss, then diversity and exact match."""
-        return [
-            panel
-            for panel in (
-                self._reward(),
-                self._change("Held-out diffusion loss", "diffusion_loss", stop=_STOP_PERCENT),
-                self._change("Diversity", "diversity"),
-                self._share("Exact match", "exact_match"),
-            )
-            if panel is not None
-        ]
+        """Each reward by name, trained ones first, beside held-out diffusion loss and diversity."""
+        return [*self._rewards(), *self._change("Held-out diffusion loss", "diffusion_loss", stop=_STOP_PERCENT), *self._change("Diversity", "diversity")]
+
+    def sub_scores(self) -> list[Panel]:
+        """Every sub-score of the evaluations by name, small, each on its own scale."""
+        panels = []
+        names = dict.fromkeys(name for named in self.runs for point in self._points(named.run, "raw") for name in point.sub_scores)
+        for name in names:
+            for suffix, runs in self._alike(name):
+                lines, words = [], []
+                for named in runs:
+                    curve = [(p.step, p.sub_scores[name]) for p in self._points(named.run, "raw") if name in p.sub_scores]
+                    if curve:
+                        lines.append(_line(curve, named.colour, "line", True))
+                        words.append(describe(named.name, curve, fixed))
+                if lines:
+                    title = name + suffix
+                    alt = f"{title} by update. {' '.join(words)}"
+                    panels.append(Panel(title, line_chart(self._ident(), alt, lines, Scale.SHARE, small=True, x_range=self._x_range)))
+        return panels
 
     def scene(self) -> list[Panel]:
         """Change of the four scene statistics of held-out samples, all on one scale."""
@@ -82,7 +92,7 @@ class Charts:
             def read(point: EvalPoint, key: str = statistic) -> float | None:
                 return point.scene.get(key)
 
-            lines, words = self._change_lines(read, ema=False)
+            lines, words = self._change_lines(read, self.runs, ema=False)
             if lines:
                 found.append((statistic.replace("_", " ").capitalize(), lines, words))
         if not found:
@@ -133,22 +143,23 @@ class Charts:
         suffix = f": {named.name}" if len(self.runs) > 1 else ""
         return [self._stack(f"Seconds per update, {who}{suffix}", named.run, chosen) for who, chosen in (("learner", learner), ("rollouts", rollout)) if chosen]
 
-    def trade(self, rows: Sequence[Compared]) -> Panel | None:
-        """Reward gain against diffusion-loss rise, one cross per run."""
+    def trade(self, rows: Sequence[Compared], reward: str | None) -> Panel | None:
+        """Gain of one reward against diffusion-loss rise, one cross per run; None where no reward is the same in all runs."""
         crosses, keys, words = [], [], []
         for colour, row in enumerate(rows):
-            if row.gain is None or row.rise is None:
+            gain = row.gains.get(reward) if reward is not None else None
+            if gain is None or gain.change is None or row.rise is None:
                 continue
             x_interval = row.rise_ci95 and (row.rise_ci95[0] * 100, row.rise_ci95[1] * 100)
-            crosses.append(Cross(row.rise * 100, row.gain, x_interval, row.gain_ci95, colour))
+            crosses.append(Cross(row.rise * 100, gain.change, x_interval, gain.ci95, colour))
             keys.append(Key(row.name, colour, "dot"))
-            words.append(f"{row.name}: gain {fixed(row.gain)} at a loss rise of {percent(row.rise)}.")
+            words.append(f"{row.name}: gain {fixed(gain.change)} at a loss rise of {percent(row.rise)}.")
         if not crosses:
             return None
-        alt = "Reward gain against rise of held-out diffusion loss, with 95 % intervals. " + " ".join(words)
-        svg = cross_chart(self._ident(), alt, crosses, _STOP_PERCENT, "rise of held-out diffusion loss", "reward gain")
+        alt = f"Gain of {reward} against rise of held-out diffusion loss, with 95 % intervals. " + " ".join(words)
+        svg = cross_chart(self._ident(), alt, crosses, _STOP_PERCENT, "rise of held-out diffusion loss", f"gain of {reward}")
         note = "Higher is more reward; further right is further from the data. Bars are 95\u202f% intervals."
-        return Panel("What the reward cost", svg, keys, note)
+        return Panel(f"What the gain of {reward} cost", svg, keys, note)
 
     def _ident(self) -> str:
         self._count += 1
@@ -162,61 +173,84 @@ class Charts:
         """The runs by colour; none for a single run, whose colour needs no key."""
         return [Key(named.name, named.colour) for named in self.runs] if len(self.runs) > 1 else []
 
-    def _kind_keys(self, ema: bool, training: bool) -> list[Key]:
+    def _kind_keys(self, ema: bool, training: bool, trained: bool = True) -> list[Key]:
         alone = len(self.runs) == 1
-        keys = [Key("held-out", 0 if alone else None, "dots")] if alone or training else []
-        keys += [Key("held-out, EMA weights", 0 if alone else None, "dashed")] if ema else []
+        marks = "dots" if trained else "dashdots"
+        words = "evaluation prompts" if trained else "evaluation prompts, never trained on"
+        keys = [Key(words, 0 if alone else None, marks)] if alone or training or not trained else []
+        keys += [Key("EMA weights", 0 if alone else None, "dotted")] if ema else []
         keys += [Key("training rollouts", None, "neutral" if alone else "thin")] if training else []
         return keys
 
-    def _reward(self) -> Panel | None:
-        lines, words, window, ema_drawn, trained = [], [], 1, False, False
+    def _alike(self, name: str | None = None) -> list[tuple[str, list[Named]]]:
+        """The runs that may share a panel (of this reward or sub-score), and what tells the panels apart if there are several."""
+        groups: dict[tuple[str | None, str | None], list[Named]] = {}
         for named in self.runs:
-            training = named.run.curve("reward_mean")
+            points = [point for point in self._points(named.run, "raw") if name is None or name in point.rewards or name in point.sub_scores]
+            if points:
+                groups.setdefault((points[-1].set_digest, points[-1].revision(name) if name else None), []).append(named)
+            elif name is not None and named.run.reward_curve(name):
+                groups.setdefault((None, None), []).append(named)
+        many = len(groups) > 1
+        return [(f" of {', '.join(named.name for named in runs)}" if many else "", runs) for runs in groups.values()]
+
+    def _rewards(self) -> list[Panel]:
+        names = dict.fromkeys(name for named in self.runs for name in named.run.rewards())
+        trained = {name: any(named.run.is_trained(name) for named in self.runs if name in named.run.rewards()) for name in names}
+        ordered = sorted(names, key=lambda name: not trained[name])
+        return [self._reward(name, trained[name], suffix, runs) for name in ordered for suffix, runs in self._alike(name)]
+
+    def _reward(self, name: str, trained: bool, suffix: str, runs: Sequence[Named]) -> Panel:
+        lines, words, window, ema_drawn, training_drawn = [], [], 1, False, False
+        alone = len(self.runs) == 1
+        for named in runs:
+            training = named.run.reward_curve(name)
             if training:
                 window = window_of(len(training))
                 smooth = moving_mean(training, window)
-                style: Style = "neutral" if len(self.runs) == 1 else "thin"
-                lines.append(_line(smooth, named.colour, style))
+                lines.append(_line(smooth, named.colour, "neutral" if alone else "thin"))
                 words.append(describe(f"{named.name}, training", smooth, fixed))
-                trained = True
-            raw = [point for point in self._points(named.run, "raw") if "reward" in point.values]
+                training_drawn = True
+            raw = [point for point in self._points(named.run, "raw") if name in point.rewards]
             if raw:
-                errors = [1.959964 * point.values.get("reward_stderr", 0.0) for point in raw]
-                curve = [(point.step, point.values["reward"]) for point in raw]
-                lines.append(Line(*columns(curve), named.colour, "line", True, errors))
-                words.append(describe(f"{named.name}, held-out", curve, fixed))
-            ema = [(p.step, p.values["reward"]) for p in self._points(named.run, "ema") if "reward" in p.values]
-            if ema and len(self.runs) == 1:
-                lines.append(_line(ema, named.colour, "dashed"))
-                words.append(describe(f"{named.name}, held-out with EMA weights", ema, fixed))
+                errors = [1.959964 * point.errors.get(name, 0.0) for point in raw]
+                curve = [(point.step, point.rewards[name]) for point in raw]
+                style: Style = "line" if named.run.is_trained(name) else "dashed"
+                lines.append(Line(*columns(curve), named.colour, style, True, errors if any(errors) else None))
+                words.append(describe(f"{named.name}, evaluations", curve, fixed))
+            ema = [(p.step, p.rewards[name]) for p in self._points(named.run, "ema") if name in p.rewards]
+            if ema and alone:
+                lines.append(_line(ema, named.colour, "dotted"))
+                words.append(describe(f"{named.name}, EMA weights", ema, fixed))
                 ema_drawn = True
-        if not lines:
-            return None
-        note = "Band: 95\u202f% interval of each held-out mean."
-        if window > 1:
-            note += f" Training line: mean of {window} updates."
-        return Panel("Reward", self._lines("Reward", lines, words, Scale.SHARE, tall=True),
-                     self.run_keys() + self._kind_keys(ema_drawn, trained), note)  # fmt: skip
+        notes = ["Trained on." if trained else "Held out: scored in evaluations only."]
+        notes += ["Band: 95\u202f% interval of each mean."] if any(line.band is not None for line in lines) else []
+        notes += [f"Training line: mean of {window} updates."] if window > 1 else []
+        title = name + suffix
+        return Panel(title, self._lines(title, lines, words, Scale.SHARE, tall=True),
+                     self.run_keys() + self._kind_keys(ema_drawn, training_drawn, trained), " ".join(notes))  # fmt: skip
 
-    def _change(self, title: str, key: str, stop: float | None = None) -> Panel | None:
-        lines, words = self._change_lines(lambda point: point.values.get(key), ema=len(self.runs) == 1)
-        if not lines:
-            return None
-        starts = [self._start(named.run, key) for named in self.runs]
-        note = "Change from the start"
-        note += f", which was {starts[0]}." if len(starts) == 1 and starts[0] else "."
-        ema = any(line.style == "dashed" for line in lines)
-        svg = self._lines(f"{title}, change from the start", lines, [words], Scale.CHANGE, stop=stop, tall=True)
-        return Panel(title, svg, self.run_keys() + self._kind_keys(ema, False), note)
+    def _change(self, title: str, key: str, stop: float | None = None) -> list[Panel]:
+        panels = []
+        for suffix, runs in self._alike():
+            lines, words = self._change_lines(lambda point: point.values.get(key), runs, ema=len(self.runs) == 1)
+            if not lines:
+                continue
+            starts = [self._start(named.run, key) for named in runs]
+            note = "Change from the start"
+            note += f", which was {starts[0]}." if len(starts) == 1 and starts[0] else "."
+            ema = any(line.style == "dotted" for line in lines)
+            svg = self._lines(f"{title}{suffix}, change from the start", lines, [words], Scale.CHANGE, stop=stop, tall=True)
+            panels.append(Panel(title + suffix, svg, self.run_keys() + self._kind_keys(ema, False), note))
+        return panels
 
     def _start(self, run: RunRecord, key: str) -> str:
         raw = [point.values[key] for point in self._points(run, "raw") if key in point.values]
         return general(raw[0], 4) if raw else ""
 
-    def _change_lines(self, read: Callable[[EvalPoint], float | None], ema: bool) -> tuple[list[Line], str]:
+    def _change_lines(self, read: Callable[[EvalPoint], float | None], runs: Sequence[Named], ema: bool) -> tuple[list[Line], str]:
         lines, words = [], []
-        for named in self.runs:
+        for named in runs:
             raw = readings(self._points(named.run, "raw"), read)
             if not raw:
                 continue
@@ -226,29 +260,10 @@ class Charts:
                 changes = [(step, relative_change(raw[0][1], value)) for step, value in found]
                 curve = [(step, change * 100) for step, change in changes if change is not None]
                 if curve:
-                    lines.append(_line(curve, named.colour, "line" if weights == "raw" else "dashed", weights == "raw"))
+                    lines.append(_line(curve, named.colour, "line" if weights == "raw" else "dotted", weights == "raw"))
                     label = named.name if weights == "raw" else f"{named.name}, EMA weights"
                     words.append(describe(label, curve, lambda value: percent(value / 100)))
         return lines, " ".join(words)
-
-    def _share(self, title: str, key: str) -> Panel | None:
-        lines, words, ema_drawn = [], [], False
-        for named in self.runs:
-            for weights in ("raw", "ema"):
-                curve = [(p.step, p.values[key]) for p in self._points(named.run, weights) if key in p.values]
-                if not curve or (weights == "ema" and len(self.runs) > 1):
-                    continue
-                ema_drawn = ema_drawn or weights == "ema"
-                lines.append(_line(curve, named.colour, "line" if weights == "raw" else "dashed", weights == "raw"))
-                words.append(describe(f"{named.name}, {weights} weights", curve, fixed))
-        if not lines:
-            return None
-        return Panel(
-            title,
-            self._lines(title, lines, words, Scale.SHARE, tall=True),
-            self.run_keys() + self._kind_keys(ema_drawn, False),
-            "Share of held-out prompts.",
-        )
 
     def _update_panel(self, title: str, key: str, scale: Scale, note: str = "") -> Panel | None:
         lines, words, window = [], [], 1

@@ -1,15 +1,49 @@
-"""Runs side by side, as text: reward gain, diffusion-loss rise, and the paired reward difference to the first run."""
+"""Runs side by side, as text: each reward's gain with the paired difference to the first run, and the diffusion-loss rise.
+
+Only what is the same is compared (evaluation set, reward and its revision); what is not is said, with the reason.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from trainer.report.outcome import compare
+from trainer.report.outcome import Compared, compare, summary_of
+from trainer.report.reading import load_run
 from trainer.report.summary import reward_against
 
-HEADER = ("run", "OCR gain [95 %]", "loss rise [95 %]", "rise / first", "apart", "OCR above first (std. error)")
+GAIN = ("run", "gain [95 %]", "above first (std. error)")
+LOSS = ("run", "rise [95 %]", "rise / first", "apart")
+
+
+def comparison_table(folders: list[Path]) -> str:
+    """Aligned plain-text tables, one a reward and one for the diffusion loss; the first run is the reference. A run without
+    numbers shows dashes. Raises FileNotFoundError."""
+    runs = [load_run(folder) for folder in folders]
+    compared = compare([(folder.name, summary_of(run)[0]) for folder, run in zip(folders, runs, strict=True)])
+    parts = [_reward_table(reward, folders, compared) for reward in dict.fromkeys(name for row in compared for name in row.gains)]
+    loss = [(row.name, _interval(row.rise, row.rise_ci95, percent=True), _ratio(row), {True: "yes", False: "no", None: "-"}[row.apart]) for row in compared]
+    return "\n\n".join([*parts, "diffusion loss\n" + _aligned([LOSS, *loss])])
+
+
+def _reward_table(reward: str, folders: Sequence[Path], compared: Sequence[Compared]) -> str:
+    rows: list[Sequence[str]] = [GAIN]
+    found = [row.gains[reward] for row in compared if reward in row.gains]
+    for folder, row in zip(folders, compared, strict=True):
+        gain = row.gains.get(reward)
+        rows.append(
+            (row.name, _interval(gain.change, gain.ci95, percent=False) if gain else "-", "-" if row is compared[0] else _above(reward, folders[0], folder))
+        )
+    return f"{found[0].title}\n{_aligned(rows)}"
+
+
+def _above(reward: str, reference: Path, other: Path) -> str:
+    difference = reward_against(reference, other, reward)
+    return f"not compared: {difference}" if isinstance(difference, str) else f"{difference[0]:+.3f} ({difference[1]:.3f})"
+
+
+def _ratio(row: Compared) -> str:
+    return f"{row.ratio:.1f}x" if row.ratio is not None else "-" if row.note == "reference" else f"- ({row.note})"
 
 
 def _interval(value: float | None, interval: tuple[float, float] | None, percent: bool) -> str:
@@ -22,24 +56,6 @@ def _interval(value: float | None, interval: tuple[float, float] | None, percent
     return spell(value) + (f" [{spell(interval[0])}, {spell(interval[1])}]" if interval else "")
 
 
-def comparison_table(folders: list[Path]) -> str:
-    """Aligned plain-text table of run folders; the first is the reference. A run without a summary shows dashes."""
-    summaries: list[tuple[str, dict[str, Any]]] = []
-    for folder in folders:
-        file = folder / "summary.json"
-        summaries.append((folder.name, json.loads(file.read_text()) if file.exists() else {}))
-    rows = [HEADER]
-    for folder, row in zip(folders, compare(summaries), strict=True):
-        difference = None if folder is folders[0] else reward_against(folders[0], folder)
-        rows.append(
-            (
-                row.name,
-                _interval(row.gain, row.gain_ci95, percent=False),
-                _interval(row.rise, row.rise_ci95, percent=True),
-                "-" if row.ratio is None else f"{row.ratio:.1f}x",
-                {True: "yes", False: "no", None: "-"}[row.apart],
-                "-" if difference is None else f"{difference[0]:+.3f} ({difference[1]:.3f})",
-            )
-        )
-    widths = [max(len(r[i]) for r in rows) for i in range(len(HEADER))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip() for r in rows)
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,7 +1,8 @@
 """What ``ddrl train`` shows while it runs: a live panel on a terminal, one plain line per event elsewhere.
 
 Lifecycle: ``with Display(...) as display`` → ``stage(text)`` while the run starts → ``event(line)`` with
-each ``metrics.jsonl`` line → ``finish(summary)``. The panel is drawn from a :class:`Progress` that only
+each line of the run's files → ``finish(summary)``.
+A run that goes on first tells what it knows (``resume``). The panel is drawn from a :class:`Progress` that only
 events change, so what is shown never depends on when the terminal is redrawn.
 
 Invariant: standard output belongs to the display. On a terminal, ``print`` calls and log records of other
@@ -14,7 +15,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -28,8 +29,9 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.report.outcome import VERDICTS, Measure, measures, rise_verdict
-from trainer.report.progress import TREND_UPDATES, Progress, eval_line, sparkline, stage_words, update_line
+from trainer.report.progress import TREND_UPDATES, Progress, eval_line, scores_of, sparkline, stage_words, update_line
 from trainer.report.record import GROUP_STATES
+from trainer.report.troubles import summary_troubles
 from trainer.report.wording import (
     ABSENT,
     ascii_text,
@@ -76,6 +78,7 @@ class Display:
         self._stage: tuple[str, float] | None = None
         self._spinner = Spinner("dots", style="cyan")
         self._last_line: float | None = None
+        self._resumed_at = 0
         self._skipped = 0
         self._live: Live | None = None
         self._handlers: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
@@ -105,21 +108,37 @@ class Display:
             if not self.live:
                 self._write(f"{duration(self._clock() - self._began):>8}  {text} …")
 
+    def resume(self, step: int, past: Iterable[Mapping[str, object]]) -> None:
+        """The run goes on after update ``step``; what it wrote before is known and not shown again."""
+        with self._lock:
+            self._resumed_at = self.progress.step = step
+            for line in past:
+                if line.get("kind") == "evaluation" and (number(line.get("step")) or 0) <= step:
+                    self.progress.add(line, self._clock())
+        self.stage(f"Resuming at update {step} of {max(step, self.progress.total)}")
+
     def event(self, line: Mapping[str, object]) -> None:
-        """Show one ``metrics.jsonl`` line. Lines of unknown kind are passed over."""
+        """Show one line of the run's files. Lines of unknown kind are passed over, and so are updates from before a resume."""
         if line.get("kind") == "update":
+            if (number(line.get("step")) or 0) <= self._resumed_at:
+                return
             self._end_stage(finished=True)
         with self._lock:
             now = self._clock()
+            known = len(self.progress.warnings)
             self.progress.add(line, now)
             if not self.live:
                 self._plain(line, now)
+                for text, step in list(self.progress.warnings.items())[known:]:
+                    self._write(f"warning at update {step}: {text}")
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """End the panel and print the before/after table."""
         self._end_stage(finished=True)
         self._stop()
         self.console.print(summary_table(summary))
+        for text in [*(f"warning at update {step}: {text}" for text, step in self.progress.warnings.items()), *summary_troubles(summary)]:
+            self.console.print(Text(text, style="yellow"), soft_wrap=True)
 
     def _end_stage(self, finished: bool) -> None:
         """Leave the stage. Prints outside the lock: the panel's refresh takes the two locks the other way."""
@@ -172,7 +191,7 @@ class Display:
 
     def _plain(self, line: Mapping[str, object], now: float) -> None:
         kind = line.get("kind")
-        if kind == "eval":
+        if kind == "evaluation":
             self._write(eval_line(line, self.progress))
             return
         if kind != "update":
@@ -208,7 +227,7 @@ def summary_table(summary: Mapping[str, object]) -> Table:
     table.add_column("verdict")
     for row in measures(summary):
         table.add_row(
-            row.label,
+            row.title,
             fixed(row.before, row.digits),
             fixed(row.after, row.digits),
             _change(row),
@@ -239,8 +258,8 @@ def _rows(progress: Progress) -> Table:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
     update = progress.update
-    if progress.rewards:
-        grid.add_row("reward", _reward_words(progress))
+    for name in progress.rewards:
+        grid.add_row(name, _reward_words(progress, name))
     if progress.held_out:
         grid.add_row("held-out", _held_out_words(progress))
     seconds = stage_words(update)
@@ -252,12 +271,15 @@ def _rows(progress: Progress) -> Table:
     groups = update.get("groups")
     if isinstance(groups, Mapping) and groups:
         grid.add_row("groups", _group_words(groups))
+    for text, step in list(progress.warnings.items())[-2:]:
+        grid.add_row("warning", Text(f"{text} (update {step})", style="yellow"))
     return grid
 
 
-def _reward_words(progress: Progress) -> Text:
-    words = Text.assemble((fixed(progress.rewards[-1]), "bold"), "  ", (sparkline(list(progress.rewards)), "cyan"))
-    trend = progress.trend()
+def _reward_words(progress: Progress, name: str) -> Text:
+    values = list(progress.rewards[name])
+    words = Text.assemble((fixed(values[-1]), "bold"), "  ", (sparkline(values), "cyan"))
+    trend = progress.trend(name)
     if trend is not None:
         arrow, style = ("▲", "green") if trend > 0 else ("▼", "yellow")
         words.append(f"  {arrow} {signed(trend)}", style=style)
@@ -266,18 +288,18 @@ def _reward_words(progress: Progress) -> Text:
 
 
 def _held_out_words(progress: Progress) -> Text:
-    line = progress.held_out
-    words = Text.assemble("reward ", (fixed(number(line.get("reward"))), "bold"))
-    error = number(line.get("reward_stderr"))
-    if error is not None:
-        words.append(f" ± {fixed(error)}")
-    if line is not progress.first_eval.get(str(line.get("split"))):
-        words.append(f" ({signed(progress.held_out_gain())})")
+    line, words = progress.held_out, Text()
+    moved = line is not progress.first_eval.get(str(line.get("split")))
+    for name, mean in scores_of(line).items():
+        words.append(f"{name} ")
+        words.append(fixed(mean), style="bold")
+        words.append(f" ({signed(progress.held_out_gain(name))})   " if moved else "   ")
+    if moved:
         rise = progress.held_out_change("diffusion_loss")
-        words.append("   diffusion loss ")
+        words.append("diffusion loss ")
         words.append(percent(rise), style=_TONES[rise_verdict(rise)[1]])
-        words.append(f"   diversity {percent(progress.held_out_change('diversity'))}")
-    words.append(f"   {line.get('split')}, update {line.get('step')}", style="dim")
+        words.append(f"   diversity {percent(progress.held_out_change('diversity'))}   ")
+    words.append(f"{line.get('split')}, update {line.get('step')}", style="dim")
     return words
 
 

@@ -33,6 +33,7 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid", _PAPER: "--card
     for index, colour in enumerate(palette)
 }  # fmt: skip
 _DASHES = ("solid", (0, (6, 2)), (0, (2, 1.6)))
+_KINDS = {"dashed": (0, (5, 2)), "dotted": (0, (1, 1.5))}
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ddrl",
@@ -44,7 +45,7 @@ _SETTINGS: dict[Any, Any] = {
 }
 LEAST_CHANGE = 12.0  # percent; keeps the +10 % line in view and small wobbles small
 
-Style = Literal["line", "thin", "pale", "dashed", "neutral"]
+Style = Literal["line", "thin", "pale", "dashed", "dotted", "neutral"]
 
 
 class Scale(Enum):
@@ -198,9 +199,9 @@ def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 def _draw(axes: Axes, line: Line) -> None:
     colour = _MUTED if line.style == "neutral" else _SERIES[line.colour % SERIES_COLOURS]
-    width = {"line": 2.0, "dashed": 1.6, "thin": 1.3, "neutral": 1.5, "pale": 0.8}[line.style]
+    width = {"line": 2.0, "dashed": 2.0, "dotted": 1.6, "thin": 1.3, "neutral": 1.5, "pale": 0.8}[line.style]
     alpha = {"pale": 0.35, "thin": 0.6}.get(line.style, 1.0)
-    dash = _DASHES[line.colour // SERIES_COLOURS % len(_DASHES)] if line.style != "dashed" else (0, (3, 2))
+    dash = _KINDS.get(line.style, _DASHES[line.colour // SERIES_COLOURS % len(_DASHES)])
     if line.band is not None:
         lower = [value - half for value, half in zip(line.y, line.band, strict=True)]
         upper = [value + half for value, half in zip(line.y, line.band, strict=True)]
@@ -208,7 +209,7 @@ def _draw(axes: Axes, line: Line) -> None:
     axes.plot(
         list(line.x), list(line.y), color=colour, linewidth=width, alpha=alpha, linestyle=dash,
         marker="o" if line.markers or len(line.x) == 1 else None, markersize=4.4, markeredgecolor=_PAPER,
-        markeredgewidth=0.8, solid_joinstyle="round", zorder=3 if line.style in ("line", "dashed") else 2.5,
+        markeredgewidth=0.8, solid_joinstyle="round", zorder=3 if line.style in ("line", "dashed", "dotted") else 2.5,
     )  # fmt: skip
 
 

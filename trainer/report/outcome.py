@@ -1,19 +1,24 @@
 """What a run achieved: before/after rows with a verdict, and the comparison of several runs. Pure arithmetic.
 
-The headline is the paired gain in held-out reward beside the relative rise of the held-out diffusion loss. A
+The headline is the paired gain of each held-out reward beside the relative rise of the held-out diffusion loss. A
 rise above about 10 % goes with visible reward hacking (DDRL notes), so that is where the stop line stands.
+Invariant: runs are compared in what is the same of both: the evaluation set and, for a reward, its revision.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.report.record import RunRecord
+from trainer.report.summary import unpaired
 from trainer.report.wording import number
 
 STOP_RISE = 0.10
-VERDICTS = "Clear: the 95\u202f% interval of the paired change leaves out 0. Stop line: diffusion loss +10\u202f%."
+LEAST_PAIRS = 30
+"""Paired prompts below which a verdict would be a guess: the normal interval of so few is too narrow."""
+VERDICTS = f"Clear: the 95\u202f% interval of the paired change leaves out 0, on at least {LEAST_PAIRS} prompts. Stop line: diffusion loss +10\u202f%."
 Tone = Literal["good", "warn", "bad", "none"]
+Kind = Literal["reward", "sub-score", "loss", "diversity"]
 _NORMAL_95 = 1.959964
 
 
@@ -22,10 +27,12 @@ class Measure:
     """One row: a quantity before and after training.
 
     ``change`` is a difference, or a ratio minus one where ``relative`` is set; ``stderr`` and ``ci95`` are
-    those of the change. ``ema`` is the value after training with the averaged weights.
+    those of the change. ``ema`` is the value after training with the averaged weights. ``trained`` is False for a
+    reward that is scored in evaluations only.
     """
 
     label: str
+    kind: Kind
     before: float | None
     after: float | None
     change: float | None
@@ -37,25 +44,38 @@ class Measure:
     ema_change: float | None = None
     verdict: str = ""
     tone: Tone = "none"
+    trained: bool = True
+
+    @property
+    def title(self) -> str:
+        """The label, with what a reader must know of it: ``jpeg (held out)``."""
+        return self.label if self.trained else f"{self.label} (held out)"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A run beside the reference: ``ratio`` is its loss rise over the reference's, None where undefined."""
+    """A run beside the reference: ``gains`` by reward, ``ratio`` is its loss rise over the reference's, None where undefined.
+    ``apart_from`` says by reward why its gain is not comparable with the reference's."""
 
     name: str
-    gain: float | None
-    gain_ci95: tuple[float, float] | None
+    gains: dict[str, Measure]
     rise: float | None
     rise_ci95: tuple[float, float] | None
     ratio: float | None
     apart: bool | None
     note: str
+    apart_from: dict[str, str] = field(default_factory=dict)
 
 
 def measures(summary: Mapping[str, object]) -> list[Measure]:
-    """The four rows of a summary, in reading order. Values the summary lacks are None."""
-    return [_reward(summary), _exact_match(summary), _diffusion_loss(summary), _diversity(summary)]
+    """The rows of a summary in reading order: rewards, trained ones first, diffusion loss, diversity, sub-scores. Values the
+    summary lacks are None."""
+    return [*reward_measures(summary), _diffusion_loss(summary), _diversity(summary), *_entries(summary, "sub_scores", "sub-score")]
+
+
+def reward_measures(summary: Mapping[str, object]) -> list[Measure]:
+    """The rows of the rewards, trained ones first."""
+    return sorted(_entries(summary, "rewards", "reward"), key=lambda row: not row.trained)
 
 
 def provisional_summary(run: RunRecord) -> tuple[dict[str, object], str | None]:
@@ -68,37 +88,70 @@ def provisional_summary(run: RunRecord) -> tuple[dict[str, object], str | None]:
         raw, ema = run.points(split, "raw"), run.points(split, "ema")
         if len(raw) < 2:
             continue
-        found: dict[str, object] = {}
-        names = {"reward": "ocr", "exact_match": "exact_match", "diffusion_loss": "diffusion_loss",
-                 "diversity": "diversity"}  # fmt: skip
-        for key, name in names.items():
-            found[f"{name}_before"] = raw[0].values.get(key)
-            found[f"{name}_after"] = raw[-1].values.get(key)
-            if ema and ema[-1].step == raw[-1].step:
-                found[f"{name}_after_ema"] = ema[-1].values.get(key)
+        told = {"before": raw[0], "after": raw[-1]} | ({"after_ema": ema[-1]} if ema and ema[-1].step == raw[-1].step else {})
+        rewards = {name: {label: point.rewards.get(name) for label, point in told.items()} for name in run.rewards()}
+        subs = {name: {label: point.sub_scores.get(name) for label, point in told.items()} for name in raw[-1].sub_scores}
+        found: dict[str, object] = {
+            "rewards": {name: {**entry, "trained": run.is_trained(name)} for name, entry in rewards.items()},
+            "sub_scores": subs,
+            "evaluation_set": raw[-1].set_digest,
+            "revisions": raw[-1].revisions,
+            "prompts": raw[-1].values.get("prompts"),
+        }
+        for label, point in told.items():
+            found |= {f"{key}_{label}": point.values.get(key) for key in ("diffusion_loss", "diversity")}
         return found, split
     return {}, None
 
 
+def summary_of(run: RunRecord) -> tuple[Mapping[str, object], str]:
+    """The summary, or the best the metrics give, with a note on where the rows come from."""
+    if run.summary is not None:
+        return run.summary, ""
+    found, split = provisional_summary(run)
+    if split is None:
+        return {}, "No summary, and fewer than two held-out evaluations."
+    last = run.points(split, "raw")[-1].step
+    return found, f"Provisional: first and last evaluation on the {split} prompts, up to update {last}; no intervals."
+
+
 def compare(runs: Sequence[tuple[str, Mapping[str, object]]]) -> list[Compared]:
-    """Reward gain and diffusion-loss rise of each (name, summary); ratios are to the first run's rise."""
+    """Reward gains and diffusion-loss rise of each (name, summary); ratios are to the first run's rise."""
     rows: list[Compared] = []
     for name, summary in runs:
-        reward, loss = _reward(summary), _diffusion_loss(summary)
-        ratio, apart, note = None, None, ""
+        gains = {row.label: row for row in reward_measures(summary)}
+        loss = _diffusion_loss(summary)
         if not rows:
-            note = "reference"
+            rows.append(Compared(name, gains, loss.change, loss.ci95, None, None, "reference"))
+            continue
+        reference, first = rows[0], runs[0][1]
+        other_set = _differs(first, summary)
+        ratio, note = None, ""
+        if other_set:
+            note = other_set
+        elif loss.change is None or reference.rise is None:
+            note = "a rise is absent"
+        elif reference.rise <= 0:
+            note = "no ratio: the reference's loss did not rise"
         else:
-            reference = rows[0]
-            if loss.change is None or reference.rise is None:
-                note = "a rise is absent"
-            elif reference.rise <= 0:
-                note = "no ratio: the reference's loss did not rise"
-            else:
-                ratio = loss.change / reference.rise
-            apart = intervals_apart(loss.ci95, reference.rise_ci95)
-        rows.append(Compared(name, reward.change, reward.ci95, loss.change, loss.ci95, ratio, apart, note))
+            ratio = loss.change / reference.rise
+        apart = None if other_set else intervals_apart(loss.ci95, reference.rise_ci95)
+        different = {reward: _differs(first, summary, reward) for reward in gains.keys() & reference.gains.keys()}
+        different |= {reward: f"not scored in {name if reward in reference.gains else reference.name}" for reward in gains.keys() ^ reference.gains.keys()}
+        rows.append(Compared(name, gains, loss.change, loss.ci95, ratio, apart, note, {k: why for k, why in sorted(different.items()) if why}))
     return rows
+
+
+def shared_reward(rows: Sequence[Compared]) -> str | None:
+    """The first trained reward, else the first one, that every run has and that means the same in all; None if there is none."""
+    names = [name for name in rows[0].gains if not any(name in row.apart_from or name not in row.gains for row in rows)] if rows else []
+    return next((name for name in names if rows[0].gains[name].trained), names[0] if names else None)
+
+
+def _differs(one: Mapping[str, object], other: Mapping[str, object], reward: str | None = None) -> str:
+    """Why two summaries tell of different things; empty if they do not."""
+    first, second = ({"set": s.get("evaluation_set"), "revisions": s.get("revisions") or {}} for s in (one, other))
+    return unpaired(first, second, reward)
 
 
 def intervals_apart(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool | None:
@@ -126,36 +179,44 @@ def _difference(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else after - before
 
 
-def _reward(summary: Mapping[str, object]) -> Measure:
-    before, after = number(summary.get("ocr_before")), number(summary.get("ocr_after"))
-    ema, stderr = number(summary.get("ocr_after_ema")), number(summary.get("ocr_gain_stderr"))
-    change = _difference(before, after)
-    ci95 = _pair(summary.get("ocr_gain_ci95"))
+def _entries(summary: Mapping[str, object], section: str, kind: Kind) -> list[Measure]:
+    entries = summary.get(section)
+    if not isinstance(entries, Mapping):
+        return []
+    pairs = number(summary.get("prompts"))
+    return [_difference_row(str(name), kind, entry, pairs) for name, entry in entries.items() if isinstance(entry, Mapping)]
+
+
+def _difference_row(name: str, kind: Kind, entry: Mapping[str, object], prompts: float | None) -> Measure:
+    before, after, ema = (number(entry.get(key)) for key in ("before", "after", "after_ema"))
+    gain, stderr = number(entry.get("gain")), number(entry.get("stderr"))
+    change = _difference(before, after) if gain is None else gain
+    ci95 = _pair(entry.get("ci95"))
     if ci95 is None and change is not None and stderr is not None:
         ci95 = (change - _NORMAL_95 * stderr, change + _NORMAL_95 * stderr)
-    verdict, tone = _gain_verdict(change, ci95)
-    return Measure("OCR reward", before, after, change, False, 3, stderr, ci95, ema,
-                   _difference(before, ema), verdict, tone)  # fmt: skip
+    pairs = number(entry.get("pairs"))
+    verdict: str = ""
+    tone: Tone = "none"
+    if kind == "reward":
+        verdict, tone = _gain_verdict(change, ci95, prompts if pairs is None else pairs)
+    return Measure(
+        name, kind, before, after, change, False, 3, stderr, ci95, ema, _difference(before, ema), verdict, tone,
+        trained=entry.get("trained") is not False,
+    )  # fmt: skip
 
 
-def _gain_verdict(change: float | None, ci95: tuple[float, float] | None) -> tuple[str, Tone]:
+def _gain_verdict(change: float | None, ci95: tuple[float, float] | None, pairs: float | None) -> tuple[str, Tone]:
     if change is None:
         return "", "none"
     if ci95 is None:
         return "no interval", "none"
+    if pairs is not None and pairs < LEAST_PAIRS:
+        return "too few prompts to say", "none"
     if ci95[0] > 0:
         return "clear gain", "good"
     if ci95[1] < 0:
         return "clear loss", "bad"
     return "no clear change", "warn"
-
-
-def _exact_match(summary: Mapping[str, object]) -> Measure:
-    before, after = number(summary.get("exact_match_before")), number(summary.get("exact_match_after"))
-    ema = number(summary.get("exact_match_after_ema"))
-    stderr, ci95 = number(summary.get("exact_match_gain_stderr")), _pair(summary.get("exact_match_gain_ci95"))
-    return Measure("Exact match", before, after, _difference(before, after), False, 3, stderr, ci95, ema,
-                   _difference(before, ema))  # fmt: skip
 
 
 def _diffusion_loss(summary: Mapping[str, object]) -> Measure:
@@ -168,7 +229,7 @@ def _diffusion_loss(summary: Mapping[str, object]) -> Measure:
     rise = relative_change(before, after) if rise is None else rise
     stderr = number(summary.get("diffusion_loss_rise_stderr"))
     verdict, tone = rise_verdict(rise, ci95)
-    return Measure("Diffusion loss", before, after, rise, True, 4, stderr, ci95, ema,
+    return Measure("Diffusion loss", "loss", before, after, rise, True, 4, stderr, ci95, ema,
                    relative_change(before, ema), verdict, tone)  # fmt: skip
 
 
@@ -189,6 +250,7 @@ def _diversity(summary: Mapping[str, object]) -> Measure:
     change = relative_change(before, after) if change is None else change
     return Measure(
         "Diversity",
+        "diversity",
         before,
         after,
         change,

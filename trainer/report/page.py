@@ -16,8 +16,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from trainer.report import wording
 from trainer.report.charts import Charts, Named, Panel
-from trainer.report.outcome import VERDICTS, Measure, compare, measures, provisional_summary
-from trainer.report.record import GROUP_STATES, EvalPoint, Grid, RunRecord, load_run
+from trainer.report.outcome import VERDICTS, Measure, compare, measures, shared_reward, summary_of
+from trainer.report.reading import load_run
+from trainer.report.record import GROUP_STATES, EvalPoint, Grid, RunRecord
+from trainer.report.troubles import dead_words, troubles
 from trainer.report.wording import number
 
 GRIDS_BETWEEN = 8
@@ -42,6 +44,8 @@ class RunView:
     ledger: list[tuple[str, float]]
     ledger_step: int
     evals: list[EvalPoint]
+    rewards: list[str]
+    troubles: list[str]
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -66,14 +70,16 @@ def render(runs: Sequence[RunRecord]) -> str:
     """The page as HTML text."""
     named = [Named(name, colour, run) for colour, (name, run) in enumerate(zip(_names(runs), runs, strict=True))]
     charts = Charts(named)
-    compared = compare([(one.name, _summary(one.run)[0]) for one in named]) if len(named) > 1 else []
+    compared = compare([(one.name, summary_of(one.run)[0]) for one in named]) if len(named) > 1 else []
     template = _environment().get_template("report.html.j2")
     return template.render(
         title=" · ".join(one.name for one in named),
         views=[_view(one, charts) for one in named],
         compared=compared,
-        trade=charts.trade(compared) if compared else None,
+        trade=charts.trade(compared, shared_reward(compared)) if compared else None,
+        reward_names=list(dict.fromkeys(reward for row in compared for reward in row.gains)),
         held_out=charts.held_out(),
+        sub_scores=charts.sub_scores(),
         scene=charts.scene(),
         scene_keys=charts.run_keys(),
         optimisation=charts.optimisation(),
@@ -106,23 +112,9 @@ def _embed(grid: Grid) -> str:
     return "data:image/png;base64," + base64.b64encode(grid.path.read_bytes()).decode("ascii")
 
 
-def _summary(run: RunRecord) -> tuple[Mapping[str, object], str]:
-    """The summary, or the best the metrics give, with a note on where the rows come from."""
-    if run.summary is not None:
-        return run.summary, ""
-    found, split = provisional_summary(run)
-    if split is None:
-        return {}, "No summary, and fewer than two held-out evaluations."
-    last = run.points(split, "raw")[-1].step
-    return (
-        found,
-        f"Provisional: first and last evaluation on the {split} prompts, up to update {last}; no intervals.",
-    )
-
-
 def _view(named: Named, charts: Charts) -> RunView:
     run = named.run
-    summary, row_note = _summary(run)
+    summary, row_note = summary_of(run)
     rows = measures(summary)
     after, after_title = run.after, "After training"
     if after is None and run.between:
@@ -145,6 +137,8 @@ def _view(named: Named, charts: Charts) -> RunView:
         ledger=ledger + [(state.replace("_", " "), amount) for state, amount in groups.items()],
         ledger_step=last.step if last else 0,
         evals=run.evals,
+        rewards=run.rewards(),
+        troubles=troubles(run),
     )
 
 
@@ -158,12 +152,14 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
         ("Groups", wording.count(number(summary.get("groups")))),
         ("Held-out prompts", wording.count(_prompts(run))),
         ("Wall time", wording.duration(_wall_seconds(run))),
-        ("State", "finished" if run.summary is not None else "no summary yet"),
+        ("State", run.state.words()),
     ]
     if run.restarts:
         facts.append(("Restarts", f"{run.restarts}, repeated updates counted once"))
+    if dead_words(run):
+        facts.append(("Dead groups", dead_words(run)))
     for label, key in (
-        ("Skipped micro-batches", "skipped"),
+        ("Skipped updates", "skipped"),
         ("Zero-variance groups", "zero_variance_groups"),
     ):
         total = sum(update.values.get(key, 0.0) for update in run.updates)
@@ -190,15 +186,16 @@ def _wall_seconds(run: RunRecord) -> float | None:
 
 def _headline(rows: Sequence[Measure]) -> str:
     """The result in one sentence, from the rows that have a change."""
-    reward, _, loss, diversity = rows
     parts = []
-    if reward.change is not None:
-        bounds = f" (95{wording.NARROW}% interval {wording.interval(reward.ci95)})" if reward.ci95 else ""
-        parts.append(f"Held-out OCR reward went from {wording.fixed(reward.before)} to {wording.fixed(reward.after)}, {wording.signed(reward.change)}{bounds}")
-    if loss.change is not None:
-        parts.append(f"held-out diffusion loss changed by {wording.percent(loss.change)}")
-    if diversity.change is not None:
-        parts.append(f"diversity by {wording.percent(diversity.change)}")
+    for row in rows:
+        if row.kind == "reward" and row.change is not None:
+            bounds = f" (95{wording.NARROW}% interval {wording.interval(row.ci95)})" if row.ci95 else ""
+            start = f"held-out score of {row.label} went" if row.trained else f"{row.label}, never trained on,"
+            parts.append(f"{start} from {wording.fixed(row.before)} to {wording.fixed(row.after)}, {wording.signed(row.change)}{bounds}")
+        if row.kind in ("loss", "diversity") and row.change is not None:
+            parts.append(
+                f"held-out diffusion loss changed by {wording.percent(row.change)}" if row.kind == "loss" else f"diversity by {wording.percent(row.change)}"
+            )
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + "." if text else ""
 

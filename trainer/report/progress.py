@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 from trainer.report.outcome import relative_change
 from trainer.report.record import ROLLOUT_STAGES
-from trainer.report.wording import duration, fixed, general, number, percent
+from trainer.report.wording import count, duration, fixed, general, number, percent, signed
 
 TREND_UPDATES = 10
+TOTAL = "reward"
+"""Name of the weighted total of several rewards."""
 _BARS = "▁▂▃▄▅▆▇█"
 _RECENT = 200
 _PACE = 20  # updates whose mean duration makes the ETA
@@ -20,21 +22,23 @@ _PACE = 20  # updates whose mean duration makes the ETA
 
 @dataclass
 class Progress:
-    """What the events so far say. Times are readings of the display's clock in seconds."""
+    """What the events so far say. Times are readings of the display's clock in seconds. ``rewards`` holds the recent means of
+    each trained reward by name, and under ``TOTAL`` those of their weighted sum."""
 
     total: int
     update: Mapping[str, object] = field(default_factory=dict)
     step: int = 0
-    rewards: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    rewards: dict[str, deque[float]] = field(default_factory=dict)
     first_eval: dict[str, Mapping[str, object]] = field(default_factory=dict)
     held_out: Mapping[str, object] = field(default_factory=dict)
     ticks: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_PACE + 1))
+    warnings: dict[str, int] = field(default_factory=dict)
 
     def add(self, line: Mapping[str, object], now: float) -> None:
-        """Take in one metrics line; kinds other than ``update`` and ``eval`` change nothing."""
+        """Take in one line of a run; kinds other than ``update`` and ``evaluation`` change nothing."""
         if line.get("kind") == "update":
             self._add_update(line, now)
-        elif line.get("kind") == "eval" and line.get("weights", "raw") == "raw":
+        elif line.get("kind") == "evaluation" and line.get("weights", "raw") == "raw":
             self.first_eval.setdefault(str(line.get("split")), line)
             self.held_out = line
 
@@ -43,10 +47,11 @@ class Progress:
         if self.ticks and step <= self.ticks[-1][0]:  # a restart repeats steps: its pace starts afresh
             self.ticks.clear()
         self.ticks.append((step, now))
-        self.update, self.step = line, step
-        reward = number(line.get("reward_mean"))
-        if reward is not None:
-            self.rewards.append(reward)
+        self.update, self.step, self.total = line, step, max(step, self.total)
+        for name, mean in reward_means(line).items():
+            self.rewards.setdefault(name, deque(maxlen=_RECENT)).append(mean)
+        for text in warnings_of(line):
+            self.warnings.setdefault(text, step)
 
     def seconds_left(self) -> float | None:
         """Time to the last update at the pace of the last 20; None before two updates are known."""
@@ -55,11 +60,11 @@ class Progress:
         (first_step, first), (last_step, last) = self.ticks[0], self.ticks[-1]
         return max(0, self.total - last_step) * (last - first) / (last_step - first_step)
 
-    def trend(self) -> float | None:
-        """Mean reward of the last 10 updates minus that of the 10 before; None until there are 20."""
-        if len(self.rewards) < 2 * TREND_UPDATES:
+    def trend(self, name: str) -> float | None:
+        """Mean of a reward's last 10 updates minus that of the 10 before; None until there are 20."""
+        if len(self.rewards[name]) < 2 * TREND_UPDATES:
             return None
-        values = list(self.rewards)[-2 * TREND_UPDATES :]
+        values = list(self.rewards[name])[-2 * TREND_UPDATES :]
         return sum(values[TREND_UPDATES:]) / TREND_UPDATES - sum(values[:TREND_UPDATES]) / TREND_UPDATES
 
     def held_out_change(self, key: str) -> float | None:
@@ -67,19 +72,37 @@ class Progress:
         first = self.first_eval.get(str(self.held_out.get("split")), {})
         return relative_change(number(first.get(key)), number(self.held_out.get(key)))
 
-    def held_out_gain(self) -> float | None:
-        """Held-out reward minus that of the first evaluation of the same split."""
+    def held_out_gain(self, reward: str) -> float | None:
+        """A held-out reward minus that of the first evaluation of the same split."""
         first = self.first_eval.get(str(self.held_out.get("split")), {})
-        before, after = number(first.get("reward")), number(self.held_out.get("reward"))
+        before, after = (scores_of(line).get(reward) for line in (first, self.held_out))
         return None if before is None or after is None else after - before
+
+
+def scores_of(line: Mapping[str, object]) -> dict[str, float]:
+    """Means of an update or evaluation line by reward."""
+    told = line.get("rewards")
+    means = {str(name): number(value) for name, value in told.items()} if isinstance(told, Mapping) else {}
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def reward_means(update: Mapping[str, object]) -> dict[str, float]:
+    """Means of an update's trained rewards; where they are several, or have no names, the weighted total first."""
+    means, total = scores_of(update), number(update.get("reward_mean"))
+    return means if total is None or len(means) == 1 else {TOTAL: total, **means}
+
+
+def warnings_of(line: Mapping[str, object]) -> list[str]:
+    """What the learner warns of in an update."""
+    told = line.get("warnings")
+    return [str(text) for text in told] if isinstance(told, list) else []
 
 
 def update_line(progress: Progress, skipped: int = 0) -> str:
     """One update as a compact line for a log; ``skipped`` updates before it had no line of their own."""
     update = progress.update
     parts = [f"update {progress.step}/{progress.total}"]
-    if number(update.get("reward_mean")) is not None:
-        parts.append(f"reward {fixed(number(update.get('reward_mean')))}")
+    parts += [f"{name} {fixed(mean)}" for name, mean in reward_means(update).items()]
     for key, label in (
         ("policy_loss", "policy loss"),
         ("data_loss", "data loss"),
@@ -92,6 +115,13 @@ def update_line(progress: Progress, skipped: int = 0) -> str:
     seconds = stage_words(update)
     if seconds:
         parts.append(f"seconds {seconds}")
+    failed = failed_words(update.get("failed_scores"))
+    if failed:
+        parts.append(failed)
+    groups = update.get("groups")
+    dead = number(groups.get("dead")) if isinstance(groups, Mapping) else None
+    if dead:
+        parts.append(f"dead groups {count(dead)}")
     if progress.seconds_left() is not None:
         parts.append(f"ETA {duration(progress.seconds_left())}")
     return "  ".join(parts) + (f"  (+{skipped} updates not shown)" if skipped else "")
@@ -99,21 +129,30 @@ def update_line(progress: Progress, skipped: int = 0) -> str:
 
 def eval_line(line: Mapping[str, object], progress: Progress) -> str:
     """One evaluation as a line for a log, with the changes since the first one of its split."""
-    reward, error = number(line.get("reward")), number(line.get("reward_stderr"))
     parts = [f"held-out {line.get('split')} at {line.get('step')}, {line.get('weights', 'raw')} weights:"]
-    parts.append(f"reward {fixed(reward)}" + (f" ± {fixed(error)}" if error is not None else ""))
-    for key, label in (
-        ("exact_match", "exact match"),
-        ("diffusion_loss", "diffusion loss"),
-        ("diversity", "diversity"),
-    ):
+    first = progress.first_eval.get(str(line.get("split")), {})
+    before = scores_of(first) if first is not line else {}
+    for name, mean in scores_of(line).items():
+        parts.append(f"{name} {fixed(mean)}" + (f" ({signed(mean - before[name])})" if name in before else ""))
+    for key, label in (("diffusion_loss", "diffusion loss"), ("diversity", "diversity")):
         value = number(line.get(key))
-        if value is None:
-            continue
-        first = progress.first_eval.get(str(line.get("split")), {})
-        change = relative_change(number(first.get(key)), value) if key != "exact_match" and first is not line else None
-        parts.append(f"{label} {fixed(value, 4)}" + (f" ({percent(change)})" if change is not None else ""))
-    return "  ".join(parts)
+        if value is not None:
+            change = relative_change(number(first.get(key)), value) if first is not line else None
+            parts.append(f"{label} {fixed(value, 4)}" + (f" ({percent(change)})" if change is not None else ""))
+    failed = failed_words(line.get("failed"), line.get("first_failure"))
+    return "  ".join(parts + [failed] * bool(failed))
+
+
+def failed_words(failed: object, first: object = None) -> str:
+    """`no score of ocr 3 (first: timeout: …)`; empty when nothing failed."""
+    if not isinstance(failed, Mapping):
+        return ""
+    reasons = first if isinstance(first, Mapping) else {}
+    found = []
+    for name, amount in failed.items():
+        reason = reasons.get(str(name).partition(".")[0])
+        found.append(f"{name} {count(number(amount))}" + (f" (first: {reason})" if reason else ""))
+    return f"no score of {', '.join(found)}" if found else ""
 
 
 def sparkline(values: list[float], width: int = 30) -> str:

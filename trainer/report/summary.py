@@ -1,7 +1,8 @@
 """The summary of a run: before/after on held-out test prompts, with errors of paired differences.
 
-Both evaluations use the same prompts, noise and loss points, so every difference is paired: per prompt for the reward,
-per point for the diffusion loss, per prompt for diversity. 95 % intervals are ± 1.96 standard errors.
+Both evaluations use the same prompts, noise and loss points, so every difference is paired: per prompt for rewards and
+diversity, per point for the diffusion loss. 95 % intervals are ± 1.96 standard errors. Invariant: numbers are paired only
+where the evaluation set's digest and, for a reward, its revision are the same; what is not paired is named with the reason.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config.objective import ObjectiveConfig
+from trainer.config.composition import composition
 from trainer.config.run import RunConfig
+
+Record = Mapping[str, Any]
 
 
 def evaluation(folder: Path, step: int, weights: str = "raw", split: str = "test") -> dict[str, Any] | None:
@@ -25,35 +29,54 @@ def evaluation(folder: Path, step: int, weights: str = "raw", split: str = "test
     return record
 
 
-def paired(before: list[float], after: list[float]) -> tuple[float, float]:
+def paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of the paired differences. Raises ValueError on unequal lengths."""
     differences = [b - a for a, b in zip(before, after, strict=True)]
     return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def objective_name(objective: ObjectiveConfig) -> str:
-    """The preset, and what was set otherwise: `ddrl (data_weight=0)`."""
-    plain = ObjectiveConfig(preset=objective.preset)
-    weights = [f"{k}={getattr(objective, k):g}" for k in ("policy_weight", "kl_weight", "data_weight") if getattr(objective, k) != getattr(plain, k)]
-    return objective.preset + (f" ({', '.join(weights)})" if weights else "")
+def unpaired(before: Record, after: Record, reward: str | None = None) -> str:
+    """Why two evaluations, or one reward of them, may not be paired; empty if they may."""
+    if before.get("set") is None or after.get("set") is None:
+        return "the evaluation set is not known"
+    if before["set"] != after["set"]:
+        return f"another evaluation set ({before['set']}, {after['set']})"
+    if reward is None:
+        return ""
+    name = reward.partition(".")[0]
+    one, two = (record.get("revisions", {}).get(name) for record in (before, after))
+    return "" if one == two else f"another revision of {name} ({one}, {two})"
 
 
-def changes(before: dict[str, list[float]], after: dict[str, list[float]]) -> dict[str, Any]:
-    """Paired changes with standard errors and 95 % intervals. Reward and exact match: differences; diffusion loss and
-    diversity: relative to their mean before. Measures with fewer than two values are left out."""
-    found: dict[str, Any] = {}
-    for name, key, relative in (
-        ("ocr_gain", "rewards", False),
-        ("exact_match_gain", "exact", False),
-        ("diffusion_loss_rise", "diffusion_losses", True),
-        ("diversity_change", "diversity", True),
-    ):
-        if len(before[key]) < 2 or len(before[key]) != len(after[key]):
-            continue
-        change, error = paired(before[key], after[key])
-        unit = statistics.fmean(before[key]) if relative else 1.0
-        change, error = change / unit, error / unit
-        found |= {name: change, f"{name}_stderr": error, f"{name}_ci95": [change - 1.96 * error, change + 1.96 * error]}
+def _change(before: Sequence[float | None], after: Sequence[float | None], name: str, relative: bool = False) -> dict[str, Any]:
+    """`name`, its standard error, 95 % interval and number of pairs; nothing with fewer than two pairs."""
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
+    if len(pairs) < 2:
+        return {}
+    change, error = paired([a for a, _ in pairs], [b for _, b in pairs])
+    unit = statistics.fmean(a for a, _ in pairs) if relative else 1.0
+    change, error = change / unit, error / unit
+    prefix = f"{name}_" if relative else ""
+    return {name: change, f"{prefix}stderr": error, f"{prefix}ci95": [change - 1.96 * error, change + 1.96 * error], f"{prefix}pairs": len(pairs)}
+
+
+def changes(before: Record, after: Record) -> dict[str, Any]:
+    """Paired changes between two evaluations with their per-prompt numbers: `rewards` and `sub_scores` by name (differences),
+    diffusion loss and diversity (relative to their mean before), and under `unpaired` what could not be paired and why."""
+    one, two = before["per_prompt"], after["per_prompt"]
+    why = unpaired(before, after)
+    found: dict[str, Any] = {"rewards": {}, "sub_scores": {}, "unpaired": {"all": why} if why else {}}
+    if why:
+        return found
+    for section in ("rewards", "sub_scores"):
+        for name in [n for n in one[section] if n in two[section]]:
+            reason = unpaired(before, after, name)
+            if reason:
+                found["unpaired"][name] = reason
+            else:
+                found[section][name] = _change(one[section][name], two[section][name], "gain")
+    for key, name in (("diffusion_loss", "diffusion_loss_rise"), ("diversity", "diversity_change")):
+        found |= _change(one[key], two[key], name, relative=True)
     return found
 
 
@@ -62,37 +85,53 @@ def summarise(config: RunConfig, folder: Path, step: int, groups: int, wall_seco
     summary: dict[str, Any] = {
         "name": config.name,
         "seed": config.seed,
-        "objective": objective_name(config.objective),
+        "objective": composition(config.objective),
         "updates": step,
         "groups": groups,
         "wall_seconds": {k: round(v, 1) for k, v in wall_seconds.items()},
+        "rewards": {},
+        "sub_scores": {},
     }
     before, after = evaluation(folder, 0), evaluation(folder, step)
     for label, record in (("before", before), ("after", after), ("after_ema", evaluation(folder, step, "ema"))):
-        if record is not None:
-            summary |= {
-                f"ocr_{label}": record["reward"],
-                f"exact_match_{label}": record["exact_match"],
-                f"diffusion_loss_{label}": record["diffusion_loss"],
-                f"diversity_{label}": record["diversity"],
-            }
-            summary["prompts"] = record["prompts"]
+        if record is None:
+            continue
+        for name in record["per_prompt"]["rewards"]:
+            summary["rewards"].setdefault(name, {"trained": name not in config.held_out_rewards})
+        for section in ("rewards", "sub_scores"):
+            for name, value in record[section].items():
+                summary[section].setdefault(name, {})[label] = value
+        summary |= {f"{key}_{label}": record[key] for key in ("diffusion_loss", "diversity")}
+        summary |= {"prompts": record["prompts"], "evaluation_set": record.get("set"), "revisions": record.get("revisions", {})}
+        for name, count in record.get("failed", {}).items():
+            reason = record.get("first_failure", {}).get(name.partition(".")[0], "")
+            summary.setdefault("failed_scores", {}).setdefault(name, {"first_reason": reason})[label] = count
     if before is not None and after is not None:
-        summary |= changes(before["per_prompt"], after["per_prompt"])
+        found = changes(before, after)
+        for section in ("rewards", "sub_scores"):
+            for name, change in found.pop(section).items():
+                summary[section].setdefault(name, {}).update(change)
+        summary |= {key: value for key, value in found.items() if value}
     return summary
 
 
-def reward_against(reference: Path, other: Path) -> tuple[float, float] | None:
-    """Mean and standard error of (other - reference) final test rewards, paired by prompt; None when one is missing or
-    the prompts differ in number."""
-    records = [_last_test(folder) for folder in (reference, other)]
-    if any(r is None for r in records):
-        return None
-    first, second = (r["per_prompt"]["rewards"] for r in records if r is not None)
-    return paired(first, second) if len(first) == len(second) else None
+def last_test(folder: Path) -> dict[str, Any] | None:
+    """The newest test evaluation of the raw weights after the start; None while there is only the start's."""
+    steps = sorted(int(file.stem.split("-")[1]) for file in (folder / "eval").glob("test-*-raw.json"))
+    return evaluation(folder, steps[-1]) if steps and steps[-1] else None
 
 
-def _last_test(folder: Path) -> dict[str, Any] | None:
-    files = sorted((folder / "eval").glob("test-*-raw.json"))
-    step = int(files[-1].stem.split("-")[1]) if files else 0
-    return evaluation(folder, step) if step else None
+def reward_against(reference: Path, other: Path, reward: str) -> tuple[float, float] | str:
+    """Mean and standard error of (other - reference) of a reward's final test scores, paired by prompt; or, in words, why they
+    cannot be compared."""
+    first, second = last_test(reference), last_test(other)
+    if first is None or second is None:
+        return f"no evaluation after training in {reference.name if first is None else other.name}"
+    for record, folder in ((first, reference), (second, other)):
+        if reward not in record["per_prompt"]["rewards"]:
+            return f"not scored in {folder.name}"
+    why = unpaired(first, second, reward)
+    if why:
+        return why
+    found = _change(first["per_prompt"]["rewards"][reward], second["per_prompt"]["rewards"][reward], "gain")
+    return (found["gain"], found["stderr"]) if found else "fewer than two prompts have both scores"

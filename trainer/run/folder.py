@@ -9,7 +9,6 @@ A folder belongs to one run at a time: a lock file holds the driver's process id
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from trainer.config.load import load_config
 from trainer.config.render import render_config
 from trainer.config.run import RunConfig
 from trainer.learn.records import append_metrics
+from trainer.report.tail import read_lines
 
 MIN_FREE_MB = 200
 """Free space a run needs at start: checkpoints, exports and Redis's log of a small model."""
@@ -109,12 +109,5 @@ class RunFolder:
         append_metrics(self.path, record)
 
     def records(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl; a torn last line (crash) is left out."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return found
+        """Lines of metrics.jsonl and evaluations.jsonl in the order of time; a torn last line (crash) is left out."""
+        return read_lines(self.path)
