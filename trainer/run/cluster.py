@@ -23,6 +23,10 @@ from services.config import RewardConfig
 from trainer.config.run import RayConfig, RunConfig
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
+from trainer.run.local_ray import free_ports, own_folder, sweep
+
+DEPLOY_MARGIN_S = 30.0
+"""What the task that deploys the fleet may take beside the fleet's own deadline."""
 
 
 def start_ray(config: RayConfig, stack: ExitStack) -> None:
@@ -33,8 +37,18 @@ def start_ray(config: RayConfig, stack: ExitStack) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if config.address is None:
-            # "local" starts a new cluster even where RAY_ADDRESS names another
-            ray.init("local", num_cpus=config.cpus, include_dashboard=False, object_store_memory=config.object_store_mb << 20, **common)
+            sweep()
+            own = own_folder(stack)
+            with free_ports():
+                # "local" starts a new cluster even where RAY_ADDRESS names another
+                ray.init(
+                    "local",
+                    num_cpus=config.cpus,
+                    include_dashboard=False,
+                    object_store_memory=config.object_store_mb << 20,
+                    _temp_dir=str(own),
+                    **common,
+                )
         else:
             ray.init(config.address, **common)
     except Exception as error:
@@ -83,23 +97,59 @@ def check_reward_url(config: RewardConfig) -> None:
         raise RunFailed("reward", str(error)) from error
 
 
-def start_fleet(config: RewardConfig, stack: ExitStack) -> str:
-    """URL of the reward fleet; deploys the Serve application unless a URL is given. Raises RunFailed."""
-    if config.url is not None:
-        return config.url
-    import ray
-    from ray import serve
+class Fleet:
+    """The reward fleet of a run: deployed by a Ray task while the driver goes on, or a URL that was given.
 
-    from services import fleet
+    A task, because a thread of the driver would go on calling Ray while Ray is shut down. With a local cluster the fleet ends as
+    Ray does; what stands in a cluster that was joined outlives this driver, so all of Serve is taken down if this run started it,
+    else the run's application.
+    """
+
+    def __init__(self, config: RunConfig, stack: ExitStack) -> None:
+        self.config = config
+        self._task: Any = None
+        if config.reward.url is not None:
+            return
+        import ray
+
+        if config.ray.address is not None:
+            ours = not any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
+            stack.callback(_quietly, stop_serve if ours else stop_application)
+        self._task = ray.remote(_deploy).options(num_cpus=0, max_retries=0).remote(config.reward)
+
+    def wait(self) -> str:
+        """URL of the fleet, once it scores. Raises RunFailed."""
+        if self._task is None:
+            assert self.config.reward.url is not None
+            return self.config.reward.url
+        import ray
+
+        try:
+            url: str = ray.get(self._task, timeout=self.config.reward.start_timeout_s + DEPLOY_MARGIN_S)
+        except Exception as error:
+            raise RunFailed("reward fleet", describe(error)) from error
+        return url
+
+
+def _deploy(config: RewardConfig) -> str:
+    from services.fleet import start_fleet
     from services.fleet_config import one_reward
 
-    ours = not any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
-    # what stands in a cluster that was joined outlives this driver: take down all of Serve only if this run started it
-    stack.callback(_quietly, serve.shutdown if ours else fleet.stop_fleet)
-    try:
-        return fleet.start_fleet(one_reward(config))
-    except Exception as error:
-        raise RunFailed("reward fleet", describe(error)) from error
+    return start_fleet(one_reward(config))
+
+
+def stop_serve() -> None:
+    """Take Serve down, with everything on it."""
+    from ray import serve
+
+    serve.shutdown()
+
+
+def stop_application() -> None:
+    """Take the run's application down."""
+    from services.fleet import stop_fleet
+
+    stop_fleet()
 
 
 def _quietly(action: Callable[[], object]) -> None:

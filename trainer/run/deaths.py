@@ -1,0 +1,33 @@
+"""Groups that failed every attempt since the driver started; what an earlier start of the run has left does not count."""
+
+from __future__ import annotations
+
+from replay.buffer import ReplayBuffer
+
+
+class Deaths:
+    """Counts on from what the ledger knows when this is made.
+
+    Attributes:
+        count: dead groups since then.
+        first: why the first of them died, '' while there is none.
+    """
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self._buffer = buffer
+        self._before = self._total()
+        self.count, self.first = 0, ""
+
+    def _total(self) -> int:
+        return self._buffer.counts().get("dead", 0)
+
+    def look(self) -> bool:
+        """Count again; whether there are more than before."""
+        count = self._total() - self._before
+        if count <= self.count:
+            return False
+        self.count = count
+        if not self.first:
+            letters = self._buffer.dead_letters()  # newest first, the latest 1000
+            self.first = letters[min(count, len(letters)) - 1][1] if letters else "unknown"
+        return True
