@@ -195,7 +195,8 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Update], list[E
     updates: dict[int, Update] = {}
     evals: dict[tuple[int, str, str], EvalPoint] = {}
     restarts = 0
-    for line in _json_lines(path, problems):
+    beside = path.with_name("evaluations.jsonl")
+    for line in [*_json_lines(path, problems), *(_json_lines(beside, problems) if beside.is_file() else [])]:
         step = line.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
             continue
