@@ -49,6 +49,10 @@ class Weights:
         return cls(version, data, hashlib.sha256(data).hexdigest(), lineage)
 
 
+class VersionGone(LookupError):
+    """A version that the store does not keep any more."""
+
+
 def assemble(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The whole state dict from the ranks' shards, in rank order: sharded tensors are cut along dimension 0; what only
     rank 0 sends (buffers) is whole."""
@@ -115,12 +119,14 @@ class WeightStore:
     def get(self, have: tuple[int, int] | None = None, exact: int | None = None) -> Weights | None:
         """The newest weights, or None if the caller already has them (`have` is their `name`) or there are none yet.
 
-        With `exact`, that version if it is still kept, else the newest.
+        With `exact`, that version and no other. Raises VersionGone when it is not kept.
         """
+        if exact is not None:
+            if exact not in self._kept:
+                raise VersionGone(f"version {exact} is not kept any more; the store has {list(self._kept)}")
+            return self._kept[exact]
         newest = self.version()
-        if newest is None or (exact is None and self._kept[newest].name == have):
-            return None
-        return self._kept.get(newest if exact is None else exact, self._kept[newest])
+        return None if newest is None or self._kept[newest].name == have else self._kept[newest]
 
 
 def pull(store: Any, have: tuple[int, int] | None, timeout_s: float, exact: int | None = None) -> Weights | None:

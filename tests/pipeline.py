@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from replay.buffer import ReplayBuffer
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis
 from trainer.config.load import load_config
+from trainer.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RUN_DEADLINE_S = 420.0
@@ -112,6 +112,11 @@ class Run:
             return
         self.family.extend(p for p in children if p.pid not in known)
 
+    def titles(self) -> list[str]:
+        """Command lines of the run's processes, now."""
+        self.remember_family()
+        return [title_of(process) for process in self.family]
+
     def kill(self, title: str) -> int:
         """SIGKILL one process of the run whose title contains `title`; returns its pid."""
         self.remember_family()
@@ -197,9 +202,8 @@ def ledger(folder: Path, url: str | None = None) -> tuple[list[str], dict[str, i
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Lines of one kind in metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+    """Lines of one kind in metrics.jsonl and evaluations.jsonl."""
+    return [r for r in RunFolder(folder).records() if r["kind"] == kind]
 
 
 def check_ledger(folder: Path, updates: int, groups_per_step: int = 4, url: str | None = None) -> dict[str, int]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from trainer.cli.clean import clean
 from trainer.cli.exits import fail as _fail
 from trainer.cli.replay import app as replay
 from trainer.cli.rewards import add_to
 from trainer.cli.sample import sample
+from trainer.cli.train import train
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_config
 from trainer.config.render import render_config
-from trainer.run.environment import prepare
+from trainer.run.preflight import check_files
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models."
@@ -29,62 +30,13 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 
 @app.command()
 def config(recipe: Recipe, set_: Overrides = None) -> None:
-    """Print the resolved configuration, with a comment for each key."""
+    """Print the resolved configuration, with a comment for each key; a file that is missing is a mistake."""
     try:
-        typer.echo(render_config(load_config(recipe, set_)), nl=False)
+        settings = load_config(recipe, set_)
+        check_files(settings)
+        typer.echo(render_config(settings), nl=False)
     except ConfigError as error:
         _fail(str(error), 2)
-
-
-@app.command()
-def train(
-    recipe: Recipe,
-    set_: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="folder of the run [default: runs/NAME]", show_default=False)] = None,
-    resume: Annotated[bool, typer.Option(help="go on with the run in the folder")] = False,
-    ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join; without it a local one is started", show_default=False)] = None,
-) -> None:
-    """Train: start what is missing, join what is given, clean up at the end. Ctrl-C checkpoints and stops."""
-    try:
-        overrides = list(set_ or []) + ([f"ray.address={ray_address}"] if ray_address else [])
-        settings = load_config(recipe, overrides)
-    except ConfigError as error:
-        _fail(str(error), 2)
-
-    prepare(settings.ray.address)
-    from rich.console import Console
-
-    from trainer.report.display import Display
-    from trainer.run.driver import Driver, Interrupted, absolute
-    from trainer.run.errors import RunFailed, describe
-    from trainer.run.folder import RunFolder
-    from trainer.run.quiet import output_to
-
-    folder = RunFolder(run_dir or Path("runs") / settings.name)
-    settings = absolute(settings)
-    try:
-        folder.open(settings, resume)
-        title = f"{settings.objective.preset}, seed {settings.seed}, {folder.path}"
-        terminal = Console(file=sys.stdout)  # held from before the output of libraries is sent elsewhere
-        with Display(settings.updates, settings.name, title=title, console=terminal) as display:
-            with output_to(folder.path / "ray.log"):
-                summary = Driver(settings, folder, display, resume).run()
-            display.finish(summary)
-        typer.echo(f"report: {folder.path / 'report.html'}")
-    except ConfigError as error:
-        _fail(str(error), 2)
-    except RunFailed as error:
-        _fail(str(error), 1)
-    except Interrupted as error:
-        typer.echo(f"ddrl: {error}", err=True)
-        raise typer.Exit(130) from None
-    except KeyboardInterrupt:
-        _fail(f"aborted; {folder.path} keeps the last registered checkpoint", 130)
-    except OSError as error:
-        _fail(f"{folder.path}: {error.strerror or describe(error)}", 1)
-    finally:
-        folder.forget_failed_start()
-        folder.close()
 
 
 @app.command()
@@ -120,7 +72,9 @@ def export(
         _fail(str(error), 2)
 
 
+app.command()(train)
 app.command()(sample)
+app.command()(clean)
 add_to(app)
 
 

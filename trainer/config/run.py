@@ -33,6 +33,9 @@ class RunConfig(Strict):
     checkpoint_every: int = Field(20, ge=1, description="updates between checkpoints")
     wandb_project: str | None = Field(None, description="Weights & Biases project to log to as well (needs the extra: pip install 'ddrl[wandb]'); null = none")
     max_dead_groups: int = Field(8, ge=0, description="groups that failed every attempt before the run gives up")
+    stop_deadline_s: float = Field(
+        20.0, gt=0, description="seconds that a run may take after SIGINT or SIGTERM to finish its update and checkpoint (Kubernetes kills 30 s after SIGTERM)"
+    )
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="the policy")
     sampler: SamplerConfig = Field(default_factory=lambda: SamplerConfig(), description="rollout sampling")
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description="rollout generators")

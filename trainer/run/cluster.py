@@ -21,6 +21,10 @@ from replay.errors import ReplayError
 from trainer.config.run import RayConfig, RunConfig
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
+from trainer.run.local_ray import free_ports, own_folder, sweep
+
+DEPLOY_MARGIN_S = 30.0
+"""What the task that deploys the fleet may take beside the fleet's own deadline."""
 
 
 def start_ray(config: RayConfig, stack: ExitStack) -> None:
@@ -31,8 +35,18 @@ def start_ray(config: RayConfig, stack: ExitStack) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if config.address is None:
-            # "local" starts a new cluster even where RAY_ADDRESS names another
-            ray.init("local", num_cpus=config.cpus, include_dashboard=False, object_store_memory=config.object_store_mb << 20, **common)
+            sweep()
+            own = own_folder(stack)
+            with free_ports():
+                # "local" starts a new cluster even where RAY_ADDRESS names another
+                ray.init(
+                    "local",
+                    num_cpus=config.cpus,
+                    include_dashboard=False,
+                    object_store_memory=config.object_store_mb << 20,
+                    _temp_dir=str(own),
+                    **common,
+                )
         else:
             ray.init(config.address, **common)
     except Exception as error:
@@ -69,17 +83,46 @@ def check_nodes(config: RunConfig) -> None:
         raise RunFailed("Redis", str(error)) from error
 
 
-def start_fleet(rewards: RunRewards, stack: ExitStack) -> None:
-    """Deploy the run's own fleet as an application of its own, unless a URL is given or no reward is named. Raises RunFailed."""
-    if rewards.fleet.url is not None or not rewards.names:
-        return
-    from services.fleet import start
+class Fleet:
+    """The reward fleet of a run: deployed by a Ray task while the driver goes on, or a service that was given.
 
-    stack.callback(_quietly, lambda: start.stop_fleet(rewards.app))
-    try:
-        start.start_fleet(rewards.fleet, rewards.app, http=False)
-    except Exception as error:
-        raise RunFailed("reward fleet", describe(error)) from error
+    A task, because a thread of the driver would go on calling Ray while Ray is shut down. With a local cluster the fleet ends as
+    Ray does; in a cluster that was joined it is an application of its own, which this run takes down and no other.
+    """
+
+    def __init__(self, rewards: RunRewards, joined: bool, stack: ExitStack) -> None:
+        self.rewards = rewards
+        self._task: Any = None
+        if rewards.fleet.url is not None or not rewards.names:
+            return
+        import ray
+
+        if joined:
+            stack.callback(_quietly, lambda: _stop(rewards.app))
+        self._task = ray.remote(_deploy).options(num_cpus=0, max_retries=0).remote(rewards)
+
+    def wait(self) -> None:
+        """Until it scores. Raises RunFailed."""
+        if self._task is None:
+            return
+        import ray
+
+        try:
+            ray.get(self._task, timeout=self.rewards.fleet.start_timeout_s + DEPLOY_MARGIN_S)
+        except Exception as error:
+            raise RunFailed("reward fleet", describe(error)) from error
+
+
+def _deploy(rewards: RunRewards) -> None:
+    from services.fleet.start import start_fleet
+
+    start_fleet(rewards.fleet, rewards.app, http=False)
+
+
+def _stop(app: str) -> None:
+    from services.fleet.start import stop_fleet
+
+    stop_fleet(app)
 
 
 def _quietly(action: Callable[[], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ from safetensors.torch import save
 from actors.anchor import AnchorFeeder, AnchorSpec
 from actors.connect import Target
 from actors.evaluator import Evaluator, EvaluatorSpec
+from actors.rewards import RunRewards
 from actors.rollout import RolloutGenerator, RolloutSpec
-from actors.weights import Weights, WeightStore
+from actors.weights import VersionGone, Weights, WeightStore
 from diffusion.checkpoint import WEIGHTS
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from diffusion.lora import read_adapter
 from trainer.config.run import RunConfig
 from trainer.learn.loop import LoopSpec, train_loop
 from trainer.learn.settle import SettleCheckpointed
-from trainer.run.errors import RunFailed, describe
+from trainer.run.errors import RunFailed, describe, root_cause
 from trainer.run.folder import RunFolder
-from trainer.run.rewards import run_rewards
 
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 60.0
@@ -43,6 +44,39 @@ def fit(trainer: TorchTrainer) -> int:
     if outcome.error is not None:
         raise outcome.error
     return int(Path(outcome.checkpoint.path).name.removeprefix("step-")) if outcome.checkpoint is not None else 0
+
+
+Jobs = dict[str, Any]
+"""References to results of actors, by the name of what they make: `test-000040-raw`, `samples-before`, `engine-0`."""
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """Schedules a task on the driver's node."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+@dataclass
+class Results:
+    """Jobs that are done: what they made, why they failed, and which can never be made (their weights are gone)."""
+
+    made: dict[str, Any] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    gone: dict[str, str] = field(default_factory=dict)
+
+
+def collect(jobs: Jobs) -> Results:
+    """Take what is ready out of `jobs`."""
+    results = Results()
+    names = {reference: name for name, reference in jobs.items()}
+    for reference in ray.wait(list(names), num_returns=len(names), timeout=0)[0] if names else []:
+        name = names[reference]
+        del jobs[name]
+        try:
+            results.made[name] = ray.get(reference)
+        except Exception as error:
+            lost = results.gone if isinstance(root_cause(error), VersionGone) else results.broken
+            lost[name] = describe(error)
+    return results
 
 
 class Parts:
@@ -63,14 +97,14 @@ class Parts:
         self.feeder: Any = None
         self._running: dict[Any, str] = {}
         self._fit: Any = None
+        self._returned: tuple[int | None, str | None] | None = None
 
-    def create_actors(self) -> None:
+    def create_actors(self, rewards: RunRewards) -> None:
         """Create every actor; their constructors run while the caller goes on."""
         config = self.config
         # Methods are safe to run again (named by version, lease or step), so Ray may retry them after a restart.
         forever = {"max_restarts": -1, "max_task_retries": -1}
         self.weights = ray.remote(WeightStore).options(num_cpus=0.1, **forever).remote(str(self.folder.weights))
-        rewards = run_rewards(config)
         spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, rewards, str(self.folder.path), config.seed)
         self.evaluator = ray.remote(Evaluator).options(num_cpus=1, max_restarts=3, max_task_retries=3).remote(spec)
         if config.uses_policy:
@@ -96,21 +130,23 @@ class Parts:
                 raise RunFailed(name, f"did not start: {describe(error)}") from error
         self._running = {actor.run.remote(): name for name, actor in self.producers.items()}
 
-    def check_producers(self) -> None:
-        """Raise RunFailed if a producer's loop ended by itself (Ray has already restarted what died)."""
+    def ended_producers(self) -> dict[str, str]:
+        """Producers whose loop ended by itself, with the reason (Ray has already restarted what died)."""
         if not self._running:
-            return
+            return {}
+        ended = {}
         for reference in ray.wait(list(self._running), timeout=0)[0]:
             name = self._running.pop(reference)
             try:
                 ray.get(reference)
+                ended[name] = "stopped by itself"
             except Exception as error:
-                raise RunFailed(name, describe(error)) from error
-            raise RunFailed(name, "stopped by itself")
+                ended[name] = describe(error)
+        return ended
 
-    def describe_generators(self) -> list[Any]:
-        """References to how each generator's engine runs."""
-        return [generator.describe.remote() for generator in self.generators]
+    def describe_generators(self) -> Jobs:
+        """How each generator's engine runs, by the name of its line."""
+        return {f"engine-{i}": generator.describe.remote() for i, generator in enumerate(self.generators)}
 
     def stop_producers(self) -> None:
         """Let producers finish what they hold and wait for them, within a deadline."""
@@ -122,7 +158,7 @@ class Parts:
 
     # -- learner group --------------------------------------------------------------------------------------------
 
-    def start_training(self, resume: bool) -> None:
+    def start_training(self) -> None:
         """Start the learner group; Ray Train itself finds the last registered checkpoint in the run folder."""
         config, learner = self.config, self.config.learner
         gpu = learner.gpus > 0
@@ -141,44 +177,49 @@ class Parts:
             ),
         )
 
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        environment = {"env_vars": {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}}
-        task = ray.remote(fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here, runtime_env=environment)
-        self._fit = task.remote(trainer)
+        options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": here()}
+        if config.ray.address is not None:  # a local cluster has the driver's environment; another one costs its own kind of worker
+            options["runtime_env"] = {"env_vars": {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}}
+        self._fit = ray.remote(fit).options(**options).remote(trainer)
 
-    def training_done(self) -> bool:
-        return not ray.wait([self._fit], timeout=0)[1]
-
-    def training_result(self) -> int:
-        """Step of the last registered checkpoint, 0 when there is none. Raises RunFailed with the root cause."""
-        try:
-            step: int = ray.get(self._fit, timeout=STOP_DEADLINE_S)
-        except Exception as error:
-            raise RunFailed("learner", describe(error)) from error
-        return step
+    def training_result(self) -> tuple[int | None, str | None]:
+        """(step of the last registered checkpoint, None) once the learner group has returned, (None, why) once it failed."""
+        if self._returned is None:
+            if not ray.wait([self._fit], timeout=0)[0]:
+                return None, None
+            try:
+                self._returned = ray.get(self._fit), None
+            except Exception as error:
+                self._returned = None, describe(error)
+        return self._returned
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
-    def evaluate_before(self) -> list[Any]:
-        """Start the evaluation of the starting policy; references to its results."""
-        jobs = [self.evaluator.grid.remote(None, "before"), self.evaluator.evaluate.remote(None, "test", 0)]
-        if self.config.evaluation.every:
-            jobs.append(self.evaluator.evaluate.remote(None, "dev", 0, "raw", False))
+    def evaluate_before(self) -> Jobs:
+        """Start the evaluation of the starting policy."""
+        return self._evaluate(None, 0, "before", "raw", final=True)
+
+    def evaluate_during(self, step: int) -> Jobs:
+        """Start a small evaluation of version `step`, with its weights or not at all."""
+        return self._evaluate(self.weights.get.remote(None, step), step, f"step-{step:06d}", "raw", final=False)
+
+    def evaluate_after(self, step: int) -> Jobs:
+        """Start the evaluations of the exported final policy, raw and averaged."""
+        jobs = self._evaluate(ray.put(self._exported(step, "")), step, "after", "raw", final=True)
+        if self.config.optimizer.ema > 0:
+            jobs |= self._evaluate(ray.put(self._exported(step, "-ema")), step, None, "ema", final=True)
         return jobs
 
-    def evaluate_during(self, step: int) -> list[Any]:
-        """Start a small evaluation of version `step` on dev prompts."""
-        weights = self.weights.get.remote(None, step)
-        return [self.evaluator.evaluate.remote(weights, "dev", step, "raw", False), self.evaluator.grid.remote(weights, f"step-{step:06d}")]
-
-    def evaluate_after(self, step: int) -> list[Any]:
-        """Start the evaluations of the exported final policy, raw and averaged."""
-        raw = ray.put(self._exported(step, ""))
-        jobs = [self.evaluator.grid.remote(raw, "after"), self.evaluator.evaluate.remote(raw, "test", step)]
-        if self.config.evaluation.every:
-            jobs.append(self.evaluator.evaluate.remote(raw, "dev", step, "raw", False))
-        if self.config.optimizer.ema > 0:
-            jobs.append(self.evaluator.evaluate.remote(ray.put(self._exported(step, "-ema")), "test", step, "ema"))
+    def _evaluate(self, weights: Any, step: int, grid: str | None, kind: str, final: bool) -> Jobs:
+        """Grid, and evaluations on test prompts (`final`) and dev prompts, of what the run folder does not hold yet."""
+        jobs: Jobs = {}
+        if grid is not None and (grid == "after" or not (self.folder.path / "samples" / f"{grid}.png").exists()):
+            jobs[f"samples-{grid}"] = self.evaluator.grid.remote(weights, grid)
+        splits = ["test"] * final + ["dev"] * (kind == "raw" and self.config.evaluation.every > 0)
+        for split in splits:
+            name = f"{split}-{step:06d}-{kind}"
+            if not (self.folder.path / "eval" / f"{name}.json").exists():
+                jobs[name] = self.evaluator.evaluate.remote(weights, split, step, kind, split == "test")
         return jobs
 
     def _exported(self, step: int, suffix: str) -> Weights:
@@ -187,13 +228,6 @@ class Parts:
         if self.config.model.lora.rank:
             return Weights.of(step, save(read_adapter((folder / LORA_WEIGHTS).read_bytes())))
         return Weights.of(step, (folder / "transformer" / WEIGHTS).read_bytes())
-
-    def split_ready(self, references: list[Any]) -> tuple[list[Any], list[Any]]:
-        """References whose results are there, and the others."""
-        if not references:
-            return [], []
-        ready, waiting = ray.wait(references, num_returns=len(references), timeout=0)
-        return ready, waiting
 
     def close(self) -> None:
         """End the learner group and kill the actors; safe at any time."""

@@ -24,12 +24,17 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class Scalars:
-    """Writes metrics lines to TensorBoard."""
+    """Writes metrics lines to TensorBoard.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where its files lie.
+        resumed_at: step that the run goes on from; TensorBoard forgets what was written of later steps.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), flush_secs=10)
+        self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=resumed_at + 1 if resumed_at else None)
 
     def add(self, record: Mapping[str, Any]) -> None:
         for tag, value in scalars(record):

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from trainer.config.errors import ConfigError
 from trainer.config.load import load_config, parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.records import append_metrics, drop_metrics_after
-from trainer.run.folder import RunFolder, RunFolderError
+from trainer.run.folder import RunFolder
 
 CONFIG = parse_config({"seed": 3})
 
@@ -35,13 +36,21 @@ def started(tmp_path: Path) -> Path:
     """The folder of a run that has ended."""
     folder = RunFolder(tmp_path / "runs" / "a")
     folder.open(CONFIG, resume=False)
+    append_metrics(folder.path, {"kind": "update", "step": 1})
     folder.close()
     return folder.path
 
 
+def register(path: Path, step: int) -> None:
+    """Ray Train's note of the newest registered checkpoint."""
+    (path / "checkpoints").mkdir(exist_ok=True)
+    newest = {"checkpoint_dir_name": f"step-{step:06d}", "metrics": {"step": step}}
+    (path / "checkpoints" / "checkpoint_manager_snapshot.json").write_text(json.dumps({"latest_checkpoint_result": newest}))
+
+
 def refused(path: Path, resume: bool, config: RunConfig = CONFIG) -> str:
     folder = RunFolder(path)
-    with pytest.raises(RunFolderError) as error:
+    with pytest.raises(ConfigError) as error:
         folder.open(config, resume)
     folder.close()
     assert "\n" not in str(error.value)
@@ -149,13 +158,12 @@ def test_more_updates_and_other_machinery_may_be_given_on_resume(started: Path) 
 def test_records_come_back_with_the_time_and_without_a_torn_end(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.records() == []
-    folder.append({"kind": "update", "step": 1, "text": "é\u2028\n"})
+    folder.append_evaluation({"kind": "eval", "step": 1, "text": "é\u2028\n"})
     append_metrics(tmp_path, {"kind": "update", "step": 2})
     with folder.metrics.open("a") as file:
         file.write('{"kind": "upd')
     found = folder.records()
-    assert [r["step"] for r in found] == [1, 2]
-    assert found[0]["text"] == "é\u2028\n"
+    assert {r["step"]: r.get("text") for r in found} == {1: "é\u2028\n", 2: None}
     assert all(r["time"] > 1e9 for r in found)
 
 
@@ -180,16 +188,85 @@ def test_updates_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_start_that_made_nothing_is_forgotten_and_a_run_is_not(tmp_path: Path) -> None:
-    failed = RunFolder(tmp_path / "failed")
-    failed.open(CONFIG, resume=False)
-    failed.forget_failed_start()
-    failed.close()
-    RunFolder(tmp_path / "failed").open(CONFIG, resume=False)
-    made = RunFolder(tmp_path / "made")
-    made.open(CONFIG, resume=False)
-    made.append({"kind": "eval", "step": 0})
-    made.forget_failed_start()
-    made.close()
-    with pytest.raises(RunFolderError, match="--resume"):
-        RunFolder(tmp_path / "made").open(CONFIG, resume=False)
+# -- starting anew, going on ----------------------------------------------------------------------------------------
+
+
+def test_a_start_that_never_finished_an_update_costs_no_name(tmp_path: Path) -> None:
+    """Also one that got as far as evaluations, a refused self-test and a checkpoint of step 0."""
+    folder = RunFolder(tmp_path / "a")
+    folder.open(CONFIG, resume=False)
+    folder.append_evaluation({"kind": "eval", "step": 0})
+    append_metrics(folder.path, {"kind": "self_test", "step": 0, "refused": "gap"})
+    (folder.path / "samples").mkdir()
+    (folder.path / "samples" / "before.png").write_bytes(b"x")
+    register(folder.path, 0)
+    folder.mark("failed", "refused", 1)
+    folder.close()
+    mended = RunFolder(tmp_path / "a")
+    mended.open(parse_config({"seed": 4}), resume=False)
+    assert mended.leftover
+    assert load_config(mended.path / "config.yaml").seed == 4
+    assert mended.records() == []
+    assert not (mended.path / "samples").exists()
+    mended.close()
+    again = RunFolder(tmp_path / "a")
+    again.open(parse_config({"seed": 4}), resume=True)  # that is possible as well
+    assert again.step == 0
+    again.close()
+
+
+def test_a_resume_takes_back_the_earlier_end(started: Path) -> None:
+    """No stale summary, nothing of steps after the checkpoint, and nothing twice."""
+    register(started, 4)
+    for name in ("summary.json", "report.html"):
+        (started / name).write_text("{}")
+    for folder in ("eval", "samples"):
+        (started / folder).mkdir()
+    for step in (0, 4, 6):
+        (started / "eval" / f"dev-{step:06d}-raw.json").write_text("{}")
+        (started / "samples" / f"step-{step:06d}.png").write_bytes(b"x")
+    (started / "samples" / "before.png").write_bytes(b"x")
+    folder = RunFolder(started)
+    for step in (0, 4, 6):
+        folder.append_evaluation({"kind": "eval", "step": step})
+    folder.open(CONFIG, resume=True)
+    assert folder.step == 4
+    assert not folder.summary.exists()
+    assert not (started / "report.html").exists()
+    assert sorted(f.name for f in (started / "eval").iterdir()) == ["dev-000000-raw.json", "dev-000004-raw.json"]
+    assert sorted(f.name for f in (started / "samples").iterdir()) == ["before.png", "step-000000.png", "step-000004.png"]
+    assert [r["step"] for r in folder.records() if r["kind"] == "eval"] == [0, 4]
+    folder.close()
+
+
+def test_fewer_updates_than_are_done_are_refused(started: Path) -> None:
+    register(started, 4)
+    message = refused(started, resume=True, config=parse_config({"seed": 3, "updates": 3}))
+    assert "updates=3, but the run has a checkpoint of update 4" in message
+
+
+@pytest.mark.parametrize(
+    ("reward", "named"),
+    [({"model": "scene", "url": "http://h:1"}, "reward.model"), ({"ocr": {"mode": "strict"}}, "reward.ocr"), ({"replicas": 3, "timeout_s": 9.0}, None)],
+)
+def test_another_reward_is_another_run_and_more_replicas_are_not(reward: dict[str, object], named: str | None, started: Path) -> None:
+    config = parse_config({"seed": 3, "reward": reward})
+    if named is None:
+        folder = RunFolder(started)
+        folder.open(config, resume=True)
+        folder.close()
+    else:
+        assert f"was started with other settings ({named})" in refused(started, resume=True, config=config)
+
+
+def test_the_state_of_a_run_stands_in_its_folder(started: Path) -> None:
+    folder = RunFolder(started)
+    folder.open(CONFIG, resume=True)
+    running = json.loads(folder.state.read_text())
+    assert (running["state"], running["pid"], running["ended"], running["exit"]) == ("running", os.getpid(), None, None)
+    folder.mark("interrupted", "stopped after update 1", 143)
+    folder.mark_end("failed", "later", 1)  # the end is known already
+    folder.close()
+    ended = json.loads(folder.state.read_text())
+    assert (ended["state"], ended["reason"], ended["exit"], ended["step"]) == ("interrupted", "stopped after update 1", 143, 1)
+    assert ended["ended"] >= ended["started"]

@@ -1,0 +1,89 @@
+"""Runs that are told to stop: by SIGTERM at any time, by a signal to their whole group, by `ray job stop`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline import Run
+from trainer.run.resume import registered_step
+
+DEADLINE_S = 30.0
+"""Kubernetes kills a pod this long after its SIGTERM."""
+
+
+def state(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "state.json").read_text())
+
+
+def log(run: Run) -> str:
+    """What Ray's libraries and the stages of the run have said so far."""
+    return (run.folder / "state.json").read_text() if (run.folder / "state.json").exists() else ""
+
+
+def told(run: Run, number: int = signal.SIGTERM, group: bool = False) -> tuple[int, str, str]:
+    """Signal the run; how it ended, which must be within the deadline."""
+    began = time.monotonic()
+    if group:
+        os.killpg(run.process.pid, number)
+    else:
+        run.process.send_signal(number)
+    code, out, err = run.finish()
+    assert time.monotonic() - began < DEADLINE_S, (out, err)
+    assert "Traceback" not in out + err
+    assert "Aborted" not in out + err
+    return code, out, err
+
+
+def test_sigterm_before_ray_is_up(start: Callable[..., Run]) -> None:
+    run = start("run")
+    run.wait_for(lambda: "running" in log(run), "the folder")
+    code, _, err = told(run)
+    assert (code, state(run.folder)["state"]) == (143, "interrupted")
+    assert "stopped" in err
+    assert run.leftovers() == []
+
+
+def test_sigterm_while_ray_comes_up(start: Callable[..., Run]) -> None:
+    run = start("run")
+    run.wait_for(lambda: any("gcs_server" in name for name in run.titles()), "Ray's first process")
+    code, _, _ = told(run)
+    assert (code, state(run.folder)["state"]) == (143, "interrupted")
+    assert run.leftovers() == []
+
+
+def test_sigterm_in_mid_update_leaves_a_checkpoint_and_the_run_goes_on(start: Callable[..., Run]) -> None:
+    """To the whole group, as `timeout` does, which must not shoot Ray before the checkpoint."""
+    run = start("run", "--set", "checkpoint_every=100", "--set", "evaluation.every=0", "--set", "updates=100")
+    run.wait_for(lambda: run.updates() >= 1, "an update")
+    code, _, err = told(run, group=True)
+    done = run.updates()
+    assert code == 143
+    assert "--resume" in err
+    assert registered_step(run.folder / "checkpoints") == done
+    assert state(run.folder) | {"state": "interrupted", "exit": 143, "step": done} == state(run.folder)
+    assert run.leftovers() == []
+    again = start("run", "--set", "checkpoint_every=100", "--set", "evaluation.every=0", "--set", f"updates={done + 1}", "--resume")
+    code, out, err = again.finish()
+    assert code == 0, (out, err)
+    assert f"Resuming at update {done} of {done + 1}" in out
+    assert f"update {done}/" not in out
+    assert "test at 0" not in out
+    assert state(run.folder)["state"] == "finished"
+
+
+@pytest.mark.long
+def test_sigterm_in_the_last_evaluation(start: Callable[..., Run]) -> None:
+    run = start("run", "--set", "updates=1", "--set", "evaluation.every=0", "--set", "evaluation.test_prompts=400")
+    run.wait_for(lambda: registered_step(run.folder / "checkpoints") == 1, "the last checkpoint")
+    code, _, _ = told(run)
+    assert code == 143
+    assert registered_step(run.folder / "checkpoints") == 1
+    assert not (run.folder / "summary.json").exists()
+    assert run.leftovers() == []

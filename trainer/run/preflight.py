@@ -1,0 +1,117 @@
+"""What can be known about a run before anything starts: its files, from the recipe alone.
+
+`check_files` needs no torch as long as prompts and anchor data are drawn, not read, so that `ddrl config` stays quick; `check_policy`
+loads the policy. What they refuse is a mistake in the recipe (exit status 2) and costs a run neither its name nor its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.config.errors import ConfigError
+from trainer.config.run import RunConfig
+
+
+def check_files(config: RunConfig) -> None:
+    """Raise ConfigError, naming key and file, when the run would fail for what a file holds or lacks."""
+    folder = Path(config.model.path)
+    _check_model(folder, config.model.init)
+    _check_size(folder, config)
+    if (config.data.kind if config.prompts.kind == "data" else config.prompts.kind) != "glyph":
+        _check_prompts(config)
+    if config.data.kind != "glyph":
+        _check_data(config)
+
+
+def check_policy(config: RunConfig) -> None:
+    """Load the policy and fit the size to it. Raises ConfigError."""
+    from diffusion.checkpoint import CheckpointError, load_policy
+
+    try:
+        policy = load_policy(config.model, seed=config.seed)
+        policy.transformer.tokens((policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width)))
+    except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
+        raise ConfigError(f"model: {error}") from None
+
+
+def _check_model(folder: Path, init: bool) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"model.path: checkpoint folder {folder} does not exist; give a folder in diffusers' layout")
+    for name in ("transformer/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        if not isinstance(_json(folder / name), dict):
+            raise ConfigError(f"model.path: {folder / name} is missing or no JSON object; give a folder in diffusers' layout")
+    if not init and not list((folder / "transformer").glob("diffusion_pytorch_model*.safetensors")):
+        raise ConfigError(f"model.path: {folder / 'transformer'} holds no weights; set model.init=true to start from random ones")
+
+
+def _check_size(folder: Path, config: RunConfig) -> None:
+    """Pictures must fit the patches and the position table, where the network's configuration names them."""
+    network, codec = _json(folder / "transformer" / "config.json"), _json(folder / "vae" / "config.json")
+    scale = 2 ** (len(codec["block_out_channels"]) - 1) if isinstance(codec, dict) and "block_out_channels" in codec else 1
+    patch, table = network.get("patch_size"), network.get("pos_embed_max_size")
+    if not isinstance(patch, int):
+        return
+    height, width = config.sampler.height, config.sampler.width
+    if height % (scale * patch) or width % (scale * patch):
+        raise ConfigError(f"sampler: {height}x{width} pixels are no multiple of {scale * patch}, the side of a patch of {folder}")
+    rows, columns = height // (scale * patch), width // (scale * patch)
+    if isinstance(table, int) and max(rows, columns) > table:
+        raise ConfigError(f"sampler: {rows}x{columns} patches exceed pos_embed_max_size={table} of {folder}; sample a smaller size")
+
+
+def _check_prompts(config: RunConfig) -> None:
+    from actors.sources.draws import held_out_prompts, prompt_source, training_example
+
+    try:
+        source = prompt_source(config.prompts, config.data)
+        if config.uses_policy:
+            training_example(source, config.seed, 0)
+        held_out_prompts(source, "test", config.evaluation.test_prompts)
+        if config.evaluation.every:
+            held_out_prompts(source, "dev", config.evaluation.dev_prompts)
+    except ValueError as error:
+        raise ConfigError(f"prompts: {error}") from None
+
+
+def _check_data(config: RunConfig) -> None:
+    from actors.sources.draws import data_source, held_out_batch, training_batch
+
+    size = config.sampler.height, config.sampler.width
+    try:
+        source = data_source(config.data)
+        if config.uses_data:
+            training_batch(source, 0.0, config.seed, 0, 1, *size)
+        for split in ["test"] + ["dev"] * (config.evaluation.every > 0):
+            held_out_batch(source, split, 1, *size)
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from None
+    root = Path(str(config.data.path))
+    names = [json.loads(line)["file_name"] for line in (root / "metadata.jsonl").read_text().splitlines() if line.strip()]
+    absent = [name for name in names if not (root / name).is_file()]
+    if absent:
+        raise ConfigError(f"data: {len(absent)} of {len(names)} pictures of {root / 'metadata.jsonl'} do not exist; the first: {absent[0]}")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """Paths of the configuration made absolute: actors and ranks run in other folders."""
+
+    def path(value: str | None) -> str | None:
+        return str(Path(value).resolve()) if value else value
+
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": path(config.model.path)}),
+            "prompts": config.prompts.model_copy(update={"path": path(config.prompts.path)}),
+            "data": config.data.model_copy(update={"path": path(config.data.path)}),
+            "replay": config.replay if config.replay.payloads == "redis" else config.replay.model_copy(update={"payloads": path(config.replay.payloads)}),
+        }
+    )
