@@ -61,7 +61,7 @@ class Ledger:
         if config.uses_policy:
             for group in GROUPS:
                 self.payloads[f"g{group}"] = encode(self._group(config, group))
-                groups.append(ClaimedGroup(group, GroupHeader(rewards_of(group), members_of(group), 0, 0, ""), f"g{group}"))
+                groups.append(ClaimedGroup(group, GroupHeader(rewards_of(group), members_of(group), 0, 0, "", scores={"ocr": rewards_of(group)}), f"g{group}"))
         if config.uses_data:
             rows = config.data_rows
             self.payloads["d1"] = encode(DataPayload(self._numbered(rows, *SHAPE), self._numbered(rows, 4, 2), self._numbered(rows, 3)))
