@@ -35,8 +35,9 @@ def temporary_root() -> Path:
 def own_folder(stack: ExitStack) -> Path:
     """A new folder for a cluster of this process; processes started from now on carry its name. With `stack` both go."""
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary_root()))
-    lock = (folder / "lock").open("w")
+    lock = (folder / "lock.partial").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "lock.partial").rename(folder / "lock")  # a sweep never sees one that is free
     os.environ[VARIABLE] = str(folder)
 
     def remove() -> None:
