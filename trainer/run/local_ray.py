@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 PREFIX = "ddrl-ray-"
 VARIABLE = "DDRL_RAY_FOLDER"
@@ -60,8 +59,12 @@ def free_ports() -> Iterator[None]:
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **{"dashboard_agent_listen_port": 0} | settings)
 
-    with mock.patch.object(parameter, "RayParams", Free):
+    given = parameter.RayParams
+    parameter.RayParams = Free
+    try:
         yield
+    finally:
+        parameter.RayParams = given
 
 
 def sweep() -> list[Path]:
