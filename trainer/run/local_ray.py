@@ -59,12 +59,12 @@ def free_ports() -> Iterator[None]:
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **{"dashboard_agent_listen_port": 0} | settings)
 
-    given = parameter.RayParams
-    parameter.RayParams = Free
+    names, given = vars(parameter), parameter.RayParams
+    names["RayParams"] = Free
     try:
         yield
     finally:
-        parameter.RayParams = given
+        names["RayParams"] = given
 
 
 def sweep() -> list[Path]:
