@@ -32,11 +32,11 @@ def test_misspelt_key(start: Callable[..., Run]) -> None:
 
 
 def test_missing_checkpoint_folder(start: Callable[..., Run]) -> None:
-    refuse(start("run", "--set", "model.path=recipes/no-such-policy"), 1, "no-such-policy", "model.path")
+    refuse(start("run", "--set", "model.path=recipes/no-such-policy"), 2, "no-such-policy", "model.path")
 
 
 def test_a_size_that_the_policy_cannot_sample(start: Callable[..., Run]) -> None:
-    refuse(start("run", "--set", "sampler.height=160"), 1, "40x12 patches exceed pos_embed_max_size=24", "sample a smaller size")
+    refuse(start("run", "--set", "sampler.height=160"), 2, "40x12 patches exceed pos_embed_max_size=24", "sample a smaller size")
 
 
 def test_unreachable_redis_does_not_show_the_password(start: Callable[..., Run]) -> None:
@@ -47,7 +47,13 @@ def test_unreachable_redis_does_not_show_the_password(start: Callable[..., Run])
 
 def test_a_failed_start_can_be_mended_on_the_same_folder(start: Callable[..., Run]) -> None:
     refuse(start("run", "--set", "redis.url=redis://127.0.0.1:1/0", "--set", "redis.connect_timeout_s=1"), 1, "Redis")
-    refuse(start("run", "--set", "model.path=recipes/no-such-policy"), 1, "no-such-policy")
+    refuse(start("run", "--set", "redis.url=redis://127.0.0.1:2/0", "--set", "redis.connect_timeout_s=1"), 1, "127.0.0.1:2")
+
+
+def test_a_missing_prompt_file_is_found_before_anything_starts(start: Callable[..., Run]) -> None:
+    run = start("run", "--set", "prompts.kind=file", "--set", "prompts.path=no-such-file.txt")
+    refuse(run, 2, "prompt file", "no-such-file.txt")
+    assert not run.folder.exists()
 
 
 class Broken(http.server.BaseHTTPRequestHandler):
@@ -90,6 +96,7 @@ def test_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text("name: earlier\n")
+    (folder / "metrics.jsonl").write_text('{"kind": "update", "step": 1}\n')
     refuse(Run(folder), 2, "--resume", str(folder))
 
 

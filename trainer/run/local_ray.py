@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 PREFIX = "ddrl-ray-"
 VARIABLE = "DDRL_RAY_FOLDER"
@@ -35,8 +34,9 @@ def temporary_root() -> Path:
 def own_folder(stack: ExitStack) -> Path:
     """A new folder for a cluster of this process; processes started from now on carry its name. With `stack` both go."""
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary_root()))
-    lock = (folder / "lock").open("w")
+    lock = (folder / "lock.partial").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "lock.partial").rename(folder / "lock")  # a sweep never sees one that is free
     os.environ[VARIABLE] = str(folder)
 
     def remove() -> None:
@@ -59,8 +59,12 @@ def free_ports() -> Iterator[None]:
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **{"dashboard_agent_listen_port": 0} | settings)
 
-    with mock.patch.object(parameter, "RayParams", Free):
+    names, given = vars(parameter), parameter.RayParams
+    names["RayParams"] = Free
+    try:
         yield
+    finally:
+        names["RayParams"] = given
 
 
 def sweep() -> list[Path]:

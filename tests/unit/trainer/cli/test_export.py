@@ -9,6 +9,7 @@ import pytest
 
 from trainer.cli.export import ExportError, export_run
 from trainer.config.run import RunConfig
+from trainer.learn.records import append_metrics
 from trainer.run.folder import RunFolder
 
 
@@ -21,8 +22,8 @@ def run(tmp_path: Path) -> Path:
         (folder.exports / name).mkdir(parents=True)
         (folder.exports / name / "model_index.json").write_text(name)
     for step in range(1, 1001):
-        folder.append({"kind": "update", "step": step, "data_loss": 1 / step})
-    folder.append({"kind": "eval", "step": 0, "reward": 0.25})
+        append_metrics(folder.path, {"kind": "update", "step": step, "data_loss": 1 / step})
+    folder.append_evaluation({"kind": "eval", "step": 0, "reward": 0.25})
     folder.close()
     return folder.path
 

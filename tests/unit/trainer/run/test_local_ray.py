@@ -20,7 +20,8 @@ from pathlib import Path
 from trainer.run import local_ray
 from trainer.run.local_ray import own_folder
 local_ray.temporary_root = lambda: Path(sys.argv[1])
-folder = own_folder(ExitStack())
+stack = ExitStack()
+folder = own_folder(stack)
 child = subprocess.Popen(["sleep", "100"], start_new_session=True)
 print(folder, child.pid, flush=True)
 sys.stdin.read()

@@ -1,0 +1,81 @@
+"""Mistakes that files show, found before anything starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer.config.errors import ConfigError
+from trainer.config.load import parse_config
+from trainer.run.preflight import check_files, check_policy
+
+BASE = Path(__file__).resolve().parents[4] / "recipes" / "glyph-base"
+
+
+def refused(tree: dict[str, Any]) -> str:
+    config = parse_config({"model": {"path": str(BASE)}} | tree)
+    with pytest.raises(ConfigError) as error:
+        check_files(config)
+    return str(error.value)
+
+
+def folder(path: Path, captions: list[str]) -> Path:
+    """An anchor folder of grey pictures."""
+    path.mkdir()
+    lines = [{"file_name": f"{i}.png", "text": caption} for i, caption in enumerate(captions)]
+    (path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for line in lines:
+        Image.fromarray(np.full((16, 48, 3), 128, np.uint8)).save(path / line["file_name"])
+    return path
+
+
+def test_the_demo_passes() -> None:
+    config = parse_config({"model": {"path": str(BASE)}})
+    check_files(config)
+    check_policy(config)
+
+
+def test_a_model_folder_that_is_none(tmp_path: Path) -> None:
+    assert "recipes/none does not exist" in refused({"model": {"path": "recipes/none"}})
+    assert "transformer/config.json is missing" in refused({"model": {"path": str(tmp_path)}})
+    copy = shutil.copytree(BASE, tmp_path / "copy")
+    for file in (copy / "transformer").glob("*.safetensors"):
+        file.unlink()
+    assert "holds no weights; set model.init=true" in refused({"model": {"path": str(copy)}})
+    check_files(parse_config({"model": {"path": str(copy), "init": True}}))
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [({"height": 160}, "40x12 patches exceed pos_embed_max_size=24"), ({"width": 47}, "16x47 pixels are no multiple of 4")]
+)
+def test_a_size_that_the_policy_cannot_sample(size: dict[str, int], words: str) -> None:
+    assert words in refused({"sampler": size})
+    with pytest.raises(ConfigError, match=r"^model: "):  # the network itself agrees
+        check_policy(parse_config({"model": {"path": str(BASE)}, "sampler": size}))
+
+
+def test_a_prompt_file_that_is_missing_or_too_short(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    tree = {"prompts": {"kind": "file", "path": str(file)}}
+    assert f"prompt file {file} cannot be read: No such file" in refused(tree)
+    file.write_text("".join(f'a sign that says "{i}"\n' for i in range(40)))
+    assert "distinct test prompts, 512 were asked for" in refused(tree)
+
+
+def test_an_anchor_folder_that_lacks_something(tmp_path: Path) -> None:
+    tree = {"data": {"kind": "folder", "path": str(tmp_path / "none")}}
+    assert "needs a metadata.jsonl" in refused(tree)
+    one = folder(tmp_path / "one", ["a"])
+    assert "no captions in the" in refused({"data": {"kind": "folder", "path": str(one)}})
+    many = folder(tmp_path / "many", [f"caption {i}" for i in range(80)])
+    tree = {"data": {"kind": "folder", "path": str(many)}}
+    check_files(parse_config({"model": {"path": str(BASE)}} | tree))
+    with (many / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "lost.png", "text": "caption 3"}\n')
+    assert "1 of 81 pictures" in refused(tree) or "lost.png cannot be read" in refused(tree)
