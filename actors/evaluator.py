@@ -28,7 +28,7 @@ from diffusion.evaluation import diffusion_losses, pairwise_rms, scene_statistic
 from diffusion.lora import trained_weights
 from diffusion.seeds import generator, key
 from services.client.connect import connect
-from services.config import RewardConfig
+from services.config import FleetConfig
 from services.contract import ItemScore
 
 
@@ -41,7 +41,9 @@ class EvaluatorSpec:
     prompts: PromptConfig
     data: DataConfig
     evaluation: EvaluationConfig
-    reward: RewardConfig
+    reward: str
+    fleet: FleetConfig
+    app: str  # the run's own fleet as a Serve application
     run_dir: str
     seed: int = 0
 
@@ -58,7 +60,7 @@ class Evaluator:
         self.spec = spec
         self.policy = load_policy(spec.model, seed=spec.seed)
         self.engine = Engine(self.policy.transformer, self.policy.process, spec.sampler.max_tokens, spec.model.dtype, self.policy.text_encoder)
-        self.client = connect(spec.reward)
+        self.client = connect(spec.fleet, spec.app)
         self._start = Weights.of(0, save(trained_weights(self.policy.transformer)))
         self.run_dir = Path(spec.run_dir)
 
@@ -76,7 +78,7 @@ class Evaluator:
         return self.policy.codec.decode(torch.stack([t.latent for t in self.engine.run(requests)]))
 
     def _score(self, prompts: list[str], images: np.ndarray) -> list[ItemScore]:
-        scores = self.client.score(self.spec.reward.model, prompts, images, self.spec.reward.timeout_s)
+        scores = self.client.score(self.spec.reward, prompts, images, self.spec.fleet.timeout_s)
         failed = [s for s in scores if not isinstance(s, ItemScore)]
         if failed:
             raise EvaluationFailed(f"{len(failed)} of {len(scores)} held-out samples have no score; first: {failed[0]}")

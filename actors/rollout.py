@@ -40,7 +40,7 @@ from diffusion.text.base import Conditioning
 from replay.buffer import Lease
 from replay.errors import ReplayError
 from services.client.connect import connect
-from services.config import RewardConfig
+from services.config import FleetConfig
 from services.contract import ItemScore, ScoreFailure
 
 IDLE_S = 1.0
@@ -60,7 +60,9 @@ class RolloutSpec:
     rollout: RolloutConfig
     prompts: PromptConfig
     target: Target
-    reward: RewardConfig
+    reward: str
+    fleet: FleetConfig
+    app: str  # the run's own fleet as a Serve application
 
 
 class ScoringFailed(Exception):
@@ -176,7 +178,7 @@ class RolloutGenerator:
         self.decoder = Decoder(self.policy.codec, device)
         self.held: tuple[int, int] | None = None  # (lineage, version) of the newest weights that the engine was given
         self.buffer = spec.target.buffer()
-        self.client = connect(spec.reward)
+        self.client = connect(spec.fleet, spec.app)
         self._stop = threading.Event()
         self._scorer = ThreadPoolExecutor(1, "scorer")
         self._leases: dict[int, Lease] = {}
@@ -269,8 +271,8 @@ class RolloutGenerator:
                 raise LineageChanged("the learner went back to a checkpoint while the group was sampled")
             stage = "decoding"
             images = np.stack(self.decoder.decode([t.latent for t in trajectories], DECODE_DEADLINE_S))
-            stage, reward = "scoring", self.spec.reward
-            scores = self.client.score(reward.model, [group.prompt] * len(images), images, reward.timeout_s)
+            stage = "scoring"
+            scores = self.client.score(self.spec.reward, [group.prompt] * len(images), images, self.spec.fleet.timeout_s)
             members, rewards = scored_members(scores, self.spec.rollout.enough_members)
             meta: dict[str, float | int | str] = {"prompt": group.prompt, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
             if len(members) < len(trajectories):

@@ -30,8 +30,9 @@ from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
 from replay.buffer import ReplayBuffer
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
+from services.config import fleet_of
 from services.media.base import Media
-from services.scorers.registry import build_scorer, parse_reward
+from services.scorers.registry import build_scorer
 from trainer.config.load import load_config
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, step_batch
@@ -84,8 +85,8 @@ class BareLoop:
         self.learner = BareLearner(config, torch.device("cpu"))
         self.engine = Engine(self.learner.model, self.policy.process, config.sampler.max_tokens, config.model.dtype)
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(config.sampler.height, config.sampler.width))
-        reward = {"kind": "ocr", **config.reward.ocr.model_dump()}
-        self.scorers = [build_scorer(parse_reward(reward)) for _ in range(threads)]
+        reward = fleet_of(config.fleet, ["ocr"]).rewards["ocr"]
+        self.scorers = [build_scorer(reward) for _ in range(threads)]
         self.pool = ThreadPoolExecutor(threads, "scorer")
 
     def update(self, step: int) -> dict[str, Any]:

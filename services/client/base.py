@@ -1,9 +1,9 @@
 """What a trainer sees of a reward: one protocol, one score type, one failure type.
 
-Lifecycle: ``check()`` once at start, ``score()`` for every group, ``close()`` at the end.
-Invariant: ``score`` returns exactly one result per item, in order. A result is a finite ``ItemScore`` or a
+Lifecycle: ``check()`` once at start, ``score_all()`` for every group, ``close()`` at the end.
+Invariant: every reward gives exactly one result per item, in order. A result is a finite ``ItemScore`` or a
 ``ScoreFailure`` that says why this item has no score. When the service as a whole does not answer before the
-deadline, ``score`` raises ``RewardUnavailable``; nothing is ever turned into a number.
+deadline, ``RewardUnavailable`` is raised; nothing is ever turned into a number.
 """
 
 from __future__ import annotations
@@ -36,21 +36,35 @@ class RewardUnavailable(RewardError):
         return type(self), (self.where, self.what, self.advice, self.status)
 
 
+UNAVAILABLE = "unavailable"  # code of the failures of a reward that gave no answer at all
+
 Batch = NDArray[np.uint8] | Sequence[Media]
 
 
 class RewardClient(Protocol):
     """A source of rewards. Implementations are thread-safe and may be used from several threads."""
 
-    def score(self, model: str, prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None) -> list[ItemScore | ScoreFailure]:
-        """Score B items against B ``prompts`` within ``timeout_s`` seconds.
+    def info(self, names: Sequence[str]) -> dict[str, ModelInfo]:
+        """What the rewards ``names`` are: revision, sub-scores, media. Raises ``RewardUnavailable``."""
+        ...
+
+    def check(self, names: Sequence[str]) -> dict[str, ModelInfo]:
+        """``info``, after each of them has scored one blank item for real. Raises ``RewardUnavailable``."""
+        ...
+
+    def score_all(
+        self, names: Sequence[str], prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None
+    ) -> dict[str, list[ItemScore | ScoreFailure]]:
+        """Score B items against B ``prompts`` with all rewards ``names`` at once, within ``timeout_s`` seconds.
 
         ``media`` is uint8 RGB [B, H, W, 3] (images), [B, T, H, W, 3] (clips, with ``fps``), or a sequence of ``Media``.
+        Each reward has its own failures. One that is unavailable as a whole has the failure ``unavailable`` for every item, where
+        others answered; when none did, ``RewardUnavailable`` is raised.
         """
         ...
 
-    def check(self) -> ModelInfo:
-        """Score one blank item for real and return what answered; raises ``RewardUnavailable``."""
+    def score(self, model: str, prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None) -> list[ItemScore | ScoreFailure]:
+        """``score_all`` with one reward."""
         ...
 
     def close(self) -> None:

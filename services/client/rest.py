@@ -9,94 +9,99 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TypeVar
 
 import httpx
 
 from services.client import wire
-from services.client.base import Batch, as_media, probe
+from services.client.base import Batch
 from services.client.retry import Backoff
-from services.client.wire import Encoding, MultiScores, Settings
+from services.client.session import Ask, Session, Steps
+from services.client.wire import Encoding, Keys, MultiScores, Settings
 from services.contract import ItemScore, ModelInfo, ScoreFailure
-from services.media.base import Media
-from services.rest.schemas import Combine, MultiScoreResponse, ScoreOptions
+from services.rest.schemas import Combine, MultiScoreResponse
+
+T = TypeVar("T")
 
 
 class RestRewardClient:
-    """Client of a reward service at ``url`` (base URL, without ``/v1``). Thread-safe."""
+    """Client of a reward service at ``url`` (base URL, without ``/v1``). Thread-safe.
+
+    ``connect_s``: how long a service that takes no connection is tried; None: until the deadline. ``keys``: what errors call settings.
+    """
 
     def __init__(
         self,
         url: str,
         api_key: str | None = None,
-        model: str = "ocr",
         encoding: Encoding = "npy",
         chunk_items: int = 64,
         chunk_bytes: int = 16 * 2**20,
         check_timeout_s: float = 20.0,
+        connect_s: float | None = None,
+        keys: Keys = Keys(),  # noqa: B008
     ) -> None:
-        self._url, self._model, self._check_timeout_s = url.rstrip("/"), model, check_timeout_s
-        self._settings = Settings(encoding, chunk_items, chunk_bytes)
-        self._models: dict[str, ModelInfo] = {}
+        self._session = Session(url, Settings(encoding, chunk_items, chunk_bytes), keys)
+        self._check_timeout_s, self._connect_s = check_timeout_s, connect_s
         self._http = httpx.Client(headers={"Authorization": f"Bearer {api_key}"} if api_key else {}, follow_redirects=False)
 
     def score(self, model: str, prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None) -> list[ItemScore | ScoreFailure]:
         """See ``RewardClient.score``. Large batches go out as several requests under the one deadline."""
-        backoff = Backoff(timeout_s)
-        items = self._reduced([model], as_media(prompts, media, fps), backoff, timeout_s)
-        out: list[ItemScore | ScoreFailure] = []
-        for part in wire.parts(ScoreOptions(model=model), prompts, items, self._settings):
-            out += wire.read_scores(self._url, self._send("POST", "/v1/score", backoff, timeout_s, part), part.count)
-        return out
+        return self._run(self._session.one(model, prompts, media, fps), timeout_s)
+
+    def score_all(
+        self, names: Sequence[str], prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None
+    ) -> dict[str, list[ItemScore | ScoreFailure]]:
+        """See ``RewardClient.score_all``."""
+        return self._run(self._session.all(names, prompts, media, fps), timeout_s)
 
     def score_many(
         self, rewards: Sequence[str], prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None, combine: Combine | None = None
     ) -> MultiScores:
         """Score with several rewards at once; ``combine`` adds one total per item."""
-        backoff = Backoff(timeout_s)
-        items = self._reduced(rewards, as_media(prompts, media, fps), backoff, timeout_s)
-        answers = [
-            wire.read_multi(self._url, self._send("POST", "/v1/score", backoff, timeout_s, part), part.count)
-            for part in wire.parts(wire.options_for(rewards, combine), prompts, items, self._settings)
-        ]
-        return wire.joined(answers) if answers else MultiScores({name: [] for name in rewards}, None if combine is None else [])
+        return self._run(self._session.many(rewards, prompts, media, fps, combine), timeout_s)
 
     def score_files(self, rewards: Sequence[str], prompts: Sequence[str], files: Sequence[tuple[str, bytes]], timeout_s: float) -> MultiScoreResponse:
         """Score files, (name, bytes) each, as they are; one prompt per file. Raises ``RewardUnavailable``."""
-        part = wire.file_part(rewards, prompts, files)
-        return wire.read_answer(self._url, self._send("POST", "/v1/score", Backoff(timeout_s), timeout_s, part))
+        return self._run(self._session.files(rewards, prompts, files), timeout_s)
 
     def models(self, timeout_s: float) -> dict[str, ModelInfo]:
         """What the service offers, by name. Raises ``RewardUnavailable``."""
-        self._models = wire.read_models(self._url, self._send("GET", "/v1/models", Backoff(timeout_s), timeout_s))
-        return self._models
+        return self._run(self._session.models(), timeout_s)
 
-    def check(self) -> ModelInfo:
+    def info(self, names: Sequence[str]) -> dict[str, ModelInfo]:
+        """See ``RewardClient.info``."""
+        return self._run(self._session.info(names), self._check_timeout_s)
+
+    def check(self, names: Sequence[str]) -> dict[str, ModelInfo]:
         """See ``RewardClient.check``."""
-        info = wire.named(self._url, self.models(self._check_timeout_s), self._model)
-        result = self.score(self._model, *probe(info), self._check_timeout_s)[0]
-        if isinstance(result, ScoreFailure):
-            raise wire.unavailable(self._url, f"the test item failed ({result.code}): {result.message}", 200)
-        return info
+        return self._run(self._session.check(names), self._check_timeout_s)
 
     def close(self) -> None:
         """Close the connection pool."""
         self._http.close()
 
-    def _reduced(self, rewards: Sequence[str], items: list[Media], backoff: Backoff, timeout_s: float) -> list[Media]:
-        if not any(item.is_video and not item.selected for item in items):
-            return items
-        if any(name not in self._models for name in rewards):
-            self._models = wire.read_models(self._url, self._send("GET", "/v1/models", backoff, timeout_s))
-        return wire.reduced(items, [wire.named(self._url, self._models, name).frame_spec for name in rewards])
+    def _run(self, steps: Steps[T], timeout_s: float) -> T:
+        """A call's requests one after the other."""
+        backoff = Backoff(timeout_s)
+        try:
+            asks = next(steps)
+            while True:
+                asks = steps.send([self._send(ask, backoff, timeout_s) for ask in asks])
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
-    def _send(self, verb: str, path: str, backoff: Backoff, timeout_s: float, part: wire.Part | None = None) -> httpx.Response:
+    def _send(self, ask: Ask, backoff: Backoff, timeout_s: float) -> httpx.Response:
         """One request, repeated while repeating can help; returns a 200 answer or raises."""
-        exchange = wire.Exchange(self._url, backoff, timeout_s)
-        arguments = {} if part is None else dict(part.arguments)
+        exchange = wire.Exchange(self._session.url, backoff, timeout_s, self._session.keys, self._connect_s)
+        arguments = {} if ask.part is None else dict(ask.part.arguments)
         headers = arguments.pop("headers", {})
         while True:
             try:
-                answer = self._http.request(verb, self._url + path, headers={**headers, **exchange.deadline_header()}, **arguments, **exchange.limits())
+                answer = self._http.request(
+                    ask.verb, self._session.url + ask.path, headers={**headers, **exchange.deadline_header()}, **arguments, timeout=exchange.limits()
+                )
             except httpx.TransportError as error:
                 wait: float | None = exchange.unreachable(error)
             else:

@@ -1,4 +1,4 @@
-"""What a REST client sends and how it reads the answer: no sockets here, shared by the sync and the async client.
+"""What a REST client sends and how it reads the answer: no sockets here; ``session`` puts it together.
 
 | encoding | media travel as | |
 |---|---|---|
@@ -13,6 +13,7 @@ requests by items and bytes; each carries an idempotency key that its repeats sh
 from __future__ import annotations
 
 import io
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,8 @@ from pydantic import BaseModel, ValidationError
 
 from services.client.base import RewardUnavailable
 from services.client.retry import Backoff, retry_after_seconds
-from services.contract import FrameSpec, ItemScore, ModelInfo, ScoreFailure
+from services.contract import ItemScore, ModelInfo, ScoreFailure
 from services.media.base import Media
-from services.media.frames import TooFewFrames, take
 from services.rest.schemas import Combine, ModelList, MultiScoreResponse, Problem, Score, ScoreOptions, ScoreResponse, TensorItem, TensorRequest
 
 Upload = tuple[str, tuple[str, bytes, str]]
@@ -53,25 +53,21 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Keys:
+    """What an error calls the settings that it is about; the defaults are the client's own arguments."""
+
+    url: str = "url"
+    api_key: str = "api_key"
+    timeout: str = "timeout_s"
+
+
+@dataclass(frozen=True)
 class MultiScores:
     """Answer for several rewards: results by reward, and totals where ``combine`` was asked for; all in item order."""
 
     results: dict[str, list[ItemScore | ScoreFailure]]
     totals: list[float | ScoreFailure] | None = None
     revisions: dict[str, str] = field(default_factory=dict)
-
-
-def reduced(media: Sequence[Media], specs: Sequence[FrameSpec]) -> list[Media]:
-    """Only the frames that the rewards look at, where they agree on them; too short clips go out whole and fail there."""
-    if not specs or any(spec != specs[0] for spec in specs):
-        return list(media)
-    out: list[Media] = []
-    for item in media:
-        try:
-            out.append(take(specs[0], item))
-        except TooFewFrames:
-            out.append(item)
-    return out
 
 
 def parts(options: ScoreOptions, prompts: Sequence[str], media: Sequence[Media], settings: Settings) -> list[Part]:
@@ -159,12 +155,14 @@ def options_for(rewards: Sequence[str], combine: Combine | None) -> ScoreOptions
 class Exchange:
     """One request's attempts under a deadline shared with the other requests of its call."""
 
-    def __init__(self, where: str, backoff: Backoff, timeout_s: float) -> None:
-        self._where, self._backoff, self._timeout_s = where, backoff, timeout_s
+    def __init__(self, where: str, backoff: Backoff, timeout_s: float, keys: Keys, connect_s: float | None) -> None:
+        self._where, self._backoff, self._timeout_s, self._keys, self._connect_s = where, backoff, timeout_s, keys, connect_s
+        self._started = time.monotonic()
 
-    def limits(self) -> dict[str, Any]:
-        """Keyword arguments of the next attempt: httpx' timeout, and the deadline for the server."""
-        return {"timeout": max(0.001, self._backoff.remaining())}
+    def limits(self) -> httpx.Timeout:
+        """Httpx' limits of the next attempt."""
+        left = max(0.001, self._backoff.remaining())
+        return httpx.Timeout(left, connect=min(left, self._connect_s or left))
 
     def deadline_header(self) -> dict[str, str]:
         """Tells the server when the answer is of no use any more."""
@@ -172,7 +170,11 @@ class Exchange:
 
     def unreachable(self, error: httpx.TransportError) -> float:
         """Seconds to wait before the next attempt. Raises ``RewardUnavailable`` when there is none."""
-        return self._wait(f"cannot be reached ({type(error).__name__}: {error})", None, 0.0)
+        what = f"cannot be reached ({type(error).__name__}: {error})"
+        waited = time.monotonic() - self._started
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and self._connect_s is not None and waited >= self._connect_s:
+            raise unavailable(self._where, f"{what}, given up after {waited:.0f} s", None, self._keys)
+        return self._wait(what, None, 0.0)
 
     def answered(self, answer: httpx.Response) -> float | None:
         """None when ``answer`` is it, else seconds to wait. Raises ``RewardUnavailable`` for a refusal for good."""
@@ -180,29 +182,29 @@ class Exchange:
             return None
         # 409 is our own first attempt with this idempotency key, still being worked on.
         if answer.status_code not in (408, 409, 429) and answer.status_code < 500:
-            raise unavailable(self._where, _refusal(answer), answer.status_code)
+            raise unavailable(self._where, _refusal(answer), answer.status_code, self._keys)
         return self._wait(_refusal(answer), answer.status_code, retry_after_seconds(answer.headers.get("retry-after")))
 
     def _wait(self, what: str, status: int | None, at_least_s: float) -> float:
         wait = self._backoff.next_wait(at_least_s)
         if wait is None:
-            raise unavailable(self._where, f"{what}, {self._backoff.attempts} attempts in {self._timeout_s:g} s", status)
+            raise unavailable(self._where, f"{what}, {self._backoff.attempts} attempts in {self._timeout_s:g} s", status, self._keys)
         return wait
 
 
-def read_scores(where: str, answer: httpx.Response, count: int) -> list[ItemScore | ScoreFailure]:
+def read_scores(where: str, answer: httpx.Response, count: int, keys: Keys) -> list[ItemScore | ScoreFailure]:
     """Results of a request for one model. Raises ``RewardUnavailable`` for another form or count."""
-    return _results(where, _parsed(where, answer, ScoreResponse).results, count, answer)
+    return _results(where, _parsed(where, answer, ScoreResponse, keys).results, count, answer, keys)
 
 
-def read_multi(where: str, answer: httpx.Response, count: int) -> MultiScores:
+def read_multi(where: str, answer: httpx.Response, count: int, keys: Keys) -> MultiScores:
     """Results of a request for several rewards."""
-    found = _parsed(where, answer, MultiScoreResponse)
-    results = {name: _results(where, reward.results, count, answer) for name, reward in found.rewards.items()}
+    found = _parsed(where, answer, MultiScoreResponse, keys)
+    results = {name: _results(where, reward.results, count, answer, keys) for name, reward in found.rewards.items()}
     totals: list[float | ScoreFailure] | None = None
     if found.combined is not None:
         if len(found.combined) != count:
-            raise unavailable(where, f"{len(found.combined)} totals for {count} items", answer.status_code)
+            raise unavailable(where, f"{len(found.combined)} totals for {count} items", answer.status_code, keys)
         totals = [c.total if c.total is not None else _failure(c) for c in found.combined]
     return MultiScores(results, totals, {name: reward.revision for name, reward in found.rewards.items()})
 
@@ -214,9 +216,9 @@ def file_part(rewards: Sequence[str], prompts: Sequence[str], files: Sequence[tu
     return Part(len(files), {"headers": {"Idempotency-Key": uuid.uuid4().hex}, "data": form, "files": uploads})
 
 
-def read_answer(where: str, answer: httpx.Response) -> MultiScoreResponse:
+def read_answer(where: str, answer: httpx.Response, keys: Keys) -> MultiScoreResponse:
     """The whole answer to a request for several rewards. Raises ``RewardUnavailable`` for another form."""
-    return _parsed(where, answer, MultiScoreResponse)
+    return _parsed(where, answer, MultiScoreResponse, keys)
 
 
 def joined(answers: Sequence[MultiScores]) -> MultiScores:
@@ -226,21 +228,21 @@ def joined(answers: Sequence[MultiScores]) -> MultiScores:
     return MultiScores(results, totals, answers[0].revisions)
 
 
-def read_models(where: str, answer: httpx.Response) -> dict[str, ModelInfo]:
+def read_models(where: str, answer: httpx.Response, keys: Keys) -> dict[str, ModelInfo]:
     """Answer of ``GET /v1/models`` by name."""
-    return {info.name: info for info in _parsed(where, answer, ModelList).models}
+    return {info.name: info for info in _parsed(where, answer, ModelList, keys).models}
 
 
 def named(where: str, models: dict[str, ModelInfo], name: str) -> ModelInfo:
     """The model ``name``. Raises ``RewardUnavailable`` naming what there is."""
     if name not in models:
-        raise RewardUnavailable(where, f"it has no model {name!r}", f"Set reward.model to one of: {', '.join(models) or 'none'}.", 200)
+        raise RewardUnavailable(where, f"it has no model {name!r}", f"It has: {', '.join(models) or 'none'}.", 200)
     return models[name]
 
 
-def _results(where: str, scores: Sequence[Score], count: int, answer: httpx.Response) -> list[ItemScore | ScoreFailure]:
+def _results(where: str, scores: Sequence[Score], count: int, answer: httpx.Response, keys: Keys) -> list[ItemScore | ScoreFailure]:
     if len(scores) != count:
-        raise unavailable(where, f"{len(scores)} results for {count} items", answer.status_code)
+        raise unavailable(where, f"{len(scores)} results for {count} items", answer.status_code, keys)
     return [ItemScore(s.reward, dict(s.scores), s.text) if s.reward is not None and s.scores is not None else _failure(s) for s in scores]
 
 
@@ -248,13 +250,13 @@ def _failure(item: Any) -> ScoreFailure:
     return ScoreFailure(item.error.code, item.error.message, item.error.retryable)
 
 
-def _parsed(where: str, answer: httpx.Response, schema: type[Schema]) -> Schema:
+def _parsed(where: str, answer: httpx.Response, schema: type[Schema], keys: Keys) -> Schema:
     try:
         # A newer service may say more.
         return schema.model_validate_json(answer.content, extra="ignore")
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise unavailable(where, f"its answer is not the reward contract: {first['msg']}", answer.status_code) from error
+        raise unavailable(where, f"its answer is not the reward contract: {first['msg']}", answer.status_code, keys) from error
 
 
 def _refusal(answer: httpx.Response) -> str:
@@ -266,18 +268,18 @@ def _refusal(answer: httpx.Response) -> str:
     return f"answered HTTP {answer.status_code} ({problem.code}: {problem.detail})"
 
 
-def unavailable(where: str, what: str, status: int | None) -> RewardUnavailable:
+def unavailable(where: str, what: str, status: int | None, keys: Keys) -> RewardUnavailable:
     """The error with the advice that fits its status."""
     if status is None:
-        advice = "Check that the service runs and that reward.url names its host and port."
+        advice = f"Check that the service runs and that {keys.url} names its host and port."
     elif status in (401, 403):
-        advice = "Set reward.api_key_env to the variable that holds a valid key."
+        advice = f"The service wants a valid key: see {keys.api_key}."
     elif status == 404:
-        advice = "Check reward.url (base URL, without /v1) and reward.model."
+        advice = f"Check {keys.url} (base URL, without /v1) and the names of the rewards."
     elif status in (408, 409, 429, 503, 504):
-        advice = "The service is overloaded: add replicas there, or raise reward.timeout_s."
+        advice = f"The service is overloaded: add replicas there, or raise {keys.timeout}."
     elif status >= 500:
-        advice = "Look into the service's log; unset reward.url to start a fleet inside this run."
+        advice = "Look into the service's log."
     else:
-        advice = "Check that reward.url points at a reward service of this version."
+        advice = f"Check that {keys.url} points at a reward service of this version."
     return RewardUnavailable(where, what, advice, status)

@@ -24,7 +24,8 @@ from services.scorers.registry import build_scorer, parse_reward
 class ScorerReplica:
     """A loaded scorer. Construction fails, and with it the deployment, unless the self-test passes."""
 
-    def __init__(self, name: str, entry: dict[str, Any]) -> None:
+    def __init__(self, name: str, entry: dict[str, Any], *others: Any) -> None:
+        del others  # rewards beside this one, bound to it so that they belong to the application
         settings = parse_reward(entry)
         self._name = name
         self._scorer = build_scorer(settings)

@@ -14,21 +14,22 @@ from typing import Any
 
 from ray import serve
 
-from services.fleet.file import FleetFileError, parse_fleet, read_fleet
-from services.fleet.start import build_app
+from services.config import FleetConfigError
+from services.fleet.application import build_app
+from services.fleet.file import parse_fleet, read_fleet
 from services.rest.auth import KEYS_VARIABLE, KeysError
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The application. Raises ``FleetFileError`` or ``KeysError``."""
+    """The application. Raises ``FleetConfigError`` or ``KeysError``."""
     settings = dict(args)
     anonymous = bool(settings.pop("allow_anonymous", False))
     file = settings.pop("file", None)
     if file is not None and settings:
-        raise FleetFileError(f"args holds a file and also {', '.join(settings)}: write those into the file")
+        raise FleetConfigError(f"args holds a file and also {', '.join(settings)}: write those into the file")
     config = parse_fleet(settings) if file is None else read_fleet(Path(str(file)))
     if config.redis_url == "embedded":
-        raise FleetFileError("redis_url 'embedded' is for `ddrl serve` on one machine; give redis://host:port/db, or null for no jobs")
+        raise FleetConfigError("redis_url 'embedded' is for `ddrl serve` on one machine; give redis://host:port/db, or null for no jobs")
     if config.keys_file is None and not os.environ.get(KEYS_VARIABLE) and not anonymous:
         raise KeysError(f"a deployed fleet needs keys_file or ${KEYS_VARIABLE}; or say allow_anonymous: true and list its names in hosts")
     return build_app(config)

@@ -17,12 +17,12 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from services.client.handle import APP_NAME, ScoreChunk, replica_loss_errors
+from services.client.handle import ScoreChunk, replica_loss_errors
 from services.client.retry import Backoff
+from services.config import FleetConfig
 from services.contract import ItemScore, ModelHealth, ModelInfo, ScoreFailure
 from services.errors import ProblemError
 from services.fleet.batching import Load, cut
-from services.fleet.file import FleetConfig
 from services.fleet.latency import Latency
 from services.media.base import Media
 from services.rest.metrics import FleetMetrics
@@ -37,7 +37,7 @@ HEALTH_TIMEOUT_S = 2.0
 class ServeBackend:
     """The rewards of one fleet, from inside an ingress replica."""
 
-    def __init__(self, config: FleetConfig, metrics: FleetMetrics, app: str = APP_NAME) -> None:
+    def __init__(self, config: FleetConfig, metrics: FleetMetrics, app: str) -> None:
         self._config, self._app, self._metrics = config, app, metrics
         self._handles = {name: serve.get_deployment_handle(name, app_name=app) for name in config.rewards}
         self._infos: dict[str, ModelInfo] = {}

@@ -1,150 +1,139 @@
-"""The fleet as a Ray Serve application named ``rewards``, and how to start and stop it inside a running Ray.
+"""Starting and stopping a fleet inside a running Ray, as a Serve application of a name of its own.
 
-Lifecycle: ``start_fleet`` (Serve up → deployments up, self-tests passed → ``/healthz`` answers) → scores → ``drain_fleet``
-(nothing new is taken, what was accepted gets its answer) → ``stop_fleet``, which removes this application only. Invariant:
-``start_fleet`` either returns the URL of a fleet that answers, or raises ``FleetError`` naming the part that failed and leaves
-no application behind.
+Lifecycle: ``start_fleet`` (Serve up → deployments up, self-tests passed → with HTTP, ``/healthz`` answers) → scores → ``drain_fleet``
+(nothing new is taken, what was accepted gets its answer) → ``stop_fleet``, which removes this application, and Serve itself only when
+no application is left. Invariants: ``start_fleet`` either returns where a fleet answers, or raises ``FleetError`` naming the part that
+failed and leaves no application behind; fleets of other names in the same cluster do not notice.
+
+The application ``rewards`` answers at ``/``, one of another name at ``/NAME``. A run's own fleet needs no HTTP and starts faster
+without (no proxy, no ingress process).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
-import httpx
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatusOverview
 
 from services.client.handle import APP_NAME
-from services.fleet.file import FleetConfig
-from services.fleet.ingress_replica import Ingress
-from services.fleet.replica import ScorerReplica
-from services.rest.auth import KeysError, load_keys, require_keys
-from services.scorers.settings import RewardSettings
+from services.config import FleetConfig
+from services.fleet.application import INGRESS, QUIET, build_app
 
 logger = logging.getLogger(__name__)
 
-INGRESS = "ingress"
-QUIET = LoggingConfig(enable_access_log=False)
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
+ATTEMPTS = 3  # of starting, where another program of the cluster takes Serve down in the middle
 
 
 class FleetError(RuntimeError):
     """The fleet could not be started."""
 
 
-def build_app(config: FleetConfig) -> serve.Application:
-    """The Serve application: one deployment per reward behind one ingress."""
-    scorers = [_scorer_deployment(name, reward, config) for name, reward in config.rewards.items()]
-    ingress = serve.deployment(
-        name=INGRESS,
-        num_replicas=config.ingress.replicas,
-        ray_actor_options={"num_cpus": config.ingress.cpus, "runtime_env": _runtime_env(1)},
-        max_ongoing_requests=config.ingress.max_ongoing,
-        max_queued_requests=config.ingress.max_queued,
-        health_check_period_s=2,
-        graceful_shutdown_timeout_s=config.drain_s,
-        graceful_shutdown_wait_loop_s=0.1,
-        logging_config=QUIET,
-    )(serve.ingress()(Ingress))
-    # Binding the scorers makes them part of the application; the ingress finds them by name.
-    application: serve.Application = ingress.bind(config.model_dump(mode="json"), *scorers)
-    return application
+def start_fleet(config: FleetConfig, app: str = APP_NAME, *, http: bool = True) -> str:
+    """Deploy the fleet as the application ``app`` and wait until it scores. Ray must be initialised.
 
-
-def start_fleet(config: FleetConfig) -> str:
-    """Deploy the fleet and wait until it scores. Ray must be initialised. Returns the base URL of the REST ingress.
-
-    If Serve already runs in this cluster its own HTTP address is used; ``config.host`` and ``config.port`` have no effect.
+    Returns the base URL of the REST ingress, or ``serve://app`` without ``http``. If Serve already runs in this cluster its own HTTP
+    address is used; ``config.host`` and ``config.port`` have no effect.
     """
     if not ray.is_initialized():
         raise FleetError("Ray is not initialised; call ray.init() before start_fleet()")
+    if not config.rewards or config.url is not None:
+        raise FleetError(f"there is no fleet to start: {len(config.rewards)} rewards, url {config.url}")
     deadline = time.monotonic() + config.start_timeout_s
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _deploy(config, app, http, deadline)
+        except BaseException as error:
+            # Whoever stopped the last application may have taken Serve down with it, between our joining it and our deploying.
+            gone = isinstance(error, RayActorError) or (isinstance(error, RayServeException) and "no Serve instance" in str(error))
+            if not gone:
+                stop_fleet(app)
+                raise
+            if attempt == ATTEMPTS:
+                raise FleetError(f"Serve went away {ATTEMPTS} times while the reward fleet started: {_last_line(str(error))}") from error
+            logger.warning("Serve went away while the reward fleet started (%s), starting again", type(error).__name__)
+    raise AssertionError("unreachable")
+
+
+def _deploy(config: FleetConfig, app: str, http: bool, deadline: float) -> str:
     serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
+        proxy_location=ProxyLocation.HeadOnly if http else ProxyLocation.Disabled,
         # The ingress keeps the deadlines; the proxy's is a backstop behind them.
         http_options=HTTPOptions(host=config.host, port=config.port or _free_port(), request_timeout_s=config.limits.max_timeout_s + 10),
         logging_config=QUIET,
     )
-    try:
-        serve.run_many(
-            [serve.RunTarget(target=build_app(config), name=APP_NAME, route_prefix="/")],
-            wait_for_applications_running=False,
-        )
-        _wait_running(deadline, config)
-        url = _address(config)
-        _wait_answering(url, deadline)
-    except BaseException:
-        stop_fleet()
-        raise
+    prefix = "/" if app == APP_NAME else f"/{app}"
+    serve.run_many(
+        [serve.RunTarget(target=build_app(config, http), name=app, route_prefix=prefix if http else None)],
+        wait_for_applications_running=False,
+    )
+    _wait_running(deadline, config, app, http)
+    if not http:
+        return f"serve://{app}"
+    url = _address(config) + prefix.rstrip("/")
+    _wait_answering(url, deadline)
     return url
 
 
-def drain_fleet(timeout_s: float) -> bool:
+def drain_fleet(timeout_s: float, app: str = APP_NAME) -> bool:
     """Let the ingress finish what it has accepted and take nothing new; False when some of it was still open at the end."""
-    handle = serve.get_deployment_handle(INGRESS, app_name=APP_NAME)
-    finished: list[bool] = handle.broadcast("drain", timeout_s).results(timeout_s=timeout_s + 10)
+    handle = serve.get_deployment_handle(INGRESS, app_name=app)
+    finished: list[bool] = handle.broadcast("drain", timeout_s).results(timeout_s=timeout_s + 5)
     return all(finished)
 
 
-def stop_fleet() -> None:
-    """Remove the ``rewards`` application if it is there; other Serve applications and Serve itself stay."""
-    if ray.is_initialized() and APP_NAME in serve.status().applications:
-        serve.delete(APP_NAME)
+def stop_fleet(app: str = APP_NAME) -> None:
+    """Remove the application ``app`` if it is there, and Serve with it when it was the last one."""
+    if not ray.is_initialized():
+        return
+    running = set(serve.status().applications)
+    if running <= {app}:
+        serve.shutdown()
+    elif app in running:
+        serve.delete(app)
 
 
-def _scorer_deployment(name: str, reward: RewardSettings, config: FleetConfig) -> serve.Application:
-    low, high = reward.replicas.min, reward.replicas.max
-    scale: dict[str, Any] = {"num_replicas": low}
-    if high > low:
-        bounds = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": reward.target_ongoing}
-        scale = {"autoscaling_config": {**bounds, "upscale_delay_s": 5, "downscale_delay_s": 120, "look_back_period_s": 20}}
-    deployment = serve.deployment(
-        name=name,
-        ray_actor_options={"num_cpus": reward.cpus, "num_gpus": reward.gpus, "runtime_env": _runtime_env(max(1, int(reward.cpus)))},
-        # One batch at work and the next one waiting beside it; everything else waits where any free replica can take it.
-        max_ongoing_requests=2 * reward.batch_items,
-        max_queued_requests=reward.max_queued,
-        health_check_period_s=2,
-        graceful_shutdown_timeout_s=5,  # what is cut off is repeated on another replica
-        graceful_shutdown_wait_loop_s=0.1,
-        # A scorer whose self-test fails will fail again.
-        max_constructor_retry_count=2,
-        logging_config=QUIET,
-        **scale,
-    )(ScorerReplica)
-    application: serve.Application = deployment.bind(name, reward.model_dump(mode="json"))
-    return application
-
-
-def _runtime_env(threads: int) -> dict[str, Any]:
-    """The job's runtime environment plus thread caps, as replicas are the unit of parallelism; Serve by itself would keep
-    only its working_dir."""
-    job: dict[str, Any] = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
-    return {**job, "env_vars": {**job.get("env_vars", {}), **dict.fromkeys(THREAD_VARIABLES, str(threads))}}
-
-
-def _wait_running(deadline: float, config: FleetConfig) -> None:
+def _wait_running(deadline: float, config: FleetConfig, name: str, http: bool) -> None:
     """Wait for all deployments; raise with the failing one's name and message."""
     while True:
-        app = serve.status().applications.get(APP_NAME)
+        app = serve.status().applications.get(name)
         if app is not None and app.status == "RUNNING":
             return
         if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise FleetError(f"the reward fleet failed to start: {_describe(app)}")
         if time.monotonic() > deadline:
             state = _describe(app) if app is not None else "the application was never created"
-            need = {kind: amount for kind, amount in config.needs().items() if amount}
             free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-            wants = " and ".join(f"{amount:g} Ray {kind}s ({free.get(kind, 0):g} are free now)" for kind, amount in need.items())
-            raise FleetError(
-                f"the reward fleet was not ready after {config.start_timeout_s:g} s: {state}. It needs {wants}; ask for fewer replicas or raise start_timeout_s"
-            )
+            total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            why = why_late(config.needs(http), free, total, os.getloadavg()[0], os.cpu_count() or 1)
+            raise FleetError(f"the reward fleet was not ready after {config.start_timeout_s:g} s: {state}. {why}")
         time.sleep(0.1)
+
+
+def why_late(needs: Mapping[Any, float], free: Mapping[str, float], total: Mapping[str, float], load: float, cores: int) -> str:
+    """What kept a fleet from starting in time, and what to change: too few resources, resources held by others, or a busy machine."""
+    key = "fleet.start_timeout_s (start_timeout_s in a rewards.yaml)"
+    busy = f"the load average of this machine is {load:.1f} on {cores} cores"
+    for kind, need in needs.items():
+        if need > total.get(kind, 0):
+            return f"It needs {need:g} Ray {kind}s and the cluster has {total.get(kind, 0):g}: ask for fewer replicas, or add nodes; waiting does not help"
+    for kind, need in needs.items():
+        if need > free.get(kind, 0):
+            return (
+                f"It needs {need:g} Ray {kind}s, of which {free.get(kind, 0):g} of {total.get(kind, 0):g} are free now "
+                f"(its own started replicas hold theirs), and {busy}: stop other work in this cluster, or raise {key}"
+            )
+    wants = " and ".join(f"{need:g} Ray {kind}s" for kind, need in needs.items() if need)
+    return f"The {wants} that it needs are free, so its processes are only slow to start: {busy}; raise {key}"
 
 
 def _describe(app: ApplicationStatusOverview) -> str:
@@ -159,6 +148,8 @@ def _last_line(message: str) -> str:
 
 def _wait_answering(url: str, deadline: float) -> None:
     """Wait until the proxy routes to the ingress."""
+    import httpx
+
     last = "no attempt"
     while time.monotonic() < deadline:
         try:
@@ -176,8 +167,12 @@ def _address(config: FleetConfig) -> str:
     """Where Serve's HTTP proxy really listens: Serve keeps the options of whoever started it first."""
     from ray.serve.context import _get_global_client
 
+    from services.rest.auth import KeysError, load_keys, require_keys
+
     client: Any = _get_global_client()
     options = client.http_config
+    if ray.get(client._controller.get_proxy_location.remote()) == ProxyLocation.Disabled:
+        raise FleetError("Serve already runs in this cluster without HTTP (a run's own fleet started it): serve the rewards from another cluster")
     try:
         require_keys(options.host, load_keys(config.keys_file))
     except KeysError as error:

@@ -8,6 +8,8 @@ Invariant: ``take`` twice gives what ``take`` once gives; its result is marked `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from services.contract import FrameSpec
@@ -69,3 +71,16 @@ def take(spec: FrameSpec, media: Media) -> Media:
     indices = frame_indices(spec, len(media.frames), media.fps)
     frames = media.frames if len(indices) == len(media.frames) else media.frames[indices]
     return Media(frames, media.fps, selected=True)
+
+
+def reduced(media: Sequence[Media], specs: Sequence[FrameSpec]) -> list[Media]:
+    """Only the frames that the rewards look at, where they agree on them; too short clips go out whole and fail there."""
+    if not specs or any(spec != specs[0] for spec in specs):
+        return list(media)
+    out: list[Media] = []
+    for item in media:
+        try:
+            out.append(take(specs[0], item))
+        except TooFewFrames:
+            out.append(item)
+    return out

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from services.client.base import RewardError, RewardUnavailable
 from services.client.rest import RestRewardClient
 from services.client.retry import Backoff
+from services.client.wire import Keys
 from services.contract import FrameSpec, ItemScore, ScoreFailure
 from services.media.base import Media
 from services.scorers.base import Scorer, ScorerUnfit
@@ -39,9 +40,9 @@ class HttpScorer(Scorer):
         key = None if config.api_key_env is None else os.environ.get(config.api_key_env)
         if config.api_key_env is not None and not key:
             raise RewardError(f"api_key_env names {config.api_key_env}, which is not set")
-        self._client = RestRewardClient(config.url, api_key=key, model=config.model, check_timeout_s=config.timeout_s)
+        self._client = RestRewardClient(config.url, api_key=key, check_timeout_s=config.timeout_s, keys=Keys("url", "api_key_env", "timeout_s"))
         try:
-            self._info = self._client.check()
+            self._info = self._client.check([config.model])[config.model]
         except RewardUnavailable as error:
             raise ScorerUnfit(str(error)) from error
         self.media = tuple(self._info.media)
@@ -66,7 +67,7 @@ class HttpScorer(Scorer):
     def self_test(self) -> None:
         """One blank item gets a score."""
         try:
-            found = self._client.check()
+            found = self._client.check([self._config.model])[self._config.model]
         except RewardUnavailable as error:
             raise ScorerUnfit(str(error)) from error
         if found.revision != self._info.revision:

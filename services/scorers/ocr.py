@@ -28,7 +28,7 @@ from services.contract import FrameSpec, ItemScore, ScoreFailure
 from services.media.base import Image, Media
 from services.media.frames import take
 from services.scorers.base import Scorer, ScorerUnfit
-from services.scorers.settings import OcrConfig
+from services.scorers.settings import OcrReward
 from services.scorers.text import NO_QUOTED_TEXT, SUB_SCORES, Target, quoted_target, score_clip_text, score_text
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class OcrScorer(Scorer):
     media = ("image", "video")
     sub_scores = SUB_SCORES
 
-    def __init__(self, config: OcrConfig) -> None:
+    def __init__(self, config: OcrReward) -> None:
         self._config = config
         self.reward = config.mode
         # Process-wide: OpenCV would otherwise start a thread per core in every replica.

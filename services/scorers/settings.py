@@ -62,9 +62,10 @@ class RewardSettings(DeploymentConfig):
     kind: str = Field(description="Built-in kind such as 'ocr', or 'module:Class' of a scorer of one's own.")
 
 
-class OcrConfig(StrictModel):
-    """How the OCR scorer reads a picture, and which of its sub-scores is the reward."""
+class OcrReward(RewardSettings):
+    """How much of the quoted text of the prompt can be read in the picture."""
 
+    kind: Literal["ocr"] = Field(default="ocr", description="OCR against the quoted text of the prompt.")
     mode: Literal["flow_grpo", "cosmos", "strict"] = Field(
         default="flow_grpo",
         description="Sub-score that is the reward: flow_grpo and cosmos forgive text beyond the target, strict does not. All are always computed.",
@@ -83,12 +84,6 @@ class OcrConfig(StrictModel):
     lines_per_call: int = Field(default=8, ge=1, le=256, description="Lines per engine call; bounds memory, not speed, on one thread.")
     detection_side_limit: int = Field(default=960, ge=32, le=4096, description="Longest side the detector sees; larger images are shrunk.")
     frame_stride: int = Field(default=4, ge=1, le=1024, description="Every how many-th frame of a clip is read, from the first.")
-
-
-class OcrReward(OcrConfig, RewardSettings):
-    """How much of the quoted text of the prompt can be read in the picture."""
-
-    kind: Literal["ocr"] = Field(default="ocr", description="OCR against the quoted text of the prompt.")
 
 
 class JpegReward(RewardSettings):

@@ -105,10 +105,10 @@ def _address(process: subprocess.Popen[str]) -> str:
 
 
 def test_a_served_score_of_an_image_and_a_clip(served: str) -> None:
-    client = RestRewardClient(served, model="redness")
+    client = RestRewardClient(served)
     red = np.zeros((4, 16, 16, 3), np.uint8)
     red[..., 0] = 255
-    info = client.check()
+    info = client.check(["redness"])["redness"]
     assert (info.revision, info.media) == ("redness-1;max", ["image", "video"])
     results = client.score("redness", ["", ""], [Media.image(red[0]), Media(red, fps=8)], 60)
     assert results == [ItemScore(1.0, {"redness": 1.0, "red": 1.0})] * 2

@@ -71,7 +71,7 @@ def broken_rewards() -> Iterator[str]:
 
 
 def test_reward_url_that_answers_500(start: Callable[..., Run], broken_rewards: str) -> None:
-    refuse(start("run", "--set", f"reward.url={broken_rewards}"), 1, broken_rewards, "500")
+    refuse(start("run", "--set", f"fleet.url={broken_rewards}"), 1, broken_rewards, "500")
 
 
 def test_full_disk(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def service(tmp_path: Path) -> Iterator[tuple[str, str]]:
 
 def test_a_run_over_rest_with_a_key(start: Callable[..., Run], service: tuple[str, str], tmp_path: Path) -> None:
     url, key = service
-    run = start("over-rest", *settings(f"reward.url={url}", "reward.api_key_env=REWARD_KEY"), environment={"REWARD_KEY": key})
+    run = start("over-rest", *settings(f"fleet.url={url}", "fleet.api_key_env=REWARD_KEY"), environment={"REWARD_KEY": key})
     status, out, error = run.finish()
     assert status == 0, out + error
     check_finished(run.folder, 4)
@@ -55,7 +55,7 @@ def test_a_run_over_rest_with_a_key(start: Callable[..., Run], service: tuple[st
 
 def test_a_wrong_key_is_said_before_the_run_begins(start: Callable[..., Run], service: tuple[str, str]) -> None:
     url, _ = service
-    run = start("wrong-key", *settings(f"reward.url={url}", "reward.api_key_env=REWARD_KEY"), environment={"REWARD_KEY": "wrong-key-0123456789"})
+    run = start("wrong-key", *settings(f"fleet.url={url}", "fleet.api_key_env=REWARD_KEY"), environment={"REWARD_KEY": "wrong-key-0123456789"})
     status, _, error = run.finish()
     assert status == 1
     assert "key_unknown" in error

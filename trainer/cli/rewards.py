@@ -15,7 +15,7 @@ import typer
 from trainer.run.environment import prepare
 
 if TYPE_CHECKING:
-    from services.fleet.file import FleetConfig
+    from services.config import FleetConfig
     from services.rest.schemas import MultiScoreResponse
 
 # What `ddrl serve` runs without a file; recipes/rewards.yaml is the same with comments.
@@ -27,6 +27,8 @@ DEFAULT = {
     },
     "redis_url": "embedded",
 }
+
+CONNECT_S = 3.0  # a service that takes no connection for so long is not there
 
 rewards = typer.Typer(no_args_is_help=True, help="The reward models of a rewards.yaml.")
 FleetFile = Annotated[Path | None, typer.Argument(metavar="[REWARDS.YAML]", help="the fleet [default: ocr, jpeg and scene on the CPU]", show_default=False)]
@@ -45,11 +47,12 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _fleet(file: Path | None) -> FleetConfig:
-    from services.fleet.file import FleetFileError, parse_fleet, read_fleet
+    from services.config import FleetConfigError
+    from services.fleet.file import parse_fleet, read_fleet
 
     try:
         return parse_fleet(DEFAULT) if file is None else read_fleet(file)
-    except FleetFileError as error:
+    except FleetConfigError as error:
         _fail(str(error), 2)
 
 
@@ -60,26 +63,28 @@ def serve(
     keys_file: Annotated[Path | None, typer.Option(help="file of bearer keys", show_default=False)] = None,
     redis_url: Annotated[str | None, typer.Option(help="Redis of the jobs: redis://…, or embedded", show_default=False)] = None,
 ) -> None:
-    """Serve rewards over REST on this machine. Ctrl-C finishes what was accepted, then stops."""
-    from services.fleet.file import FleetFileError
+    """Serve rewards over REST on this machine. Ctrl-C or SIGTERM finishes what was accepted, then stops with status 0."""
+    from services.config import FleetConfigError
     from services.rest.auth import KeysError
-    from trainer.cli.rewards_service import overridden, serve_fleet
+    from trainer.cli.rewards_service import Stopped, overridden, serve_fleet
     from trainer.run.errors import RunFailed
 
     config = _fleet(file)
     try:
         config = overridden(config, port=port, host=host, keys_file=keys_file.absolute() if keys_file else None, redis_url=redis_url)
         prepare(None)
-        typer.echo("starting the rewards: " + ", ".join(config.rewards))
-        drained = serve_fleet(config, lambda url: _announce(url, config), lambda: typer.echo("stopping: finishing what was accepted"))
-    except (FleetFileError, KeysError) as error:
+        serve_fleet(
+            config,
+            starting=lambda: typer.echo("starting the rewards: " + ", ".join(config.rewards)),
+            ready=lambda url: _announce(url, config),
+            stopping=lambda: typer.echo("stopping: finishing what was accepted"),
+        )
+    except (FleetConfigError, KeysError) as error:
         _fail(str(error), 2)
     except RunFailed as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("aborted", 130)
-    if not drained:
-        _fail(f"some requests were still open after {config.drain_s:g} s", 1)
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.status)
 
 
 def _announce(url: str, config: FleetConfig) -> None:
@@ -133,8 +138,9 @@ def _remote(url: str, key: str | None, reward: list[str], prompt: str, data: lis
     from contextlib import closing
 
     from services.client.rest import RestRewardClient
+    from services.client.wire import Keys
 
-    with closing(RestRewardClient(url, api_key=key)) as client:
+    with closing(RestRewardClient(url, api_key=key, connect_s=CONNECT_S, keys=Keys("--url", "--key-env", "--timeout"))) as client:
         return client.score_files(list(dict.fromkeys(reward)), [prompt] * len(data), data, timeout)
 
 

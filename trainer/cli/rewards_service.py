@@ -1,7 +1,8 @@
 """`ddrl serve`: Ray, Redis and the reward fleet of one machine, until it is told to stop.
 
 Lifecycle: checks → Ray → Redis, if asked for → fleet → wait for Ctrl-C or SIGTERM → drain → everything down, in reverse order.
-A second signal skips the draining. What libraries print goes to a log file.
+A signal before the service is ready, or a second one, ends it at once, everything down. What libraries print goes to a log file, which
+stays only where something failed.
 """
 
 from __future__ import annotations
@@ -21,22 +22,34 @@ from types import FrameType
 
 from replay.embedded import EmbeddedRedis
 from replay.errors import ReplayError
-from services.fleet.file import FleetConfig, parse_fleet
+from services.config import FleetConfig
+from services.fleet.file import parse_fleet
 from services.rest.auth import load_keys, require_keys
 from trainer.run.errors import RunFailed, describe
 from trainer.run.quiet import output_to
+from trainer.run.signals import SIGNALS, ray_starts
+
+PORT = 8000
+
+
+class Stopped(BaseException):
+    """A signal ended the service before it was ready, or a second one its draining."""
+
+    def __init__(self, number: int, doing: str) -> None:
+        super().__init__(f"{signal.Signals(number).name} while {doing}")
+        self.status = 128 + number
 
 
 class Stop:
-    """Set by the first SIGINT or SIGTERM; the second one raises KeyboardInterrupt in the main thread."""
+    """What SIGINT and SIGTERM do: while the service starts they end it; once it serves, the first begins the draining and the second ends that."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._came, self._serving = threading.Event(), False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the two signals inside the block."""
-        before = {number: signal.signal(number, self._on) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._on) for number in SIGNALS}
         try:
             yield
         finally:
@@ -44,37 +57,56 @@ class Stop:
                 signal.signal(number, handler)
 
     def _on(self, number: int, frame: FrameType | None) -> None:
-        if self._event.is_set():
-            raise KeyboardInterrupt
-        self._event.set()
+        if self._serving and not self._came.is_set():
+            self._came.set()
+            return
+        doing = "stopping" if self._came.is_set() else "starting"
+        self._came.set()
+        raise Stopped(number, doing)
 
     def wait(self) -> None:
         """Until a signal came."""
-        while not self._event.wait(3600):
+        self._serving = True
+        while not self._came.wait(3600):
             pass
 
 
 def overridden(config: FleetConfig, **settings: object) -> FleetConfig:
-    """``config`` with the settings that are not None. Raises FleetFileError."""
+    """``config`` with the settings that are not None, and a port. Raises FleetConfigError."""
     given = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items() if value is not None}
-    return parse_fleet({**config.model_dump(mode="json"), **given})
+    port = PORT if config.port is None else config.port
+    return parse_fleet({**config.model_dump(mode="json"), "port": port, **given})
 
 
-def serve_fleet(config: FleetConfig, ready: Callable[[str], None], stopping: Callable[[], None]) -> bool:
-    """Serve until a signal; ``ready`` is called with the URL, ``stopping`` when the signal came. False when something
-    was still open at the end of the draining. Raises RunFailed, FleetFileError or KeysError."""
+def serve_fleet(config: FleetConfig, starting: Callable[[], None], ready: Callable[[str], None], stopping: Callable[[], None]) -> None:
+    """Serve until a signal; ``starting`` is called once signals are heard, ``ready`` with the URL, ``stopping`` when the signal came.
+
+    Raises RunFailed (also when requests were still open at the end of the draining), Stopped, FleetConfigError or KeysError.
+    """
     require_keys(config.host, load_keys(config.keys_file))
     if config.port:
         _check_port(config.host, config.port)
     log = Path(tempfile.mkstemp(prefix="ddrl-serve-", suffix=".log")[1])
+    try:
+        _serve(config, starting, ready, stopping, log)
+    except RunFailed as error:
+        raise RunFailed(error.part, f"{str(error).partition(': ')[2]} (log: {log})") from error
+    except Stopped:
+        log.unlink()
+        raise
+    log.unlink()
+
+
+def _serve(config: FleetConfig, starting: Callable[[], None], ready: Callable[[str], None], stopping: Callable[[], None], log: Path) -> None:
     stop = Stop()
-    with ExitStack() as stack:
-        stack.enter_context(stop.listening())
+    with stop.listening(), ExitStack() as stack:
+        starting()
         with output_to(log):
             try:
                 url = _start(config, stack)
-            except RunFailed as error:
-                raise RunFailed(error.part, f"{str(error).partition(': ')[2]} (log: {log})") from error
+            except BaseException:
+                stack.pop_all().close()  # what Ray says while it ends belongs into the log too
+                raise
         ready(url)
         stop.wait()
         stopping()
@@ -83,7 +115,8 @@ def serve_fleet(config: FleetConfig, ready: Callable[[str], None], stopping: Cal
 
             drained = drain_fleet(config.drain_s)
             stack.pop_all().close()
-    return drained
+    if not drained:
+        raise RunFailed("reward fleet", f"some requests were still open after {config.drain_s:g} s")
 
 
 def _start(config: FleetConfig, stack: ExitStack) -> str:
@@ -94,10 +127,11 @@ def _start(config: FleetConfig, stack: ExitStack) -> str:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         # "local" starts a new cluster even where RAY_ADDRESS names another
-        ray.init("local", num_cpus=math.ceil(config.room()) + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        stack.callback(ray.shutdown)
+        with ray_starts():
+            ray.init("local", num_cpus=math.ceil(config.room()) + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise RunFailed("Ray", f"a local Ray cluster did not start: {describe(error)}") from error
-    stack.callback(ray.shutdown)
     gpus: float = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
     if config.needs()["GPU"] > gpus:
         raise RunFailed("reward fleet", f"the rewards need {config.needs()['GPU']:g} GPUs and this machine has {gpus:g}")

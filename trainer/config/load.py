@@ -48,7 +48,7 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
         key, separator, text = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"override '{item}' is not of the form key=value")
-        if key not in known:
+        if key not in known and not key.startswith("fleet.rewards."):
             raise _unknown(key)
         try:
             value = yaml.safe_load(text)
@@ -68,7 +68,7 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
 def _one_line(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"]]
-    while first["type"] != "extra_forbidden" and parts and ".".join(parts) not in all_keys():
+    while first["type"] != "extra_forbidden" and parts and ".".join(parts) not in all_keys() and parts[:2] != ["fleet", "rewards"]:
         parts.pop()  # places inside a value, and the validator's names of a union's branches
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":

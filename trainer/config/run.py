@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from actors.config import DataConfig, EvaluationConfig, PromptConfig, RolloutConfig
 from diffusion.config import ModelConfig, SamplerConfig
 from replay.config import RedisConfig, ReplayConfig
-from services.config import RewardConfig
+from services.config import FleetConfig, fleet_of
 from trainer.config.learner import LearnerConfig, OptimizerConfig
 from trainer.config.objective import ObjectiveConfig
 from trainer.config.strict import Strict
@@ -39,7 +39,8 @@ class RunConfig(Strict):
     objective: ObjectiveConfig = Field(default_factory=lambda: ObjectiveConfig(), description="the loss")
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="optimiser and EMA")
     learner: LearnerConfig = Field(default_factory=lambda: LearnerConfig(), description="learner group")
-    reward: RewardConfig = Field(default_factory=lambda: RewardConfig(), description="reward fleet")
+    reward: str = Field("ocr", description="name of the reward")
+    fleet: FleetConfig = Field(default_factory=lambda: FleetConfig(), description="reward fleet")
     replay: ReplayConfig = Field(default_factory=lambda: ReplayConfig(), description="replay buffer")
     redis: RedisConfig = Field(default_factory=lambda: RedisConfig(), description="Redis server of the replay buffer")
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig(), description="held-out numbers")
@@ -60,6 +61,7 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
+        fleet_of(self.fleet, [self.reward])
         rollouts = self.rollout.groups_per_step * self.rollout.group_size
         if self.uses_policy and self.uses_data and self.data_rows != rollouts:
             raise ValueError(

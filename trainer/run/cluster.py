@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from replay.buffer import BufferSettings
@@ -19,7 +20,7 @@ from replay.embedded import EmbeddedRedis, refuse_several_nodes
 from replay.errors import ReplayError
 from services.client.base import RewardError
 from services.client.connect import connect as connect_rewards
-from services.config import RewardConfig
+from services.config import fleet_of
 from trainer.config.run import RayConfig, RunConfig
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
@@ -71,33 +72,34 @@ def check_nodes(config: RunConfig) -> None:
         raise RunFailed("Redis", str(error)) from error
 
 
-def check_reward_url(config: RewardConfig) -> None:
+def fleet_app(config: RunConfig) -> str:
+    """The Serve application of the run's own fleet, so that two runs in one cluster have two fleets."""
+    return f"run-{config.name}"
+
+
+def check_reward_url(config: RunConfig) -> None:
     """Score one test picture at a given reward URL. Raises RunFailed."""
-    if config.url is None:
+    if config.fleet.url is None:
         return
     try:
-        client = connect_rewards(config)
+        client = connect_rewards(config.fleet, fleet_app(config))
         with contextlib.closing(client):
-            client.check()
+            client.check([config.reward])
     except RewardError as error:
         raise RunFailed("reward", str(error)) from error
 
 
-def start_fleet(config: RewardConfig, stack: ExitStack) -> str:
-    """URL of the reward fleet; deploys the Serve application unless a URL is given. Raises RunFailed."""
-    if config.url is not None:
-        return config.url
-    import ray
-    from ray import serve
+def start_fleet(config: RunConfig, stack: ExitStack) -> None:
+    """Deploy the run's own reward fleet, unless a URL is given. Raises RunFailed."""
+    if config.fleet.url is not None:
+        return
+    from services.fleet.start import start_fleet as start
+    from services.fleet.start import stop_fleet
 
-    from services.fleet import start as fleet
-    from services.fleet.file import one_reward
-
-    ours = not any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
-    # what stands in a cluster that was joined outlives this driver: take down all of Serve only if this run started it
-    stack.callback(_quietly, serve.shutdown if ours else fleet.stop_fleet)
+    app = fleet_app(config)
+    stack.callback(_quietly, lambda: stop_fleet(app))
     try:
-        return fleet.start_fleet(one_reward(config))
+        start(fleet_of(config.fleet, [config.reward]).located(Path.cwd()), app, http=False)
     except Exception as error:
         raise RunFailed("reward fleet", describe(error)) from error
 

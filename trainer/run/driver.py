@@ -113,7 +113,7 @@ class Driver:
             policy.transformer.tokens((policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width)))
         except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
             raise RunFailed("model", str(error)) from error
-        cluster.check_reward_url(config.reward)
+        cluster.check_reward_url(config)
         self.display.stage("Starting Redis")
         url = cluster.start_redis(config.redis, self.folder, config.replay.max_bytes if config.replay.payloads == "redis" else 0, self._stack)
         target = Target(url, config.name, cluster.buffer_settings(config), config.replay.payloads)
@@ -135,7 +135,7 @@ class Driver:
         self._stack.callback(parts.close)
         parts.create_actors()
         self.display.stage("Deploying the reward fleet")
-        cluster.start_fleet(config.reward, self._stack)
+        cluster.start_fleet(config, self._stack)
         parts.start_producers()
         parts.start_training(self.resume)
         self._training.set()

@@ -21,9 +21,11 @@ from actors.weights import Weights, WeightStore
 from diffusion.checkpoint import WEIGHTS
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from diffusion.lora import read_adapter
+from services.config import fleet_of
 from trainer.config.run import RunConfig
 from trainer.learn.loop import LoopSpec, train_loop
 from trainer.learn.settle import SettleCheckpointed
+from trainer.run.cluster import fleet_app
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
 
@@ -66,13 +68,14 @@ class Parts:
     def create_actors(self) -> None:
         """Create every actor; their constructors run while the caller goes on."""
         config = self.config
+        rewards = (config.reward, fleet_of(config.fleet, [config.reward]), fleet_app(config))
         # Methods are safe to run again (named by version, lease or step), so Ray may retry them after a restart.
         forever = {"max_restarts": -1, "max_task_retries": -1}
         self.weights = ray.remote(WeightStore).options(num_cpus=0.1, **forever).remote(str(self.folder.weights))
-        spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, config.reward, str(self.folder.path), config.seed)
+        spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, *rewards, str(self.folder.path), config.seed)
         self.evaluator = ray.remote(Evaluator).options(num_cpus=1, max_restarts=3, max_task_retries=3).remote(spec)
         if config.uses_policy:
-            rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, self.target, config.reward)
+            rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, self.target, *rewards)
             generator = ray.remote(RolloutGenerator).options(num_cpus=1, num_gpus=config.rollout.gpus, max_concurrency=4, **forever)
             self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
         if config.uses_data:

@@ -14,8 +14,9 @@ import pytest
 import uvicorn
 
 from replay.embedded import EmbeddedRedis
+from services.config import FleetConfig
 from services.fleet.assembly import assemble
-from services.fleet.file import FleetConfig, parse_fleet
+from services.fleet.file import parse_fleet
 from services.fleet.local_backend import LocalBackend
 from services.rest.metrics import FleetMetrics
 from tests.integration.services.probe_scorers import KIND

@@ -16,7 +16,8 @@ import httpx
 import numpy as np
 import pytest
 
-from services.fleet.file import FleetConfig, parse_fleet
+from services.config import FleetConfig
+from services.fleet.file import parse_fleet
 from tests.integration.services.conftest import fleet
 from tests.integration.services.probe_scorers import KIND
 

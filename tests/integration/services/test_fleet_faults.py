@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from ray import serve
 
-from services.fleet.file import FleetFileError, parse_fleet
+from services.config import FleetConfigError
+from services.fleet.file import parse_fleet
 from services.fleet.serve_app import build
 from services.fleet.start import drain_fleet, start_fleet, stop_fleet
 from services.rest.auth import KeysError
@@ -142,11 +143,11 @@ def test_health_shows_replicas_queues_and_latency(fleet_url: str) -> None:
 def test_the_deploy_builder(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(KeysError, match="a deployed fleet needs keys_file"):
         build({"rewards": {"jpeg": {"kind": "jpeg"}}})
-    with pytest.raises(FleetFileError, match="embedded"):
+    with pytest.raises(FleetConfigError, match="embedded"):
         build({"rewards": {"jpeg": {"kind": "jpeg"}}, "redis_url": "embedded"})
     file = tmp_path / "rewards.yaml"
     file.write_text("rewards: {jpeg: {kind: jpeg}}\nkeys_file: keys\n")
-    with pytest.raises(FleetFileError, match="write those into the file"):
+    with pytest.raises(FleetConfigError, match="write those into the file"):
         build({"file": str(file), "port": 1})
     (tmp_path / "keys").write_text("me score my-secret-0123456789\n")
     (tmp_path / "keys").chmod(0o600)

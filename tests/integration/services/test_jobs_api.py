@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from services.fleet.file import FleetConfig
+from services.config import FleetConfig
 from tests.integration.services.conftest import fleet, until
 
 Serve = Callable[[FleetConfig], httpx.Client]

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from websockets.sync.client import connect
 
-from services.fleet.file import FleetConfig
+from services.config import FleetConfig
 from services.page.router import HEADERS
 from tests.integration.services.conftest import fleet, until
 

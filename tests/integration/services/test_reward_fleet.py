@@ -18,10 +18,10 @@ from PIL import ImageDraw, ImageFont
 
 from services.client.base import RewardClient
 from services.client.connect import connect
+from services.client.handle import APP_NAME
 from services.client.rest import RestRewardClient
-from services.config import RewardConfig
+from services.config import FleetConfig, fleet_of
 from services.contract import ItemScore, ScoreFailure
-from services.fleet.file import one_reward
 from services.fleet.start import start_fleet, stop_fleet
 from services.media.base import Image
 
@@ -66,21 +66,21 @@ def ocr_replica() -> int:
 
 @pytest.fixture(scope="module")
 def fleet(ray_cluster: None) -> Iterator[str]:
-    url = start_fleet(one_reward(RewardConfig(replicas=1, timeout_s=60)))
+    url = start_fleet(fleet_of(FleetConfig(), ["ocr"]))
     yield url
     stop_fleet()
 
 
 @pytest.fixture(params=["handle", "rest"])
 def client(request: pytest.FixtureRequest, fleet: str) -> Iterator[RewardClient]:
-    config = RewardConfig(url=fleet if request.param == "rest" else None)
-    client = connect(config)
+    config = FleetConfig(url=fleet if request.param == "rest" else None)
+    client = connect(config, APP_NAME)
     yield client
     client.close()
 
 
 def test_scores_and_typed_failures(client: RewardClient) -> None:
-    info = client.check()
+    info = client.check(["ocr"])["ocr"]
     assert info.name == "ocr"
     assert "upscale-3-cubic" in info.revision
     prompts = [RIGHT] * 20 + [WRONG, "no quoted text", 'an empty ""']
@@ -94,7 +94,7 @@ def test_scores_and_typed_failures(client: RewardClient) -> None:
 def test_handle_and_rest_agree(fleet: str) -> None:
     images = np.stack([plate("407"), plate("13"), np.full((16, 48, 3), 90, np.uint8)])
     prompts = ['"407"', '"18"', '"5"']
-    handle, rest = connect(RewardConfig()), RestRewardClient(fleet, encoding="png")
+    handle, rest = connect(FleetConfig(), APP_NAME), RestRewardClient(fleet, encoding="png")
     assert handle.score("ocr", prompts, images, 60) == rest.score("ocr", prompts, images, 60)
     rest.close()
 
@@ -110,7 +110,7 @@ def test_a_killed_replica_costs_only_a_retry(fleet: str) -> None:
     """Plain HTTP posts (no client-side retry) and handle calls in flight all get their scores."""
     images = np.stack([plate()] * 24)
     body = npy(images)
-    handle = connect(RewardConfig())
+    handle = connect(FleetConfig(), APP_NAME)
     victim = ocr_replica()
 
     def over_http(_: int) -> list[float]:

@@ -39,8 +39,8 @@ def url(ray_cluster: None, entry: dict[str, Any]) -> Iterator[str]:
 
 
 def test_clips_score_over_rest_as_they_do_in_process(url: str, entry: dict[str, Any]) -> None:
-    client = RestRewardClient(url, model="video")
-    info = client.check()
+    client = RestRewardClient(url)
+    info = client.check(["video"])["video"]
     assert (info.media, info.reward, info.frame_spec.fps) == (["video"], "overall", 2.0)
     alone = build_scorer(parse_reward(entry))
     assert info.revision == alone.revision
@@ -55,7 +55,7 @@ def test_clips_score_over_rest_as_they_do_in_process(url: str, entry: dict[str, 
 
 
 def test_an_item_that_cannot_be_scored_leaves_its_neighbours(url: str) -> None:
-    client = RestRewardClient(url, model="video")
+    client = RestRewardClient(url)
     prompts = [PROMPTS[0], "a cat <|TA_reward|>", PROMPTS[2], PROMPTS[3]]
     results = client.score("video", prompts, [CLIPS[0], CLIPS[1], Media(CLIPS[2].frames[:1], 8.0), Media(CLIPS[3].frames[:1])], 60)
     assert isinstance(results[0], ItemScore)

@@ -20,7 +20,7 @@ from actors.sources.prompts import held_out_prompts
 from actors.weights import Weights
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
-from services.config import RewardConfig
+from services.config import FleetConfig
 from services.contract import ItemScore, ScoreFailure
 
 SETTINGS = EvaluationConfig(test_prompts=6, dev_prompts=4, loss_points=8, diversity_prompts=4, diversity_samples=3, grid_prompts=5, threads=1)
@@ -44,8 +44,8 @@ class Scorer:
 def evaluator(folder: Path, run_dir: Path, scorer: Scorer | None = None) -> Evaluator:
     model = ModelConfig(path=str(folder), init=True)
     sampler = SamplerConfig(eval_steps=2, steps=3, trained_steps=1)
-    reward = RewardConfig(url="http://127.0.0.1:9", model="mean")
-    made = Evaluator(EvaluatorSpec(model, sampler, PromptConfig(), DataConfig(), SETTINGS, reward, str(run_dir)))
+    fleet = FleetConfig(url="http://127.0.0.1:9")
+    made = Evaluator(EvaluatorSpec(model, sampler, PromptConfig(), DataConfig(), SETTINGS, "mean", fleet, "rewards", str(run_dir)))
     made.client = scorer or Scorer()  # type: ignore[assignment]
     return made
 

@@ -25,7 +25,7 @@ from diffusion.kernels import log_prob, make_kernel
 from diffusion.text.base import Conditioning
 from replay.policy import BufferSettings
 from replay.records import Lease
-from services.config import RewardConfig
+from services.config import FleetConfig
 from services.contract import ItemScore, ScoreFailure
 
 SEED = 3
@@ -34,7 +34,7 @@ ROLLOUT = RolloutConfig(group_size=3)
 TEXT = Conditioning(torch.randn(10, 64), torch.randn(64))
 SHAPE = (3, 16, 24)
 LINEAGE = 3
-NOWHERE = RewardConfig(url="http://127.0.0.1:9", model="mean")
+NOWHERE = ("mean", FleetConfig(url="http://127.0.0.1:9"), "rewards")
 
 
 # -- which steps are trained ----------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def run(
     rollout: RolloutConfig = ROLLOUT,
 ) -> int:
     model = ModelConfig(path=str(folder), init=True)
-    spec = RolloutSpec(SEED, model, sampler, rollout, prompts or PromptConfig(), ledger, NOWHERE)  # type: ignore[arg-type]
+    spec = RolloutSpec(SEED, model, sampler, rollout, prompts or PromptConfig(), ledger, *NOWHERE)  # type: ignore[arg-type]
     ledger.generator = Generator(spec, None, 0)
     ledger.generator.client = scorer  # type: ignore[assignment]
     for parameter in ledger.generator.policy.transformer.parameters():

@@ -25,7 +25,7 @@ from services.media.base import Media
 from services.scorers.base import Scorer
 from services.scorers.ocr import OcrScorer
 from services.scorers.scene import SceneScorer
-from services.scorers.settings import OcrConfig, SceneReward
+from services.scorers.settings import OcrReward, SceneReward
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
@@ -127,7 +127,7 @@ class InProcess:
 @pytest.fixture(scope="module")
 def backend() -> InProcess:
     """OCR (images of one line) and plain statistics (images and clips)."""
-    return InProcess({"ocr": OcrScorer(OcrConfig(mode="flow_grpo", reading="recognition")), "scene": SceneScorer(SceneReward())})
+    return InProcess({"ocr": OcrScorer(OcrReward(mode="flow_grpo", reading="recognition")), "scene": SceneScorer(SceneReward())})
 
 
 def encode_mp4(frames: NDArray[np.uint8], fps: int = 16, codec: str = "libx264", container: str = "mp4") -> bytes:

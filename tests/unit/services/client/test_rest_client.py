@@ -15,9 +15,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from services.client.aio import AsyncRewardClient
-from services.client.base import RewardClient, RewardUnavailable
+from services.client.base import UNAVAILABLE, RewardClient, RewardUnavailable
 from services.client.rest import RestRewardClient
-from services.client.wire import MultiScores
+from services.client.wire import Keys, MultiScores
 from services.contract import ItemScore, ScoreFailure
 from services.limits import LimitsConfig
 from services.media.base import Media
@@ -37,6 +37,7 @@ class Script:
         self.seen: list[dict[str, str]] = []
         self.times: list[float] = []
         self.calls: list[Any] = []
+        self.down: dict[str, tuple[str, str]] = {}  # rewards that fail as a whole: code and message
         self._lock = threading.Lock()
 
     def answer(self, headers: dict[str, str], call: Any) -> Response:
@@ -54,10 +55,16 @@ class Script:
         item = {"reward": 0.25, "scores": {"flow_grpo": 0.25}, "text": "7", "new_field": 1}
         count = images - 1 if step == "short" else images
         if call.options.rewards is not None:
-            rewards = {name: {"revision": "r", "preprocessing_hash": "h", "results": [item] * count} for name in call.options.rewards}
+            rewards = {name: {"revision": "r", "preprocessing_hash": "h", "results": [self._item(name, item)] * count} for name in call.options.rewards}
             totals = [{"total": 0.5, "parts": {}}] * (count - 1) + [{"error": {"code": "part_failed", "message": "m"}}]
             return JSONResponse({"request_id": "i", "rewards": rewards, **({"combined": totals} if call.options.combine else {})})
         return JSONResponse({"model": "ocr", "revision": "r", "results": [item] * count, "new_field": 1})
+
+    def _item(self, name: str, scored: dict[str, Any]) -> dict[str, Any]:
+        if name not in self.down:
+            return scored
+        code, message = self.down[name]
+        return {"error": {"code": code, "message": message, "retryable": True}}
 
 
 @pytest.fixture
@@ -101,8 +108,14 @@ class Blocking:
     def score_many(self, *args: Any, **more: Any) -> MultiScores:
         return self._runner.run(self._client.score_many(*args, **more))
 
-    def check(self) -> Any:
-        return self._runner.run(self._client.check())
+    def score_all(self, *args: Any, **more: Any) -> Any:
+        return self._runner.run(self._client.score_all(*args, **more))
+
+    def info(self, names: list[str]) -> Any:
+        return self._runner.run(self._client.info(names))
+
+    def check(self, names: list[str]) -> Any:
+        return self._runner.run(self._client.check(names))
 
     def close(self) -> None:
         self._runner.run(self._client.close())
@@ -153,7 +166,7 @@ def test_persistent_500_is_one_clear_error(make: Make, url: str, script: Script)
     assert len(script.seen) > 1
 
 
-@pytest.mark.parametrize(("status", "advice"), [(401, "api_key_env"), (404, "reward.url"), (422, "reward.url")])
+@pytest.mark.parametrize(("status", "advice"), [(401, "api_key"), (404, "Check url"), (422, "that url points")])
 def test_refusals_are_not_retried(make: Make, url: str, script: Script, status: int, advice: str) -> None:
     script.last = status
     with pytest.raises(RewardUnavailable, match=advice) as failed:
@@ -174,19 +187,19 @@ def test_unreachable(make: Make) -> None:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     client = make(f"http://127.0.0.1:{port}", check_timeout_s=1.0)
-    with pytest.raises(RewardUnavailable, match=f"127.0.0.1:{port}.*cannot be reached.*reward.url") as failed:
-        client.check()
+    with pytest.raises(RewardUnavailable, match=f"127.0.0.1:{port}.*cannot be reached.*that url names") as failed:
+        client.check(["ocr"])
     assert failed.value.status is None
 
 
 def test_check_scores_for_real(make: Make, url: str, script: Script) -> None:
-    assert make(url).check().revision == "r"
+    assert make(url).check(["ocr"])["ocr"].revision == "r"
     assert len(script.seen) == 1
-    with pytest.raises(RewardUnavailable, match="one of: ocr"):
-        make(url, model="other").check()
+    with pytest.raises(RewardUnavailable, match="It has: ocr"):
+        make(url).check(["other"])
     script.last = 500
     with pytest.raises(RewardUnavailable, match="HTTP 500"):
-        make(url, check_timeout_s=0.5).check()
+        make(url, check_timeout_s=0.5).check(["ocr"])
 
 
 def test_large_batches_are_split(make: Make, url: str, script: Script) -> None:
@@ -249,3 +262,33 @@ def test_arrays_of_any_memory_layout_arrive_as_they_are(make: Make, url: str, sc
     assert np.array_equal(np.stack(same), pixels)
     assert np.array_equal(mixed[0], pixels[0])
     assert np.array_equal(mixed[1], pixels[1, :3])
+
+
+def test_all_rewards_of_a_run_at_once(make: Make, url: str, script: Script) -> None:
+    client = make(url)
+    assert client.info(["all", "ocr"])["all"].sub_scores == ["flow_grpo"]
+    assert {name: len(results) for name, results in client.score_all(["ocr", "all"], PROMPTS, IMAGES, 30).items()} == {"ocr": 3, "all": 3}
+    assert [call.options.rewards for call in script.calls] == [["ocr", "all"]]
+    client.score_all(["ocr"], PROMPTS, IMAGES, 30)
+    assert script.calls[-1].options.model == "ocr", "the form that the smallest service understands"
+
+
+def test_a_reward_that_fails_as_a_whole_fails_alone(make: Make, url: str, script: Script) -> None:
+    script.down = {"all": ("scorer_unavailable", "all has not come up yet")}
+    found = make(url).score_all(["ocr", "all"], PROMPTS, IMAGES, 30)
+    assert [type(result) for result in found["ocr"]] == [ItemScore] * 3
+    assert [(r.code, r.retryable) for r in found["all"]] == [(UNAVAILABLE, True)] * 3
+    assert "scorer_unavailable: all has not come up yet" in found["all"][0].message
+    script.down["ocr"] = ("queue_full", "full")
+    with pytest.raises(RewardUnavailable, match="queue_full"):
+        make(url).score_all(["ocr", "all"], PROMPTS, IMAGES, 30)
+
+
+def test_nobody_there_is_said_at_once_where_that_is_asked_for(make: Make) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(RewardUnavailable, match=r"cannot be reached.*given up after [0-2] s.*that --url names"):
+        make(f"http://127.0.0.1:{port}", connect_s=0.5, keys=Keys(url="--url")).score("ocr", PROMPTS, IMAGES, 60)
+    assert time.monotonic() - started < 10

@@ -14,11 +14,10 @@ from pydantic import ValidationError
 from services.client.base import RewardError, RewardUnavailable, as_media
 from services.client.connect import connect
 from services.client.rest import RestRewardClient
-from services.config import RewardConfig
+from services.config import FleetConfig
 from services.contract import ItemScore
 from services.media.base import Media
 from services.rest.schemas import Score, ScoreError, ScoreRequest
-from services.scorers.settings import OcrConfig
 
 
 @pytest.mark.parametrize(
@@ -59,34 +58,6 @@ def test_scores_are_finite(bad: float) -> None:
         ItemScore(0.0, {"strict": bad})
 
 
-def test_defaults_fit_one_line_of_glyphs() -> None:
-    config = RewardConfig()
-    assert (config.url, config.model, config.port) == (None, "ocr", "auto")
-    assert (config.ocr.mode, config.ocr.reading, config.ocr.upscale) == ("flow_grpo", "recognition", 3)
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"modle": "ocr"}, "modle"),
-        ({"model": "videoalign"}, "set url"),
-        ({"port": 70000}, "65535"),
-        ({"port": "http"}, "auto"),
-        ({"url": "127.0.0.1:8000"}, "pattern"),
-        ({"ocr": {"reading": "detect"}}, "recognition"),
-        ({"ocr": {"mode": "recognition"}}, "flow_grpo"),
-    ],
-)
-def test_bad_settings_are_refused(settings: dict[str, object], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
-        RewardConfig.model_validate(settings)
-
-
-def test_every_setting_is_described() -> None:
-    for model in (RewardConfig, OcrConfig):
-        assert all(field.description for field in model.model_fields.values())
-
-
 def test_batches_are_checked_before_they_are_sent() -> None:
     image = np.zeros((2, 16, 48, 3), np.uint8)
     assert [m.is_video for m in as_media(["a", "b"], image)] == [False, False]
@@ -125,11 +96,11 @@ def test_unavailable_survives_a_process_boundary() -> None:
 
 
 def test_connect_picks_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = RewardConfig(url="http://127.0.0.1:1", api_key_env="REWARD_TEST_KEY")
-    with pytest.raises(RewardError, match="REWARD_TEST_KEY"):
-        connect(config)
+    config = FleetConfig(url="http://127.0.0.1:1", api_key_env="REWARD_TEST_KEY")
+    with pytest.raises(RewardError, match=r"fleet.api_key_env names REWARD_TEST_KEY"):
+        connect(config, "rewards")
     monkeypatch.setenv("REWARD_TEST_KEY", "k")
-    client = connect(config)
+    client = connect(config, "rewards")
     assert isinstance(client, RestRewardClient)
     client.close()
 

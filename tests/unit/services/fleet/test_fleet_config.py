@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.config import RewardConfig
-from services.fleet.file import FleetFileError, one_reward, parse_fleet, read_fleet
-from services.scorers.settings import OcrConfig
+from services.config import FleetConfigError
+from services.fleet.file import parse_fleet, read_fleet
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -51,9 +50,11 @@ def test_paths_start_from_the_files_folder(tmp_path: Path) -> None:
         ("rewards: {ocr: {kind: orc}}", "rewards.ocr.kind: unknown kind 'orc'"),
         ("rewards: {ocr: {kind: 'nowhere:Thing'}}", "cannot be loaded"),
         ("rewards: {ocr: {kind: 'json:JSONDecoder'}}", "is not a subclass"),
-        ("rewards: {ocr: {mode: strict}}", "needs a kind"),
-        ("rewards: {ocr: strict}", "rewards.ocr must be a mapping"),
-        ("rewards: {}", "rewards"),
+        ("rewards: {sign: {mode: strict}}", "rewards.sign.kind: a reward needs a kind"),
+        ("rewards: {ocr: strict}", "rewards.ocr: must be a mapping"),
+        ("rewards: {}", "rewards: name at least one"),
+        ("rewards: {ocr: {kind: ocr}}\nurl: http://127.0.0.1:1", "url (http://127.0.0.1:1) is for runs"),
+        ("rewards: {ocr: {kind: ocr, upscale: 99, moed: strict}}", "rewards.ocr.upscale: Input should be less than or equal to 16 (got 99) (and 1 more)"),
         ("port: 8000", "a mapping of names to settings"),
         ("- ocr", "a mapping of names to settings"),
         ("rewards: {ocr: {kind: ocr}, ocr: {kind: jpeg}}", "the key 'ocr' stands twice"),
@@ -72,7 +73,7 @@ def test_paths_start_from_the_files_folder(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(FleetFileError) as error:
+    with pytest.raises(FleetConfigError) as error:
         read_fleet(write(tmp_path, text))
     assert message in str(error.value)
     assert str(tmp_path / "rewards.yaml") in str(error.value)
@@ -80,14 +81,5 @@ def test_a_mistake_is_one_clear_line(tmp_path: Path, text: str, message: str) ->
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FleetFileError, match="cannot be read: No such file"):
+    with pytest.raises(FleetConfigError, match="cannot be read: No such file"):
         read_fleet(tmp_path / "none.yaml")
-
-
-def test_the_fleet_of_a_run_has_the_runs_settings() -> None:
-    fleet = one_reward(RewardConfig(replicas=2, timeout_s=7, max_batch_items=5, ocr=OcrConfig(upscale=4)))
-    (reward,) = fleet.rewards.values()
-    dumped = reward.model_dump()
-    assert (dumped["upscale"], dumped["batch_items"], dumped["timeout_s"], reward.replicas.max) == (4, 5, 7, 2)
-    assert dumped["mode"] == "flow_grpo", "today's recipes keep their reward"
-    assert (fleet.port, fleet.keys_file, fleet.redis_url, fleet.host) == (0, None, None, "127.0.0.1")

@@ -113,11 +113,11 @@ class TestKeys:
             assert answer.headers.get("idempotency-replayed") == replayed
 
     def test_the_client_sends_its_key(self, keyed: str) -> None:
-        with pytest.raises(RewardUnavailable, match="api_key_env") as refused:
-            RestRewardClient(keyed).check()
+        with pytest.raises(RewardUnavailable, match="see api_key") as refused:
+            RestRewardClient(keyed).check(["ocr"])
         assert refused.value.status == 401
         client = RestRewardClient(keyed, api_key=SCORE)
-        assert client.check().name == "ocr"
+        assert client.check(["ocr"])["ocr"].name == "ocr"
         client.close()
 
 

@@ -295,7 +295,7 @@ def test_the_clients_against_the_service(url: str, draw: Callable[..., Image]) -
 
     async def aio() -> Any:
         async with AsyncRewardClient(url, chunk_items=1) as client:
-            assert (await client.check()).name == "ocr"
+            assert (await client.check(["ocr"]))["ocr"].name == "ocr"
             return await client.score_many(["ocr", "scene"], ['"407"', '"1"'], media, 30, combine=Combine(weights={"ocr": 1.0}))
 
     one, other = sync.score_many(["ocr", "scene"], ['"407"', '"1"'], media, 30, combine=Combine(weights={"ocr": 1.0})), asyncio.run(aio())

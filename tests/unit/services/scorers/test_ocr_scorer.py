@@ -13,7 +13,7 @@ from services.contract import ItemScore, ScoreFailure
 from services.media.base import Image, Media
 from services.media.frames import take
 from services.scorers.ocr import ENGINE_ERROR, OcrScorer
-from services.scorers.settings import OcrConfig
+from services.scorers.settings import OcrReward
 from services.scorers.text import NO_QUOTED_TEXT
 
 Draw = Callable[..., Image]
@@ -21,7 +21,7 @@ Draw = Callable[..., Image]
 
 @pytest.fixture(scope="module")
 def scorer() -> OcrScorer:
-    return OcrScorer(OcrConfig())
+    return OcrScorer(OcrReward())
 
 
 def score(scorer: OcrScorer, prompts: list[str], images: list[Image]) -> list[ItemScore | ScoreFailure]:
@@ -79,19 +79,19 @@ def test_the_revision_names_what_changes_the_numbers(scorer: OcrScorer) -> None:
     assert parts[1].startswith("rapidocr-")
     assert parts[2] == "PP-OCRv6_rec_small"
     assert parts[3:] == ["recognition", "upscale-3-cubic", "confidence-0.5", "stride-4"]
-    assert OcrScorer(OcrConfig(mode="strict")).revision != scorer.revision
-    assert OcrScorer(OcrConfig(upscale=2)).revision != scorer.revision
+    assert OcrScorer(OcrReward(mode="strict")).revision != scorer.revision
+    assert OcrScorer(OcrReward(upscale=2)).revision != scorer.revision
     assert scorer.info().revision == scorer.revision
 
 
-@pytest.mark.parametrize("config", [OcrConfig(), OcrConfig(upscale=1), OcrConfig(reading="detection", upscale=1)])
-def test_self_test_passes(config: OcrConfig) -> None:
+@pytest.mark.parametrize("config", [OcrReward(), OcrReward(upscale=1), OcrReward(reading="detection", upscale=1)])
+def test_self_test_passes(config: OcrReward) -> None:
     OcrScorer(config).self_test()
 
 
 def test_detection_finds_two_lines(draw: Draw) -> None:
     big = np.kron(np.vstack([draw("407"), draw("862")]), np.ones((4, 4, 1), np.uint8)).astype(np.uint8)
-    assert rewards(score(OcrScorer(OcrConfig(reading="detection", upscale=1)), ['"407862"'], [big])) == [1.0]
+    assert rewards(score(OcrScorer(OcrReward(reading="detection", upscale=1)), ['"407862"'], [big])) == [1.0]
 
 
 def test_a_clip_is_read_at_every_fourth_frame(scorer: OcrScorer, draw: Draw) -> None:
@@ -119,7 +119,7 @@ def test_images_and_clips_in_one_batch(scorer: OcrScorer, draw: Draw) -> None:
 
 @pytest.mark.parametrize("mode", ["cosmos", "strict"])
 def test_the_mode_is_the_reward(mode: Literal["cosmos", "strict"], draw: Draw) -> None:
-    scorer = OcrScorer(OcrConfig(mode=mode))
+    scorer = OcrScorer(OcrReward(mode=mode))
     scorer.self_test()
     assert scorer.info().reward == mode
     (result,) = score(scorer, ['"4 0"'], [draw("407")])
@@ -129,7 +129,7 @@ def test_the_mode_is_the_reward(mode: Literal["cosmos", "strict"], draw: Draw) -
 def test_acceptance_6_rendered_targets_of_flow_grpo_are_read(shared_data: Callable[[str], Path], draw_line: Draw) -> None:
     """The first 60 targets of flow_grpo's OCR test prompts, drawn large and clean: mean reward at least 0.99."""
     prompts = shared_data("ocr/test.txt").read_text().splitlines()[:60]
-    scorer = OcrScorer(OcrConfig(reading="detection", upscale=1))
+    scorer = OcrScorer(OcrReward(reading="detection", upscale=1))
     pictures = [Media.image(draw_line(prompt.split('"')[1])) for prompt in prompts]
     each = rewards(scorer.score(prompts, pictures))
     assert float(np.mean(each)) >= 0.99, [(p.split('"')[1], r) for p, r in zip(prompts, each, strict=True) if r < 1]

@@ -98,7 +98,7 @@ def test_rows_of_the_data_term_without_rollouts_are_free() -> None:
         ("objectve", "objective"),
         ("objective.dataweight", "objective.data_weight"),
         ("sampler.noise-level", "sampler.noise_level"),
-        ("reward.ocr.upscal", "reward.ocr.upscale"),
+        ("fleet.limits.max_itmes", "fleet.limits.max_items"),
         ("replay.max_stalenes", "replay.max_staleness"),
     ],
 )
@@ -135,13 +135,15 @@ def test_a_dropped_letter_is_forgiven(key: str, place: int) -> None:
 
 def test_overrides_are_yaml_and_go_deep() -> None:
     tree = {"sampler": {"steps": 5, "trained_steps": 2}, "name": "a"}
-    result = apply_overrides(tree, ["sampler.steps=8", "sampler.trained_steps=[0, 3]", "optimizer.lr=1e-3", "data.batch_size=null", "reward.ocr.upscale=4"])
+    result = apply_overrides(
+        tree, ["sampler.steps=8", "sampler.trained_steps=[0, 3]", "optimizer.lr=1e-3", "data.batch_size=null", "fleet.rewards.ocr.upscale=4"]
+    )
     assert result == {
         "sampler": {"steps": 8, "trained_steps": [0, 3]},
         "name": "a",
         "optimizer": {"lr": "1e-3"},
         "data": {"batch_size": None},
-        "reward": {"ocr": {"upscale": 4}},
+        "fleet": {"rewards": {"ocr": {"upscale": 4}}},
     }
     assert tree == {"sampler": {"steps": 5, "trained_steps": 2}, "name": "a"}
     config = parse_config(result)
@@ -237,8 +239,9 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"prompts": {"kind": "file"}}, "prompts: prompts.kind=file needs prompts.path"),
     ({"data": {"kind": "folder"}}, "data: data.kind=folder needs data.path"),
     ({"rollout": {"group_size": 1}}, "rollout.group_size: "),
-    ({"reward": {"model": "hps"}}, "reward: model 'hps' is not one this fleet can start"),
-    ({"reward": {"url": "ftp://x"}}, "reward.url: "),
+    ({"reward": "hps"}, "unknown reward 'hps'"),
+    ({"fleet": {"url": "ftp://x"}}, "fleet.url: "),
+    ({"fleet": {"rewards": {"ocr": {"kind": "ocr", "mode": "loud"}}}}, "fleet.rewards.ocr.mode: "),
     ({"optimizer": {"ema": 1.0}}, "optimizer.ema: "),
     ({"optimizer": {"lr": "fast"}}, "optimizer.lr: "),
     ({"learner": {"ranks": 0}}, "learner.ranks: "),
@@ -254,7 +257,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(tree: dict[str, Any],
     assert message in refused(tree)
 
 
-@pytest.mark.parametrize("key", ["sampler.trained_steps", "reward.port", "optimizer.betas", "optimizer.lr", "data.batch_size", "redis.url"])
+@pytest.mark.parametrize("key", ["sampler.trained_steps", "fleet.port", "optimizer.betas", "optimizer.lr", "data.batch_size", "redis.url"])
 def test_a_refusal_starts_with_the_key_as_it_is_written_in_a_recipe(key: str) -> None:
     """Nobody can look up `sampler.trained_steps.int`, a name of the validator's own."""
     assert refused(nested(key, {"no": "value"})).split(":")[0] == key
