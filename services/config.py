@@ -88,7 +88,8 @@ class FleetConfig(StrictModel):
     """A reward fleet."""
 
     rewards: dict[str, Annotated[SerializeAsAny[RewardSettings], BeforeValidator(_entry)]] = Field(
-        default_factory=dict, description="Rewards by the name they are asked for: {kind: …} and the settings of that kind."
+        default_factory=dict,
+        description="Rewards by the name they are asked for: {kind: …} and the settings of that kind; kind may be left out where it is the name.",
     )
     url: str | None = Field(
         default=None,
@@ -114,6 +115,14 @@ class FleetConfig(StrictModel):
     decoder: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$", description="'module:callable' from latents to frames; null: latents are refused.")
     start_timeout_s: float = Field(default=120.0, gt=0, le=86_400, description="How long the fleet may take until every reward is ready.")
     drain_s: float = Field(default=20.0, ge=0, le=3600, description="How long a stopping service finishes what it has accepted.")
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _kinds(cls, rewards: Any) -> Any:
+        """An entry called like a kind is of that kind unless it says otherwise."""
+        if not isinstance(rewards, dict):
+            return rewards
+        return {name: {"kind": name, **entry} if name in BUILT_IN and isinstance(entry, dict) else entry for name, entry in rewards.items()}
 
     @field_validator("rewards")
     @classmethod

@@ -52,7 +52,7 @@ class AsyncRewardClient:
 
     async def score(self, model: str, prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None) -> list[ItemScore | ScoreFailure]:
         """See ``RewardClient.score``."""
-        return (await self._run(self._session.scores([model], prompts, media, fps), timeout_s)).results[model]
+        return await self._run(self._session.one(model, prompts, media, fps), timeout_s)
 
     async def score_all(
         self, names: Sequence[str], prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None
@@ -64,7 +64,7 @@ class AsyncRewardClient:
         self, rewards: Sequence[str], prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None, combine: Combine | None = None
     ) -> MultiScores:
         """Score with several rewards at once; ``combine`` adds one total per item."""
-        return await self._run(self._session.scores(rewards, prompts, media, fps, combine), timeout_s)
+        return await self._run(self._session.many(rewards, prompts, media, fps, combine), timeout_s)
 
     async def models(self, timeout_s: float) -> dict[str, ModelInfo]:
         """What the service offers, by name. Raises ``RewardUnavailable``."""

@@ -132,7 +132,7 @@ class HandleRewardClient:
                 if i not in answers and call.reward not in failed:
                     try:
                         sent[i] = getattr(self._handle(call.reward), call.method).remote(*call.arguments)
-                    except RayServeException as error:
+                    except (RayServeException, KeyError) as error:  # no such application, no such deployment of it
                         failed[call.reward] = RewardUnavailable(self._where(call.reward), str(error), "Start the fleet first.")
             for i, response in sent.items():
                 reward = calls[i].reward

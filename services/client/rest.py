@@ -47,7 +47,7 @@ class RestRewardClient:
 
     def score(self, model: str, prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None) -> list[ItemScore | ScoreFailure]:
         """See ``RewardClient.score``. Large batches go out as several requests under the one deadline."""
-        return self._run(self._session.scores([model], prompts, media, fps), timeout_s).results[model]
+        return self._run(self._session.one(model, prompts, media, fps), timeout_s)
 
     def score_all(
         self, names: Sequence[str], prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None
@@ -59,7 +59,7 @@ class RestRewardClient:
         self, rewards: Sequence[str], prompts: Sequence[str], media: Batch, timeout_s: float, fps: float | None = None, combine: Combine | None = None
     ) -> MultiScores:
         """Score with several rewards at once; ``combine`` adds one total per item."""
-        return self._run(self._session.scores(rewards, prompts, media, fps, combine), timeout_s)
+        return self._run(self._session.many(rewards, prompts, media, fps, combine), timeout_s)
 
     def score_files(self, rewards: Sequence[str], prompts: Sequence[str], files: Sequence[tuple[str, bytes]], timeout_s: float) -> MultiScoreResponse:
         """Score files, (name, bytes) each, as they are; one prompt per file. Raises ``RewardUnavailable``."""

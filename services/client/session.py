@@ -19,7 +19,7 @@ from services.client.wire import Keys, MultiScores, Part, Settings
 from services.contract import ItemScore, ModelInfo, ScoreFailure
 from services.media.base import Media
 from services.media.frames import reduced
-from services.rest.schemas import Combine, MultiScoreResponse
+from services.rest.schemas import Combine, MultiScoreResponse, ScoreOptions
 
 T = TypeVar("T")
 # Codes by which the service says that a reward failed as a whole, whatever the item.
@@ -60,18 +60,23 @@ class Session:
         """See ``RewardClient.check``."""
         infos = yield from self.info(names)
         for name, info in infos.items():
-            (result,) = (yield from self.scores([name], *probe(info))).results[name]
+            (result,) = yield from self.one(name, *probe(info))
             if isinstance(result, ScoreFailure):
                 raise wire.unavailable(self.url, f"the test item of {name} failed ({result.code}): {result.message}", 200, self.keys)
         return infos
 
-    def scores(
+    def one(self, name: str, prompts: Sequence[str], media: Batch, fps: float | None = None) -> Steps[list[ItemScore | ScoreFailure]]:
+        """One reward, in the form that the smallest service understands (field ``model``)."""
+        items = yield from self._reduced([name], as_media(prompts, media, fps))
+        parts = wire.parts(ScoreOptions(model=name), prompts, items, self.settings)
+        answers = yield [Ask("POST", "/v1/score", part) for part in parts]
+        return [r for part, answer in zip(parts, answers, strict=True) for r in wire.read_scores(self.url, answer, part.count, self.keys)]
+
+    def many(
         self, rewards: Sequence[str], prompts: Sequence[str], media: Batch, fps: float | None = None, combine: Combine | None = None
     ) -> Steps[MultiScores]:
         """Several rewards at once, and with ``combine`` one total per item."""
-        items = as_media(prompts, media, fps)
-        if any(item.is_video and not item.selected for item in items):
-            items = yield from self._reduced(rewards, items)
+        items = yield from self._reduced(rewards, as_media(prompts, media, fps))
         parts = wire.parts(wire.options_for(rewards, combine), prompts, items, self.settings)
         answers = yield [Ask("POST", "/v1/score", part) for part in parts]
         read = [wire.read_multi(self.url, answer, part.count, self.keys) for part, answer in zip(parts, answers, strict=True)]
@@ -79,8 +84,14 @@ class Session:
 
     def all(self, names: Sequence[str], prompts: Sequence[str], media: Batch, fps: float | None = None) -> Steps[dict[str, list[ItemScore | ScoreFailure]]]:
         """See ``RewardClient.score_all``."""
-        found = yield from self.scores(names, prompts, media, fps)
-        return {name: [_whole(name, result) for result in found.results[name]] for name in names}
+        if len(names) == 1:
+            return {names[0]: (yield from self.one(names[0], prompts, media, fps))}
+        found = yield from self.many(names, prompts, media, fps)
+        results = {name: [_whole(name, result) for result in found.results[name]] for name in names}
+        if prompts and all(isinstance(r, ScoreFailure) and r.code == UNAVAILABLE for each in results.values() for r in each):
+            first = next(r for each in results.values() for r in each if isinstance(r, ScoreFailure))
+            raise wire.unavailable(self.url, first.message, 503, self.keys)
+        return results
 
     def files(self, rewards: Sequence[str], prompts: Sequence[str], files: Sequence[tuple[str, bytes]]) -> Steps[MultiScoreResponse]:
         """Files, (name, bytes) each, as they are; one prompt per file."""
@@ -88,6 +99,9 @@ class Session:
         return wire.read_answer(self.url, answer, self.keys)
 
     def _reduced(self, rewards: Sequence[str], items: list[Media]) -> Steps[list[Media]]:
+        """Of clips only the frames that the rewards look at, where they agree on them."""
+        if not any(item.is_video and not item.selected for item in items):
+            return items
         if any(name not in self._models for name in rewards):
             yield from self.models()
         return reduced(items, [wire.named(self.url, self._models, name).frame_spec for name in rewards])

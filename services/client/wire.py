@@ -28,7 +28,7 @@ from services.client.base import RewardUnavailable
 from services.client.retry import Backoff, retry_after_seconds
 from services.contract import ItemScore, ModelInfo, ScoreFailure
 from services.media.base import Media
-from services.rest.schemas import Combine, ModelList, MultiScoreResponse, Problem, Score, ScoreOptions, TensorItem, TensorRequest
+from services.rest.schemas import Combine, ModelList, MultiScoreResponse, Problem, Score, ScoreOptions, ScoreResponse, TensorItem, TensorRequest
 
 Upload = tuple[str, tuple[str, bytes, str]]
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -190,6 +190,11 @@ class Exchange:
         if wait is None:
             raise unavailable(self._where, f"{what}, {self._backoff.attempts} attempts in {self._timeout_s:g} s", status, self._keys)
         return wait
+
+
+def read_scores(where: str, answer: httpx.Response, count: int, keys: Keys) -> list[ItemScore | ScoreFailure]:
+    """Results of a request for one model. Raises ``RewardUnavailable`` for another form or count."""
+    return _results(where, _parsed(where, answer, ScoreResponse, keys).results, count, answer, keys)
 
 
 def read_multi(where: str, answer: httpx.Response, count: int, keys: Keys) -> MultiScores:

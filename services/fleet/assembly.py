@@ -30,7 +30,7 @@ class Assembled:
     jobs: Jobs
 
 
-def assemble(config: FleetConfig, backend: ScoreBackend, metrics: FleetMetrics) -> Assembled:
+def assemble(config: FleetConfig, backend: ScoreBackend, metrics: FleetMetrics, behind_serve: bool = False) -> Assembled:
     """The app of ``config`` over ``backend``. Raises ``KeysError``, or ``ValueError`` for a decoder that is not there."""
     keyring: Keyring | None = load_keys(config.keys_file)
     limits, url = config.limits, config.redis_url
@@ -46,6 +46,7 @@ def assemble(config: FleetConfig, backend: ScoreBackend, metrics: FleetMetrics) 
         decoder=decoder,
         routers=[cosmos_router(jobs, {name: reward.kind for name, reward in config.rewards.items()}), jobs_router(jobs), page_router(jobs)],
         hosts=config.hosts,
+        behind_serve=behind_serve,
     )
     app.user_middleware.append(Middleware(DrainGate, drain=drain))  # innermost: inside the guard
     return Assembled(app, drain, jobs)

@@ -24,7 +24,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Serve hands the HTTP requests to."""
         metrics = FleetMetrics()
-        self._rest = assemble(self._config, ServeBackend(self._config, metrics, serve.get_replica_context().app_name), metrics)
+        self._rest = assemble(self._config, ServeBackend(self._config, metrics, serve.get_replica_context().app_name), metrics, behind_serve=True)
         return self._rest.app
 
     async def drain(self, timeout_s: float) -> bool:

@@ -95,12 +95,11 @@ def stop_fleet(app: str = APP_NAME) -> None:
     """Remove the application ``app`` if it is there, and Serve with it when it was the last one."""
     if not ray.is_initialized():
         return
-    running = serve.status().applications
-    if app in running:
-        serve.delete(app)
-        running = serve.status().applications
-    if not running:
+    running = set(serve.status().applications)
+    if running <= {app}:
         serve.shutdown()
+    elif app in running:
+        serve.delete(app)
 
 
 def _wait_running(deadline: float, config: FleetConfig, name: str, http: bool) -> None:
@@ -172,7 +171,7 @@ def _address(config: FleetConfig) -> str:
 
     client: Any = _get_global_client()
     options = client.http_config
-    if options.location in (None, ProxyLocation.Disabled, "NoServer"):
+    if ray.get(client._controller.get_proxy_location.remote()) == ProxyLocation.Disabled:
         raise FleetError("Serve already runs in this cluster without HTTP (a run's own fleet started it): serve the rewards from another cluster")
     try:
         require_keys(options.host, load_keys(config.keys_file))

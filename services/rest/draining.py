@@ -11,6 +11,7 @@ import asyncio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.errors import ProblemError
+from services.rest.guard import route_path
 
 ALWAYS = ("/healthz", "/metrics")
 
@@ -62,7 +63,7 @@ class DrainGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] != "http" or scope["path"] in ALWAYS:
+        if scope["type"] != "http" or route_path(scope) in ALWAYS:
             await self._app(scope, receive, send)
             return
         if self._drain.closed:

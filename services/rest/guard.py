@@ -19,13 +19,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.errors import ProblemError
 from services.limits import LimitsConfig
+from services.rest import docs
 from services.rest.auth import Key, Keyring, is_loopback
 from services.rest.metrics import FleetMetrics
 from services.rest.problems import problem_response
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json", *docs.PATHS})
 ADMIN_PATHS = frozenset({"/metrics"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CHALLENGE = 'Bearer realm="ddrl rewards"'
@@ -98,10 +99,10 @@ def check_headers(headers: Headers, limits: LimitsConfig) -> int:
 
 
 class Guard:
-    """The outermost ASGI layer of the ingress."""
+    """The outermost ASGI layer of the ingress. ``behind_serve``: Serve's proxy puts the request's id into the answer by itself."""
 
-    def __init__(self, app: ASGIApp, access: Access, limits: LimitsConfig, metrics: FleetMetrics) -> None:
-        self._app, self._access, self._limits, self._metrics = app, access, limits, metrics
+    def __init__(self, app: ASGIApp, access: Access, limits: LimitsConfig, metrics: FleetMetrics, behind_serve: bool = False) -> None:
+        self._app, self._access, self._limits, self._metrics, self._behind_serve = app, access, limits, metrics, behind_serve
         self._inflight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,7 +123,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 out = MutableHeaders(scope=message)
-                out["X-Request-ID"] = request_id
+                if not self._behind_serve:
+                    out["X-Request-ID"] = request_id
                 out["X-Content-Type-Options"] = "nosniff"
                 out.setdefault("Cache-Control", "no-store")
             await send(message)
@@ -142,7 +144,7 @@ class Guard:
 
     async def _admitted(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         size = check_headers(headers, self._limits)
-        scope["state"]["key"] = self._access.admit(scope["path"], headers)
+        scope["state"]["key"] = self._access.admit(route_path(scope), headers)
         if self._inflight + size > self._limits.max_inflight_bytes:
             raise ProblemError(503, "overloaded", "too many bytes are being worked on; try again", retry_after_s=1)
         self._inflight += size
@@ -150,6 +152,12 @@ class Guard:
             await self._app(scope, _counted(receive, size, self._limits), send)
         finally:
             self._inflight -= size
+
+
+def route_path(scope: Scope) -> str:
+    """The path inside the app: without the route prefix under which Serve runs it."""
+    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def _counted(receive: Receive, announced: int, limits: LimitsConfig) -> Receive:

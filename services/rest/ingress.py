@@ -21,7 +21,7 @@ from services.backend import ScoreBackend
 from services.contract import ModelInfo
 from services.errors import ProblemError
 from services.limits import LimitsConfig
-from services.rest import problems
+from services.rest import docs, problems
 from services.rest.auth import Key, Keyring
 from services.rest.guard import Access, Guard
 from services.rest.idempotency import Answer, IdempotencyStore, Kept, MemoryIdempotency, once
@@ -80,20 +80,23 @@ def make_app(
     routers: Sequence[APIRouter] = (),
     open_paths: Collection[str] = (),
     hosts: Collection[str] = (),
+    behind_serve: bool = False,
 ) -> FastAPI:
     """The REST app over ``backend``.
 
     ``keyring``: keys that may call; None serves this machine only (see ``guard.Access``). ``routers`` are added as they
     are; they need a key like every path outside ``open_paths``. ``hosts``: further names of this service for callers
-    without keys.
+    without keys. ``behind_serve``: see ``guard.Guard``.
     """
     metrics = metrics or FleetMetrics()
-    app = FastAPI(title="ddrl reward fleet", version="1", description="Scores generated images and clips. A failure is a typed error per item, never a number.")
+    about = "Scores generated images and clips. A failure is a typed error per item, never a number."
+    app = FastAPI(title="ddrl reward fleet", version="1", description=about, docs_url=None, redoc_url=None)
     store = idempotency or MemoryIdempotency(limits.idempotency_ttl_s, limits.idempotency_bytes)
     app.state.services = Services(backend, Scoring(backend, limits, metrics, decoder), limits, metrics, store)
     problems.install(app)
-    app.add_middleware(Guard, access=Access(keyring, open_paths, hosts), limits=limits, metrics=metrics)
+    app.add_middleware(Guard, access=Access(keyring, open_paths, hosts), limits=limits, metrics=metrics, behind_serve=behind_serve)
     app.include_router(router)
+    app.include_router(docs.router)
     for extra in routers:
         app.include_router(extra)
     install_openapi(app, keyed=keyring is not None)

@@ -73,8 +73,12 @@ def serve(
     try:
         config = overridden(config, port=port, host=host, keys_file=keys_file.absolute() if keys_file else None, redis_url=redis_url)
         prepare(None)
-        typer.echo("starting the rewards: " + ", ".join(config.rewards))
-        serve_fleet(config, lambda url: _announce(url, config), lambda: typer.echo("stopping: finishing what was accepted"))
+        serve_fleet(
+            config,
+            starting=lambda: typer.echo("starting the rewards: " + ", ".join(config.rewards)),
+            ready=lambda url: _announce(url, config),
+            stopping=lambda: typer.echo("stopping: finishing what was accepted"),
+        )
     except (FleetConfigError, KeysError) as error:
         _fail(str(error), 2)
     except RunFailed as error:

@@ -78,8 +78,8 @@ def overridden(config: FleetConfig, **settings: object) -> FleetConfig:
     return parse_fleet({**config.model_dump(mode="json"), "port": port, **given})
 
 
-def serve_fleet(config: FleetConfig, ready: Callable[[str], None], stopping: Callable[[], None]) -> None:
-    """Serve until a signal; ``ready`` is called with the URL, ``stopping`` when the signal came.
+def serve_fleet(config: FleetConfig, starting: Callable[[], None], ready: Callable[[str], None], stopping: Callable[[], None]) -> None:
+    """Serve until a signal; ``starting`` is called once signals are heard, ``ready`` with the URL, ``stopping`` when the signal came.
 
     Raises RunFailed (also when requests were still open at the end of the draining), Stopped, FleetConfigError or KeysError.
     """
@@ -88,7 +88,7 @@ def serve_fleet(config: FleetConfig, ready: Callable[[str], None], stopping: Cal
         _check_port(config.host, config.port)
     log = Path(tempfile.mkstemp(prefix="ddrl-serve-", suffix=".log")[1])
     try:
-        _serve(config, ready, stopping, log)
+        _serve(config, starting, ready, stopping, log)
     except RunFailed as error:
         raise RunFailed(error.part, f"{str(error).partition(': ')[2]} (log: {log})") from error
     except Stopped:
@@ -97,9 +97,10 @@ def serve_fleet(config: FleetConfig, ready: Callable[[str], None], stopping: Cal
     log.unlink()
 
 
-def _serve(config: FleetConfig, ready: Callable[[str], None], stopping: Callable[[], None], log: Path) -> None:
+def _serve(config: FleetConfig, starting: Callable[[], None], ready: Callable[[str], None], stopping: Callable[[], None], log: Path) -> None:
     stop = Stop()
     with stop.listening(), ExitStack() as stack:
+        starting()
         with output_to(log):
             try:
                 url = _start(config, stack)

@@ -64,6 +64,7 @@ def test_a_run_gets_exactly_the_rewards_it_names() -> None:
 def test_defaults_fit_one_line_of_glyphs() -> None:
     ocr = fleet_of(FleetConfig(), ["ocr"]).rewards["ocr"]
     assert isinstance(ocr, OcrReward)
+    assert FleetConfig.model_validate({"rewards": {"ocr": {"upscale": 3}}}).rewards["ocr"] == ocr, "a reward called like a kind is of that kind"
     assert (ocr.mode, ocr.reading, ocr.upscale) == ("flow_grpo", "recognition", 3)
 
 

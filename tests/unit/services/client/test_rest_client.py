@@ -15,9 +15,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from services.client.aio import AsyncRewardClient
-from services.client.base import RewardClient, RewardUnavailable
+from services.client.base import UNAVAILABLE, RewardClient, RewardUnavailable
 from services.client.rest import RestRewardClient
-from services.client.wire import MultiScores
+from services.client.wire import Keys, MultiScores
 from services.contract import ItemScore, ScoreFailure
 from services.limits import LimitsConfig
 from services.media.base import Media
@@ -37,6 +37,7 @@ class Script:
         self.seen: list[dict[str, str]] = []
         self.times: list[float] = []
         self.calls: list[Any] = []
+        self.down: dict[str, tuple[str, str]] = {}  # rewards that fail as a whole: code and message
         self._lock = threading.Lock()
 
     def answer(self, headers: dict[str, str], call: Any) -> Response:
@@ -54,10 +55,16 @@ class Script:
         item = {"reward": 0.25, "scores": {"flow_grpo": 0.25}, "text": "7", "new_field": 1}
         count = images - 1 if step == "short" else images
         if call.options.rewards is not None:
-            rewards = {name: {"revision": "r", "preprocessing_hash": "h", "results": [item] * count} for name in call.options.rewards}
+            rewards = {name: {"revision": "r", "preprocessing_hash": "h", "results": [self._item(name, item)] * count} for name in call.options.rewards}
             totals = [{"total": 0.5, "parts": {}}] * (count - 1) + [{"error": {"code": "part_failed", "message": "m"}}]
             return JSONResponse({"request_id": "i", "rewards": rewards, **({"combined": totals} if call.options.combine else {})})
         return JSONResponse({"model": "ocr", "revision": "r", "results": [item] * count, "new_field": 1})
+
+    def _item(self, name: str, scored: dict[str, Any]) -> dict[str, Any]:
+        if name not in self.down:
+            return scored
+        code, message = self.down[name]
+        return {"error": {"code": code, "message": message, "retryable": True}}
 
 
 @pytest.fixture
@@ -255,3 +262,33 @@ def test_arrays_of_any_memory_layout_arrive_as_they_are(make: Make, url: str, sc
     assert np.array_equal(np.stack(same), pixels)
     assert np.array_equal(mixed[0], pixels[0])
     assert np.array_equal(mixed[1], pixels[1, :3])
+
+
+def test_all_rewards_of_a_run_at_once(make: Make, url: str, script: Script) -> None:
+    client = make(url)
+    assert client.info(["all", "ocr"])["all"].sub_scores == ["flow_grpo"]
+    assert {name: len(results) for name, results in client.score_all(["ocr", "all"], PROMPTS, IMAGES, 30).items()} == {"ocr": 3, "all": 3}
+    assert [call.options.rewards for call in script.calls] == [["ocr", "all"]]
+    client.score_all(["ocr"], PROMPTS, IMAGES, 30)
+    assert script.calls[-1].options.model == "ocr", "the form that the smallest service understands"
+
+
+def test_a_reward_that_fails_as_a_whole_fails_alone(make: Make, url: str, script: Script) -> None:
+    script.down = {"all": ("scorer_unavailable", "all has not come up yet")}
+    found = make(url).score_all(["ocr", "all"], PROMPTS, IMAGES, 30)
+    assert [type(result) for result in found["ocr"]] == [ItemScore] * 3
+    assert [(r.code, r.retryable) for r in found["all"]] == [(UNAVAILABLE, True)] * 3
+    assert "scorer_unavailable: all has not come up yet" in found["all"][0].message
+    script.down["ocr"] = ("queue_full", "full")
+    with pytest.raises(RewardUnavailable, match="queue_full"):
+        make(url).score_all(["ocr", "all"], PROMPTS, IMAGES, 30)
+
+
+def test_nobody_there_is_said_at_once_where_that_is_asked_for(make: Make) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(RewardUnavailable, match=r"cannot be reached.*given up after [0-2] s.*that --url names"):
+        make(f"http://127.0.0.1:{port}", connect_s=0.5, keys=Keys(url="--url")).score("ocr", PROMPTS, IMAGES, 60)
+    assert time.monotonic() - started < 10

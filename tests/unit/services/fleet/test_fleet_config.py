@@ -50,7 +50,7 @@ def test_paths_start_from_the_files_folder(tmp_path: Path) -> None:
         ("rewards: {ocr: {kind: orc}}", "rewards.ocr.kind: unknown kind 'orc'"),
         ("rewards: {ocr: {kind: 'nowhere:Thing'}}", "cannot be loaded"),
         ("rewards: {ocr: {kind: 'json:JSONDecoder'}}", "is not a subclass"),
-        ("rewards: {ocr: {mode: strict}}", "needs a kind"),
+        ("rewards: {sign: {mode: strict}}", "rewards.sign.kind: a reward needs a kind"),
         ("rewards: {ocr: strict}", "rewards.ocr: must be a mapping"),
         ("rewards: {}", "rewards: name at least one"),
         ("rewards: {ocr: {kind: ocr}}\nurl: http://127.0.0.1:1", "url (http://127.0.0.1:1) is for runs"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -154,7 +155,13 @@ def test_descriptions(url: str) -> None:
     assert httpx.get(f"{url}/v1/models/ocr").json() == ocr
     problem(httpx.get(f"{url}/v1/models/other"), 404, "model_not_found")
     problem(httpx.get(f"{url}/v1/models/%20"), 422, "invalid_request")
-    assert httpx.get(f"{url}/docs").status_code == 200
+    page = httpx.get(f"{url}/docs")
+    assert page.status_code == 200
+    addresses = re.findall(r"""(?:src|href)=["']([^"']+)|url: '([^']+)""", page.text)
+    assert sorted(a or b for a, b in addresses) == ["docs/favicon.png", "docs/swagger-ui-bundle.js", "docs/swagger-ui.css", "openapi.json"]
+    assert "//" not in re.sub(r"<!--.*?-->", "", page.text, flags=re.DOTALL), "nothing comes from elsewhere"
+    kinds = [httpx.get(f"{url}/{a or b}").headers["content-type"].partition(";")[0] for a, b in addresses]
+    assert sorted(kinds) == ["application/json", "image/png", "text/css", "text/javascript"]
     document = httpx.get(f"{url}/openapi.json").json()
     schemas = document["components"]["schemas"]
     assert {"ScoreRequest", "ScoreItem", "ScoreResponse", "MultiScoreResponse", "TensorRequest", "Combine", "Problem"} <= schemas.keys()

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def test_score_in_this_process_as_a_table_and_as_json() -> None:
     assert status == 0
     assert list(answer["rewards"]) == ["jpeg", "scene"]
     assert len(answer["rewards"]["jpeg"]["results"]) == 2
+
+
+def test_a_service_that_is_not_there_is_said_within_seconds() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and not listening
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        started = time.monotonic()
+        status, _, error = ddrl("score", str(SIGN), "--reward", "jpeg", "--url", url)
+    assert status == 1
+    assert time.monotonic() - started < 30  # of 60 s that an answer may take
+    assert f"reward service {url}: cannot be reached" in error
+    assert "--url names its host and port" in error
+    assert "reward.url" not in error
 
 
 def test_an_item_without_a_score_is_status_1(tmp_path: Path) -> None:
