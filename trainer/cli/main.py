@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -17,11 +18,23 @@ from trainer.config.load import load_config
 from trainer.config.render import render_config
 from trainer.run.environment import prepare
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models."
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models.")
 
 app.add_typer(replay, name="replay")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ddrl {version('ddrl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and leave")] = False,
+) -> None:
+    """Data-regularized reinforcement learning of diffusion models."""
+
 
 Recipe = Annotated[Path, typer.Argument(help="recipe, a YAML file", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)]
@@ -110,12 +123,13 @@ def export(
     run: Annotated[Path, typer.Argument(help="run folder", show_default=False)],
     out: Annotated[Path, typer.Argument(help="folder to write, in diffusers' layout", show_default=False)],
     ema: Annotated[bool, typer.Option(help="the moving average instead of the raw weights")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what the folder holds")] = False,
 ) -> None:
     """Copy the newest exported policy of a run, with the run's recipe and curve beside it."""
     from trainer.cli.export import ExportError, export_run
 
     try:
-        typer.echo(f"policy: {export_run(run, out, ema)}")
+        typer.echo(f"policy: {export_run(run, out, ema, overwrite)}")
     except ExportError as error:
         _fail(str(error), 2)
 

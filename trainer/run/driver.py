@@ -77,7 +77,7 @@ class Driver:
         started = time.monotonic()
         with self._signals(), self._stack:
             self._stack.callback(self._report)
-            self._sinks: list[Scalars | Wandb] = [self._stack.enter_context(Scalars(self.folder.path / "tensorboard"))]
+            self._sinks: list[Scalars | Wandb] = [self._stack.enter_context(Scalars(self.folder.path / "tensorboard", samples=self.folder.path / "samples"))]
             if self.config.wandb_project is not None:
                 wandb = Wandb(self.config.wandb_project, self.config.name, self.config.model_dump(mode="json", exclude={"redis"}), self.folder.path)
                 self._sinks.append(self._stack.enter_context(wandb))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,8 @@ def test_a_mistake_is_one_line_and_status_two(arguments: list[str], message: str
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_version_and_completion() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"ddrl {version('ddrl')}\n"
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).stdout

@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> Path:
         (folder.exports / name / "model_index.json").write_text(name)
     for step in range(1, 1001):
         folder.append({"kind": "update", "step": step, "data_loss": 1 / step})
-    folder.append({"kind": "eval", "step": 0, "reward": 0.25})
+    folder.append({"kind": "evaluation", "step": 0, "rewards": {"ocr": 0.25}})
     folder.close()
     return folder.path
 
@@ -36,7 +36,7 @@ def test_the_newest_policy_comes_with_what_made_it(ema: bool, name: str, run: Pa
     assert provenance["step"] == 40
     assert provenance["weights"] == ("ema" if ema else "raw")
     assert provenance["recipe"] == (run / "config.yaml").read_text()
-    assert provenance["evaluations"] == [{"kind": "eval", "step": 0, "reward": 0.25}]
+    assert provenance["evaluations"] == [{"kind": "evaluation", "step": 0, "rewards": {"ocr": 0.25}}]
     assert len(provenance["data_loss"]) == 200
     assert provenance["data_loss"][1] == [6, pytest.approx(1 / 6, abs=1e-5)]
 
@@ -58,3 +58,34 @@ def test_a_destination_that_cannot_be_written(run: Path, tmp_path: Path) -> None
     (tmp_path / "file").write_text("x")
     with pytest.raises(ExportError, match="cannot be written"):
         export_run(run, tmp_path / "file" / "out", False)
+
+
+def test_another_policy_is_not_overwritten_without_a_word(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_run(run, out, False)
+    (out / "transformer.safetensors").write_text("weights of another run")
+    with pytest.raises(ExportError, match="is not empty: it holds the raw weights of update 40 of some run; .* --overwrite"):
+        export_run(run, out, True)
+    assert (out / "transformer.safetensors").read_text() == "weights of another run"
+    export_run(run, out, True, overwrite=True)
+    assert sorted(p.name for p in out.iterdir()) == ["model_index.json", "provenance.json"]
+    assert (out / "model_index.json").read_text() == "step-000040-ema"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"], "nothing is left beside it"
+
+
+def test_an_empty_folder_is_taken(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert export_run(run, tmp_path / "out", False) == tmp_path / "out"
+
+
+def test_what_was_there_survives_an_export_that_fails_half_way(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    export_run(run, out, False)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainer.cli.export.shutil.copytree", full)
+    with pytest.raises(ExportError, match="cannot be written: No space left on device"):
+        export_run(run, out, True, overwrite=True)
+    assert (out / "model_index.json").read_text() == "step-000040"
