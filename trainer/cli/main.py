@@ -13,6 +13,7 @@ from trainer.cli.exits import fail as _fail
 from trainer.cli.replay import app as replay
 from trainer.cli.rewards import add_to
 from trainer.cli.sample import sample
+from trainer.config.composition import composition
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_config
 from trainer.config.render import render_config
@@ -77,7 +78,7 @@ def train(
     settings = absolute(settings)
     try:
         folder.open(settings, resume)
-        title = f"{settings.objective.preset}, seed {settings.seed}, {folder.path}"
+        title = f"{composition(settings.objective)}, seed {settings.seed}, {folder.path}"
         terminal = Console(file=sys.stdout)  # held from before the output of libraries is sent elsewhere
         with Display(settings.updates, settings.name, title=title, console=terminal) as display:
             with output_to(folder.path / "ray.log"):

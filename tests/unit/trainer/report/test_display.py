@@ -96,7 +96,8 @@ def test_without_a_terminal_there_is_one_plain_line_per_event() -> None:
         "   0.0 s  starting Redis ..",
         "   3.0 s  loading weights ..",
         "held-out dev at 0, raw weights:  ocr 0.300  jpeg -2.000  diffusion loss 0.1190  diversity 0.2700",
-        "update 1/40  ocr 0.300  policy loss -0.002  data loss 0.231  grad norm 0.4  staleness 0.25  seconds wait 0.4 train 2.1 publish 0.1 | sample 1.9  dead groups 3",
+        "update 1/40  ocr 0.300  policy loss -0.002  data loss 0.231  grad norm 0.4  staleness 0.25  "
+        "seconds wait 0.4 train 2.1 publish 0.1 | sample 1.9  dead groups 3",
         "update 2/40  ocr 0.300  policy loss -0.002  data loss 0.231  grad norm 0.4  staleness 0.25  "
         "seconds wait 0.4 train 2.1 publish 0.1 | sample 1.9  dead groups 3  ETA 1 min 16 s",
         "held-out dev at 2, raw weights:  ocr 0.350 (+0.050)  jpeg -2.000 (+-0.000)  diffusion loss 0.1202 (+1.0 %)  diversity 0.2680 (-0.7 %)",
