@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-
 CAPTION_LINES = 3
 LINE = 12
 """Height of one line of a caption, in pixels."""

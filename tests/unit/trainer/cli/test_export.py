@@ -64,7 +64,7 @@ def test_another_policy_is_not_overwritten_without_a_word(run: Path, tmp_path: P
     out = tmp_path / "out"
     export_run(run, out, False)
     (out / "transformer.safetensors").write_text("weights of another run")
-    with pytest.raises(ExportError, match="is not empty: it holds the raw weights of update 40 of some run; .* --overwrite"):
+    with pytest.raises(ExportError, match=r"is not empty: it holds the raw weights of update 40 of some run; .* --overwrite"):
         export_run(run, out, True)
     assert (out / "transformer.safetensors").read_text() == "weights of another run"
     export_run(run, out, True, overwrite=True)
