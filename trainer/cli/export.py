@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,11 +16,13 @@ class ExportError(Exception):
     """The run has no policy to export, or the destination cannot be written."""
 
 
-def export_run(run: Path, out: Path, ema: bool) -> Path:
+def export_run(run: Path, out: Path, ema: bool, overwrite: bool = False) -> Path:
     """Copy the newest policy of `run` into `out` with `provenance.json` (configuration, step, evaluations, loss curve).
 
+    The copy is made beside `out` and moved there when it is whole; what stood there before is removed last.
+
     Raises:
-        ExportError: no export in the run folder, or the destination cannot be written.
+        ExportError: no export in the run folder, `out` holds something and `overwrite` is not set, or it cannot be written.
     """
     folder = RunFolder(run)
     suffix = "-ema" if ema else ""
@@ -27,19 +30,52 @@ def export_run(run: Path, out: Path, ema: bool) -> Path:
     if not found:
         raise ExportError(f"{run} holds no exported policy{' average' if ema else ''}; the first one is written with the first checkpoint")
     records = folder.records()
-    updates = [r for r in records if r["kind"] == "update"]
+    updates = [r for r in records if r.get("kind") == "update"]
     stride = max(1, len(updates) // CURVE_POINTS)
     provenance = {
         # paths below the current folder as one would write them in a recipe, not this machine's
         "recipe": (folder.path / "config.yaml").read_text().replace(f"{Path.cwd()}/", ""),
         "step": int(found[-1].name.split("-")[1]),
         "weights": "ema" if ema else "raw",
-        "evaluations": [{k: v for k, v in r.items() if k != "time"} for r in records if r["kind"] == "eval"],
+        "evaluations": [{k: v for k, v in r.items() if k != "time"} for r in records if r.get("kind") == "evaluation"],
         "data_loss": [[r["step"], round(r["data_loss"], 5)] for r in updates[::stride] if "data_loss" in r],
     }
     try:
-        shutil.copytree(found[-1], out, dirs_exist_ok=True)
-        (out / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+        if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+            raise ExportError(f"{out} is not empty{_holds(out)}; choose another folder, or add --overwrite to replace it")
+        _put(found[-1], out, json.dumps(provenance, indent=1) + "\n")
     except OSError as error:
         raise ExportError(f"{out} cannot be written: {error.strerror}") from None
     return out
+
+
+def _holds(out: Path) -> str:
+    """Which policy lies there, if it says so."""
+    try:
+        told = json.loads((out / "provenance.json").read_text())
+        return f": it holds the {told['weights']} weights of update {told['step']} of some run"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _put(policy: Path, out: Path, provenance: str) -> None:
+    target = out.resolve()
+    made, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copytree(policy, made)
+        (made / "provenance.json").write_text(provenance)
+        if target.exists():
+            target.rename(old)
+        try:
+            made.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +19,23 @@ from trainer.config.load import load_config
 from trainer.config.render import render_config
 from trainer.run.preflight import check_files
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models."
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models.")
 
 app.add_typer(replay, name="replay")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ddrl {version('ddrl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and leave")] = False,
+) -> None:
+    """Data-regularized reinforcement learning of diffusion models."""
+
 
 Recipe = Annotated[Path, typer.Argument(help="recipe, a YAML file", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)]

@@ -7,6 +7,7 @@ be reached, is one line and status 2. Passwords are never shown.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,10 +51,18 @@ def _attach(found: Ledger) -> ReplayBuffer:
     return ReplayBuffer.attach(found.client, found.run)
 
 
+WIDE = 140
+"""Columns that every table fits in."""
+
+
 def _show(renderable: Any) -> None:
+    """Print a table: as wide as the terminal; into a pipe or file as wide as it needs, so that no row is broken."""
     from rich.console import Console
 
-    Console(file=sys.stdout).print(renderable)
+    console = Console(file=sys.stdout)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE
+    console.print(renderable)
 
 
 def _print_json(value: Any) -> None:

@@ -19,10 +19,10 @@ ROWS = 40
 LIVE: tuple[State, ...] = ("leased", "waiting", "ready", "claimed")
 MEANING = {
     "leased": "a producer is making it",
-    "waiting": "an attempt failed, or it was given back; the next asker gets it",
+    "waiting": "failed or given back; next to go",
     "ready": "committed, not yet claimed",
-    "claimed": "belongs to a step whose checkpoint is not registered",
-    "settled": "trained, and in a registered checkpoint",
+    "claimed": "its step has no checkpoint yet",
+    "settled": "trained, in a registered checkpoint",
     "evicted": "made, but not to be trained",
     "dead": "every attempt failed",
 }
@@ -64,9 +64,9 @@ def status(view: LedgerView) -> RenderableType:
     parts: list[RenderableType] = [Text(head), _states(view)]
 
     budgets = _table("Budgets", ("budget", "used", "of", "freed by"), ("used", "of"))
-    budgets.add_row("pipeline slots", str(pipeline), str(numbers.get("slots", 0)), "publish of the step, or the group's end")
-    budgets.add_row("retained groups", str(retained), str(numbers.get("retained", 0)), "settle, or the group's end")
-    budgets.add_row("payload bytes", size(numbers.get("bytes", 0)), size(numbers.get("max_bytes", 0)), "settle, or the group's end")
+    budgets.add_row("pipeline slots", str(pipeline), str(numbers.get("slots", 0)), "publish of the step, or its end")
+    budgets.add_row("retained groups", str(retained), str(numbers.get("retained", 0)), "settle, or its end")
+    budgets.add_row("payload bytes", size(numbers.get("bytes", 0)), size(numbers.get("max_bytes", 0)), "settle, or its end")
     if numbers.get("D"):
         budgets.add_row("unclaimed data batches", str(len(view.data)), str(numbers.get("data_depth", 0)), "claim")
     parts.append(budgets)
@@ -105,8 +105,9 @@ def _age(group: GroupView) -> float | None:
 
 def _live(groups: list[GroupView], of: int) -> Table:
     title = "Leased, waiting and ready" if len(groups) == of else f"Leased, waiting and ready: the oldest {len(groups)} of {of}"
-    numbers = ("group", "for", "attempt", "left", "reward", "bytes")
-    table = _table(title, ("group", "state", "for", "attempt", "owner", "left", "version", "reward", "bytes"), numbers)
+    numbers = ("group", "for", "try", "left", "reward", "bytes")
+    table = _table(title, ("group", "state", "for", "try", "owner", "left", "version", "reward", "bytes"), numbers)
+    table.padding = (0, 1, 0, 0)  # all of it fits 80 columns
     for column in table.columns:
         column.no_wrap = column.header != "owner"
     for group in groups:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from trainer.cli.exits import fail
+from trainer.config.composition import composition
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_config
 from trainer.config.run import RunConfig
@@ -61,7 +62,7 @@ def _run(settings: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
                 from trainer.run.driver import Driver
                 from trainer.run.quiet import output_to
 
-                title = f"{settings.objective.preset}, seed {settings.seed}, {folder.path}"
+                title = f"{composition(settings.objective)}, seed {settings.seed}, {folder.path}"
                 terminal = Console(file=sys.stdout)  # held from before the output of libraries is sent elsewhere
                 display = stack.enter_context(Display(settings.updates, settings.name, title=title, console=terminal))
             with output_to(folder.path / "ray.log"):

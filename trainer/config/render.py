@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from trainer.config.composition import composition
+from trainer.config.objective import ObjectiveConfig
 from trainer.config.run import RunConfig
 
 
@@ -17,7 +19,8 @@ def _dump(model: BaseModel, indent: int) -> list[str]:
         value = getattr(model, name)
         pad = "  " * indent
         if isinstance(value, BaseModel):
-            lines.extend(["", f"{pad}# {info.description}", f"{pad}{name}:", *_dump(value, indent + 1)])
+            said = f"{info.description}: {composition(value)}" if isinstance(value, ObjectiveConfig) else info.description
+            lines.extend(["", f"{pad}# {said}", f"{pad}{name}:", *_dump(value, indent + 1)])
         else:
             shown = _without_password(model.model_dump(mode="json")[name])
             plain = yaml.safe_dump(shown, default_flow_style=True, width=10_000).strip().removesuffix("\n...").strip()

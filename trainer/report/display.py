@@ -289,6 +289,7 @@ def _reward_words(progress: Progress, name: str) -> Text:
 
 def _held_out_words(progress: Progress) -> Text:
     line, words = progress.held_out, Text()
+    words.append(f"{line.get('split')}, update {line.get('step')}   ", style="dim")
     moved = line is not progress.first_eval.get(str(line.get("split")))
     for name, mean in scores_of(line).items():
         words.append(f"{name} ")
@@ -298,8 +299,7 @@ def _held_out_words(progress: Progress) -> Text:
         rise = progress.held_out_change("diffusion_loss")
         words.append("diffusion loss ")
         words.append(percent(rise), style=_TONES[rise_verdict(rise)[1]])
-        words.append(f"   diversity {percent(progress.held_out_change('diversity'))}   ")
-    words.append(f"{line.get('split')}, update {line.get('step')}", style="dim")
+        words.append(f"   diversity {percent(progress.held_out_change('diversity'))}")
     return words
 
 

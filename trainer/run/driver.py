@@ -61,8 +61,9 @@ class Driver:
         self.config, self.folder, self.display, self.signals, self.resume = config, folder, display, signals, resume
         self.wall: dict[str, float] = {}
         self._stack = ExitStack()
+        self._past = folder.records()  # told at an earlier start of this run
         self._tail = MetricsTail(folder.metrics)
-        self._past = self._tail.read()  # told at an earlier start of this run
+        self._tail.read()
         self._sinks: list[Scalars | Wandb] = []
         self._jobs: Jobs = {}
         self._watch = Watch(config.updates, config.evaluation.every, config.max_dead_groups, config.stop_deadline_s, folder.step)
@@ -101,20 +102,17 @@ class Driver:
     def _open_sinks(self) -> None:
         config, folder = self.config, self.folder
         with self.signals.held():  # writers have threads
-            self._sinks = [self._stack.enter_context(Scalars(folder.path / "tensorboard", folder.step))]
+            self._sinks = [self._stack.enter_context(Scalars(folder.path / "tensorboard", folder.step, folder.path / "samples"))]
             if config.wandb_project is not None:
                 wandb = Wandb(config.wandb_project, config.name, config.model_dump(mode="json", exclude={"redis"}), folder.path)
                 self._sinks.append(self._stack.enter_context(wandb))
-        for record in self._past:
-            if record.get("kind") == "eval":
-                self.display.progress.add(record, 0.0)
 
     # -- start ------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         config = self.config
         if self.resume:
-            self.display.stage(f"Resuming at update {self.folder.step} of {config.updates}")
+            self.display.resume(self.folder.step, self._past)
         self.display.stage("Starting Redis and Ray")
         rewards = run_rewards(config)
         if rewards.fleet.url is not None:

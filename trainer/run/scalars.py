@@ -7,11 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from trainer.run.errors import RunFailed
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(tag, value) of a metrics line: `update/reward_mean`, `update/seconds/train`, `test/raw/reward`, `self_test/…`"""
+    """(tag, value) of a metrics line: `update/rewards/ocr`, `update/seconds/train`, `test/raw/rewards/ocr`, `self_test/…`"""
     kind = str(record.get("kind"))
     prefix = kind if kind in ("update", "self_test") else f"{record.get('split')}/{record.get('weights')}"
     for name, value in record.items():
@@ -24,27 +26,61 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class Scalars:
-    """Writes metrics lines to TensorBoard.
+    """Writes metrics lines to TensorBoard, and sample grids beside them as they appear.
 
     Args:
         folder: where its files lie.
         resumed_at: step that the run goes on from; TensorBoard forgets what was written of later steps.
+        samples: folder of the sample grids; those that lie there when a run goes on were written before.
     """
 
-    def __init__(self, folder: Path, resumed_at: int = 0) -> None:
+    def __init__(self, folder: Path, resumed_at: int = 0, samples: Path | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=resumed_at + 1 if resumed_at else None)
+        self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=resumed_at + 1)
+        self._samples = samples
+        self._drawn = {_stamp(path) for path in self._grids()} if resumed_at else set()
+        self._step = resumed_at
 
     def add(self, record: Mapping[str, Any]) -> None:
+        self._step = max(self._step, int(record["step"]))
         for tag, value in scalars(record):
             self._writer.add_scalar(tag, value, int(record["step"]), walltime=record.get("time"))
+        self._draw()
+
+    def _grids(self) -> list[Path]:
+        return sorted(self._samples.glob("*.png")) if self._samples is not None else []
+
+    def _draw(self) -> None:
+        from PIL import Image
+
+        for path in self._grids():
+            stamp = _stamp(path)
+            if stamp in self._drawn:
+                continue
+            try:
+                with Image.open(path) as picture:
+                    pixels = np.asarray(picture.convert("RGB"))
+            except OSError:  # not yet written whole: the next look finds it
+                continue
+            self._drawn.add(stamp)
+            step = {"before": 0, "after": self._step}.get(path.stem)
+            number = path.stem.removeprefix("step-")
+            if step is None and number.isdecimal():
+                step = int(number)
+            if step is not None:
+                self._writer.add_image("samples", pixels, step, dataformats="HWC")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._draw()
         self._writer.close()
+
+
+def _stamp(path: Path) -> tuple[str, int]:
+    return path.name, path.stat().st_mtime_ns
 
 
 class Wandb:

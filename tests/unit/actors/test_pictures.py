@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from actors.pictures import caption, contact_sheet
+from actors.pictures import CAPTION_LINES, LINE, caption, contact_sheet, wrapped
 
 
 def test_a_contact_sheet_shows_every_picture_unchanged() -> None:
@@ -21,7 +21,7 @@ def test_a_contact_sheet_shows_every_picture_unchanged() -> None:
 
 def test_captions_are_the_quoted_text() -> None:
     assert caption('a sign that says "407"') == "407"
-    assert caption("a red panda that holds a very long banner") == "a red panda that holds a"
+    assert caption("a red panda that holds a very long banner") == "a red panda that holds a very long banner"
     assert caption('an inch is 1" long') == 'an inch is 1" long'
 
 
@@ -32,3 +32,15 @@ def test_pictures_of_unequal_sizes_keep_their_proportions() -> None:
     assert (sheet == 10).all(-1).sum() == 8 * 12
     assert (sheet[4:8, 24 + 4 : 24 + 8] == 20).all()  # twice as large, in the middle of its cell
     assert (sheet == 20).all(-1).sum() == 4 * 4
+
+
+def test_long_captions_are_wrapped_and_none_is_cut_off() -> None:
+    text = "a red panda that holds a very long banner"
+    assert wrapped(text, 12, len) == ["a red panda", "that holds a", "very long b…"]
+    assert wrapped(text, 100, len) == [text]
+    assert wrapped("incomprehensibilities", 8, len) == ["incompr…"]
+    assert wrapped("", 8, len) == []
+    pictures = np.zeros((2, 16, 16, 3), np.uint8)
+    sheet = np.asarray(contact_sheet(pictures, [text * 5, "x"], columns=1, width=64))
+    assert sheet.shape == (2 * (64 + 6 + CAPTION_LINES * LINE), 64 + 8, 3)
+    assert (sheet[66:, [0, -1]] == 255).all(), "the caption runs into the edge"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,13 @@ def test_a_mistake_is_one_line_and_status_two(arguments: list[str], message: str
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_version_and_completion() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"ddrl {version('ddrl')}\n"
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).stdout
+
+
+def test_config_says_what_the_objective_really_is() -> None:
+    result = CliRunner().invoke(app, ["config", str(RECIPE), "--set", "objective.kl_weight=0.5"])
+    assert "# the loss: ddrl (policy 1, KL 0.5, data 0.02; the preset has data_weight 0.01, kl_weight 0)" in result.stdout

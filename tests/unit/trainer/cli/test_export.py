@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Path:
         (folder.exports / name / "model_index.json").write_text(name)
     for step in range(1, 1001):
         append_metrics(folder.path, {"kind": "update", "step": step, "data_loss": 1 / step})
-    folder.append_evaluation({"kind": "eval", "step": 0, "reward": 0.25})
+    folder.append_evaluation({"kind": "evaluation", "step": 0, "rewards": {"ocr": 0.25}})
     folder.close()
     return folder.path
 
@@ -37,7 +37,7 @@ def test_the_newest_policy_comes_with_what_made_it(ema: bool, name: str, run: Pa
     assert provenance["step"] == 40
     assert provenance["weights"] == ("ema" if ema else "raw")
     assert provenance["recipe"] == (run / "config.yaml").read_text()
-    assert provenance["evaluations"] == [{"kind": "eval", "step": 0, "reward": 0.25}]
+    assert provenance["evaluations"] == [{"kind": "evaluation", "step": 0, "rewards": {"ocr": 0.25}}]
     assert len(provenance["data_loss"]) == 200
     assert provenance["data_loss"][1] == [6, pytest.approx(1 / 6, abs=1e-5)]
 

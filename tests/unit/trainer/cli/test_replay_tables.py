@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 
 from replay.inspection import ClaimView, DataView, GroupView, LedgerView
 from trainer.cli import replay_tables
+from trainer.cli.replay import _show
 
 VIEW = LedgerView(
     run="glyph",
@@ -43,11 +44,11 @@ def test_status_shows_states_budgets_and_live_groups() -> None:
     for line in (
         "run glyph: version 3, claimed through step 3, settled through step 2, learner epoch 1, 9 groups opened",
         "ready 1 0.8 MB 1 min 35 s committed, not yet claimed",
-        "settled 3 trained, and in a registered checkpoint",
+        "settled 3 trained, in a registered checkpoint",
         "evicted 1 made, but not to be trained (stale 1)",
-        "pipeline slots 3 8 publish of the step, or the group's end",
-        "retained groups 4 12 settle, or the group's end",
-        "payload bytes 1.5 MB 4.0 MB settle, or the group's end",
+        "pipeline slots 3 8 publish of the step, or its end",
+        "retained groups 4 12 settle, or its end",
+        "payload bytes 1.5 MB 4.0 MB settle, or its end",
         "3 4 2 no 3.0 s",
         "8 leased 1 min 1 s 1 generator-1 -2.5 s ≥ 2",
         "last failure: group 7: scoring: no text",
@@ -88,3 +89,15 @@ def test_dead_lists_every_attempt() -> None:
 @pytest.mark.parametrize(("value", "text"), [(None, ""), (0.25, "0.2 s"), (-2.5, "-2.5 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")])
 def test_durations(value: float | None, text: str) -> None:
     assert replay_tables.seconds(value) == text
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_status_fits_a_narrow_terminal_and_a_pipe(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if width == 80:
+        monkeypatch.setenv("COLUMNS", "80")
+    _show(replay_tables.status(VIEW))
+    rows = capsys.readouterr().out.splitlines()
+    assert max(map(len, rows)) <= width
+    assert any(row.split() == ["claimed", "1", "0.7", "MB", "3.0", "s", *replay_tables.MEANING["claimed"].split()] for row in rows)
+    assert any(row.split() == ["8", "leased", "1", "min", "1", "s", "1", "generator-1", "-2.5", "s", "≥", "2"] for row in rows)

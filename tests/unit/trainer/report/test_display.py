@@ -21,11 +21,11 @@ from trainer.report.progress import Progress, eval_line, sparkline, stage_words,
 SUMMARY = {
     "seed": 0,
     "prompts": 256,
-    "ocr_before": 0.297,
-    "ocr_after": 0.597,
-    "ocr_gain_stderr": 0.012,
-    "exact_match_before": 0.06,
-    "exact_match_after": 0.3,
+    "rewards": {
+        "ocr": {"before": 0.297, "after": 0.597, "gain": 0.3, "stderr": 0.012, "trained": True},
+        "jpeg": {"before": -2.1, "after": -2.2, "gain": -0.1, "stderr": 0.2, "trained": False},
+    },
+    "sub_scores": {"ocr.exact_match": {"before": 0.06, "after": 0.3}},
     "diffusion_loss_before": 0.119,
     "diffusion_loss_after": 0.143,
     "diversity_before": 0.271,
@@ -38,6 +38,7 @@ def update(step: int, reward: float = 0.3) -> dict[str, object]:
         "kind": "update",
         "step": step,
         "reward_mean": reward,
+        "rewards": {"ocr": reward},
         "policy_loss": -0.002,
         "data_loss": 0.231,
         "grad_norm": 0.4,
@@ -50,13 +51,11 @@ def update(step: int, reward: float = 0.3) -> dict[str, object]:
 
 def held_out(step: int, reward: float, loss: float, diversity: float, weights: str = "raw") -> dict[str, object]:
     return {
-        "kind": "eval",
+        "kind": "evaluation",
         "split": "dev",
         "step": step,
         "weights": weights,
-        "reward": reward,
-        "reward_stderr": 0.011,
-        "exact_match": 0.1,
+        "rewards": {"ocr": reward, "jpeg": -2.0},
         "diffusion_loss": loss,
         "diversity": diversity,
     }
@@ -96,11 +95,12 @@ def test_without_a_terminal_there_is_one_plain_line_per_event() -> None:
         "ddrl demo  ddrl, seed 0",
         "   0.0 s  starting Redis ..",
         "   3.0 s  loading weights ..",
-        "held-out dev at 0, raw weights:  reward 0.300 +- 0.011  exact match 0.1000  diffusion loss 0.1190  diversity 0.2700",
-        "update 1/40  reward 0.300  policy loss -0.002  data loss 0.231  grad norm 0.4  staleness 0.25  seconds wait 0.4 train 2.1 publish 0.1 | sample 1.9",
-        "update 2/40  reward 0.300  policy loss -0.002  data loss 0.231  grad norm 0.4  staleness 0.25  "
-        "seconds wait 0.4 train 2.1 publish 0.1 | sample 1.9  ETA 1 min 16 s",
-        "held-out dev at 2, raw weights:  reward 0.350 +- 0.011  exact match 0.1000  diffusion loss 0.1202 (+1.0 %)  diversity 0.2680 (-0.7 %)",
+        "held-out dev at 0, raw weights:  ocr 0.300  jpeg -2.000  diffusion loss 0.1190  diversity 0.2700",
+        "update 1/40  ocr 0.300  policy loss -0.002  data loss 0.231  grad norm 0.4  staleness 0.25  "
+        "seconds wait 0.4 train 2.1 publish 0.1 | sample 1.9  dead groups 3",
+        "update 2/40  ocr 0.300  policy loss -0.002  data loss 0.231  grad norm 0.4  staleness 0.25  "
+        "seconds wait 0.4 train 2.1 publish 0.1 | sample 1.9  dead groups 3  ETA 1 min 16 s",
+        "held-out dev at 2, raw weights:  ocr 0.350 (+0.050)  jpeg -2.000 (+-0.000)  diffusion loss 0.1202 (+1.0 %)  diversity 0.2680 (-0.7 %)",
     ]
 
 
@@ -138,9 +138,9 @@ def test_trend_compares_the_last_ten_updates_with_the_ten_before() -> None:
     progress = Progress(100)
     for step in range(1, 20):
         progress.add(update(step, reward=0.1 * (step > 10)), now=float(step))
-    assert progress.trend() is None
+    assert progress.trend("ocr") is None
     progress.add(update(20, reward=0.1), now=20.0)
-    assert progress.trend() == pytest.approx(0.1)
+    assert progress.trend("ocr") == pytest.approx(0.1)
 
 
 def test_held_out_changes_are_measured_from_the_first_raw_evaluation() -> None:
@@ -150,14 +150,14 @@ def test_held_out_changes_are_measured_from_the_first_raw_evaluation() -> None:
     progress.add(held_out(5, 0.4, 0.112, 0.19), 1.0)
     assert progress.held_out_change("diffusion_loss") == pytest.approx(0.12)
     assert progress.held_out_change("diversity") == pytest.approx(-0.05)
-    assert progress.held_out_gain() == pytest.approx(0.1)
+    assert progress.held_out_gain("ocr") == pytest.approx(0.1)
     assert "(+12.0" in eval_line(progress.held_out, progress)
 
 
 def test_not_a_number_shows_as_absent() -> None:
     progress = Progress(10)
-    progress.add(update(1) | {"reward_mean": float("nan"), "seconds": {"train": float("nan")}}, 0.0)
-    assert "reward" not in update_line(progress)
+    progress.add(update(1) | {"reward_mean": float("nan"), "rewards": {"ocr": float("nan")}, "seconds": {"train": float("nan")}}, 0.0)
+    assert "ocr" not in update_line(progress)
     assert "train —" in stage_words(progress.update)
 
 
@@ -172,7 +172,10 @@ def test_summary_table_rows_and_verdicts() -> None:
     text = out.getvalue()
     for words in (
         "256 held-out prompts",
-        "OCR reward",
+        "ocr",
+        "jpeg (held out)",
+        "ocr.exact_match",
+        "no clear change",
         "0.297",
         "0.597",
         "+0.300",
@@ -190,7 +193,7 @@ def test_summary_table_rows_and_verdicts() -> None:
 def test_summary_table_of_nothing_is_all_dashes() -> None:
     out = io.StringIO()
     Console(file=out, width=100).print(summary_table({}))
-    assert out.getvalue().count("—") == 4 * 5
+    assert out.getvalue().count("—") == 2 * 5
 
 
 def test_panel_shows_every_part() -> None:
@@ -215,7 +218,7 @@ def test_panel_shows_every_part() -> None:
         "0.520",
         "▁",
         "▲ +0.100",
-        "0.350 ± 0.011 (+0.050)",
+        "ocr 0.350 (+0.050)",
         "diffusion loss +1.0",
         "diversity −0.7",
         "dev, update 20",
@@ -293,7 +296,7 @@ def test_on_a_real_terminal_foreign_lines_stay_whole(tmp_path: Path) -> None:
             for step in range(1, 31):
                 display.event(json.loads('{json.dumps(update(1))}') | {{"step": step}}); time.sleep(0.01)
             thread.join(10)
-            display.finish({{"ocr_before": 0.1, "ocr_after": 0.2, "ocr_gain_stderr": 0.01}})
+            display.finish({{"rewards": {{"ocr": {{"before": 0.1, "after": 0.2, "stderr": 0.01}}}}}})
     """))  # fmt: skip
     leader, follower = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "110", "LINES": "40",
@@ -313,3 +316,50 @@ def test_on_a_real_terminal_foreign_lines_stay_whole(tmp_path: Path) -> None:
         assert all(f"{kind} {i} end" in text for i in range(30)), kind
     assert "30/30" in text
     assert "clear gain" in text
+
+
+def test_several_rewards_are_shown_by_name_beside_their_total() -> None:
+    progress = Progress(4)
+    line = update(1) | {"reward_mean": 0.46, "rewards": {"ocr": 0.3, "scene.sharpness": 1.6}, "failed_scores": {"ocr": 2}}
+    progress.add(line, 0.0)
+    text = update_line(progress)
+    assert text.startswith("update 1/4  reward 0.460  ocr 0.300  scene.sharpness 1.600  policy loss")
+    assert "no score of ocr 2" in text
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, record=True)
+    display = Display(4, "demo", console=console)
+    display.event(line)
+    console.print(display._render())
+    assert "scene.sharpness" in console.export_text()
+
+
+def test_a_resumed_run_says_so_and_tells_nothing_twice() -> None:
+    clock = Clock()
+    display, out = plain(40, clock)
+    with display:
+        display.resume(20, [held_out(0, 0.3, 0.1, 0.27), *(update(step) for step in range(1, 21))])
+        for step in (19, 20, 21):
+            display.event(update(step))
+        display.event(held_out(21, 0.4, 0.11, 0.27))
+    lines = out.getvalue().splitlines()
+    assert lines[1].endswith("Resuming at update 20 of 40 ..")
+    assert [line.split("  ")[0] for line in lines[2:]] == ["update 21/40", "held-out dev at 21, raw weights:"]
+    assert "ocr 0.400 (+0.100)" in lines[3], "compared with the evaluation before the resume"
+
+
+def test_no_update_is_counted_beyond_the_total() -> None:
+    progress = Progress(3)
+    progress.add(update(4), 0.0)
+    assert update_line(progress).startswith("update 4/4 ")
+
+
+def test_warnings_are_told_once_and_again_at_the_end() -> None:
+    display, out = plain(40, Clock(), least_gap_s=0)
+    with display:
+        for step in (1, 2):
+            display.event(update(step) | {"warnings": ["clip fraction 0.4 is above 0.2"]})
+        assert out.getvalue().count("warning at update 1: clip fraction 0.4 is above 0.2") == 1
+        display.finish(SUMMARY | {"dead_groups": {"count": 3, "first_reason": "scoring: no text"}, "missing": ["test at 40"]})
+    text = out.getvalue()
+    assert text.count("warning at update 1: clip fraction 0.4 is above 0.2") == 2
+    assert "Dead groups: 3; the first: scoring: no text" in text
+    assert "Evaluation test at 40 passed its deadline and is missing." in text

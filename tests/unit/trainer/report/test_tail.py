@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.learn.records import drop_metrics_after
-from trainer.report.tail import MetricsTail
+from trainer.report.tail import MetricsTail, read_lines
 
 
 def line(step: int, time: float = 0.0) -> bytes:
@@ -97,3 +97,26 @@ def test_a_file_replaced_in_the_middle_of_a_read(tmp_path: Path) -> None:
         os.replace(tmp_path / "metrics.jsonl.new", path)
     seen += steps(tail.read())
     assert sorted(seen) in ([0, 1], [0, 1, 2])
+
+
+def test_the_two_files_of_a_run_are_one_stream_by_time(tmp_path: Path) -> None:
+    append(tmp_path / "metrics.jsonl", b"".join(line(s, time=10.0 * s) for s in (1, 2, 3)) + b'{"kind": "upd')
+    evaluations = [json.dumps({"kind": "evaluation", "step": s, "time": t}).encode() + b"\n" for s, t in ((0, 5.0), (2, 25.0))]
+    append(tmp_path / "evaluations.jsonl", b"".join(evaluations) + evaluations[0] + b"[1]\n")
+    problems: list[str] = []
+    found = read_lines(tmp_path, problems)
+    assert [(r["kind"], r["step"]) for r in found] == [("evaluation", 0), ("update", 1), ("update", 2), ("evaluation", 2), ("update", 3)]
+    assert problems == [
+        "metrics.jsonl: the last line (4) is cut off, as after a crash; left out.",
+        "evaluations.jsonl: line 4 is not an object; left out.",
+    ]
+    tail = MetricsTail(tmp_path / "metrics.jsonl", tmp_path / "evaluations.jsonl")
+    assert tail.read() == found
+    append(tmp_path / "evaluations.jsonl", json.dumps({"kind": "evaluation", "step": 3, "time": 40}).encode() + b"\n")
+    assert steps(tail.read()) == [3]
+
+
+def test_a_clock_that_is_set_back_does_not_change_the_order_of_a_file(tmp_path: Path) -> None:
+    append(tmp_path / "metrics.jsonl", line(1, time=50) + line(2, time=10) + line(3, time=60))
+    append(tmp_path / "evaluations.jsonl", b'{"kind": "evaluation", "step": 9, "time": 55}\n')
+    assert steps(read_lines(tmp_path)) == [1, 2, 9, 3]
