@@ -37,7 +37,8 @@ class ObjectiveConfig(Strict):
     )
     clip: float = Field(1e-3, gt=0, description="probability ratios are clipped to 1 ± clip, in units of the chosen log_prob scaling")
     advantages: Literal["each", "sum"] = Field(
-        "each", description="several rewards: each = normalised one by one, then averaged with their weights (public DDRL code); sum = their weighted sum is normalised"
+        "each",
+        description="several rewards: each = normalised one by one, then averaged by weight (public DDRL code); sum = their weighted sum is normalised",
     )
     failed_reward: Literal["leave_out", "fill_mean"] = Field(
         "leave_out", description="a member without a score: leave_out of its group, or fill_mean = give it the mean of the group's others (public DDRL code)"

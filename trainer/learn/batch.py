@@ -20,7 +20,7 @@ from diffusion.seeds import INITIAL, generator, step_noise
 from replay.buffer import Claim, ReplayBuffer
 from replay.records import GroupHeader
 from trainer.config.run import RunConfig
-from trainer.learn.advantages import GroupScores, Term, advantages_of, flat_groups
+from trainer.learn.advantages import GroupScores, Term, advantages_of
 from trainer.learn.objective import Anchors, Transitions
 from trainer.learn.plan import share
 
@@ -37,7 +37,6 @@ class StepBatch:
     anchor_count: int
     transition_rows: list[int]
     anchor_rows: list[int]
-    zero_variance_groups: int
 
 
 def terms_of(config: RunConfig) -> dict[str, Term]:
@@ -139,9 +138,7 @@ def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, b
     transitions, times, rows = None, None, []
     if claim.groups:
         o = objective
-        advantages = advantages_of(
-            scores, terms_of(config), o.advantages, o.failed_reward, o.advantage_scale, o.advantage_clip, o.exponential_advantage
-        )
+        advantages = advantages_of(scores, terms_of(config), o.advantages, o.failed_reward, o.advantage_scale, o.advantage_clip, o.exponential_advantage)
         mine = share(len(claim.groups), rank, world)
         payloads = {i: decode_group(buffer.fetch(claim.groups[i])) for i in mine}
         transitions = _cat([transitions_of(p, advantages[i], kernel) for i, p in payloads.items()])
@@ -157,7 +154,7 @@ def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, b
         mine = share(total, rank, world)
         anchors = Anchors(**{f.name: getattr(everything, f.name)[mine] for f in fields(Anchors)})
         anchor_rows = [len(share(total, r, world)) for r in range(world)]
-    return StepBatch(transitions, anchors, sum(rows), total, rows, anchor_rows, flat_groups(scores))
+    return StepBatch(transitions, anchors, sum(rows), total, rows, anchor_rows)
 
 
 def _all_times(config: RunConfig, process: ForwardProcess, kernel: StepKernel, groups: list[int]) -> Tensor:
