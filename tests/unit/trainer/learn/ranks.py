@@ -31,7 +31,10 @@ CPU = torch.device("cpu")
 SHAPE = (3, 8, 16)
 UPDATES = 3
 GROUPS, MEMBERS, TRAINED = 5, 3, 2
-DEADLINE_S = 60.0
+DEADLINE_S = 240.0
+"""Of a collective and of an export: the ranks wait for each other, never for a clock."""
+SAVED = ("plain", "lora")
+"""Scenarios that write checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Scenario:
             "model": {"path": str(folder / "policy")},
             "sampler": {"steps": 4, "trained_steps": TRAINED, "height": SHAPE[1], "width": SHAPE[2]},
             "rollout": {"groups_per_step": GROUPS, "group_size": MEMBERS},
-            "objective": {"clip": 0.05, "data_weight": 0.3},
+            "objective": {"clip": 2e-3, "data_weight": 0.3},
             "optimizer": {"lr": 5e-3, "ema": 0.9, "eps": 1e-2, "decay": "cosine"},
             "learner": {"ranks": 1, "micro_batch": 4},
         }
@@ -57,7 +60,7 @@ class Scenario:
 SCENARIOS = {
     "plain": Scenario(),
     "padding rows": Scenario({"learner": {"ranks": 1, "micro_batch": 1}}),
-    "clipped gradient in one unit": Scenario({"optimizer": {"grad_clip": 0.05}, "learner": {"ranks": 1, "shard_blocks": False}}),
+    "clipped gradient in one unit": Scenario({"optimizer": {"grad_clip": 0.02}, "learner": {"ranks": 1, "shard_blocks": False}}),
     "kl": Scenario({"objective": {"kl_weight": 0.5}}),
     "lora": Scenario({"model": {"lora": {"rank": 4, "alpha": 8.0}}, "objective": {"kl_weight": 0.5}, "optimizer": {"lr": 5e-2}}),
     "two steps in sigma space": Scenario({"sampler": {"kernel": "edm_2ab", "noise_level": 1.0, "guidance": 2.0}, "objective": {"data_noise": "shared"}}),
@@ -100,9 +103,11 @@ def train(learner: Learner, held: Held, rank: int, world: int, steps: range) -> 
 
 
 def scenario(name: str, folder: Path, rank: int, world: int) -> dict[str, Any]:
-    """Train, save a checkpoint, train one update more; what came of it."""
+    """Train and, where it is SAVED, write a checkpoint and train one update more; what came of it."""
     held, learner = Held(folder, name), Learner(SCENARIOS[name].config(folder), CPU)
     out: dict[str, Any] = {"said": train(learner, held, rank, world, range(1, UPDATES + 1)), "state": state_of(learner)}
+    if name not in SAVED:
+        return out
     write(checkpoint_of(folder, name, world), learner, Progress(step=UPDATES, groups=[1, 2], data=[3]), rank)
     out["next"] = train(learner, held, rank, world, range(UPDATES + 1, UPDATES + 2))
     return out | {"next state": state_of(learner)}
@@ -177,7 +182,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world, timeout=timedelta(seconds=DEADLINE_S))
     out: dict[str, Any] = {name: scenario(name, folder, rank, world) for name in SCENARIOS}
-    out |= {f"{name}, resumed": resumed(name, folder, rank, world, saved_by=1) for name in ("plain", "lora")}
+    out |= {f"{name}, resumed": resumed(name, folder, rank, world, saved_by=1) for name in SAVED}
     out |= {"poisoned": poisoned(folder, rank, world), "slow export": slow_export(folder, rank, world)}
     missing_export(folder, rank, world)
     torch.save(out, folder / f"out-{rank}.pt")

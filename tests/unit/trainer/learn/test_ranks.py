@@ -24,7 +24,7 @@ from diffusion.config import ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.glyph_policy import write_skeleton
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
-from tests.unit.trainer.learn.ranks import DEADLINE_S, GROUPS, MEMBERS, SCENARIOS, SHAPE, UPDATES, resumed, scenario
+from tests.unit.trainer.learn.ranks import DEADLINE_S, GROUPS, MEMBERS, SAVED, SCENARIOS, SHAPE, UPDATES, resumed, scenario
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -121,7 +121,7 @@ def test_two_ranks_compute_what_one_does(name: str, one: dict[str, Any], two: li
         assert_same(rank[name]["said"], one[name]["said"])
         assert_same(rank[name]["state"], one[name]["state"])
     said = one[name]["said"]
-    assert all(s["grad_norm"] > 0.01 and not s["skipped"] for s in said)  # the scenario moves something
+    assert all(s["grad_norm"] > 1e-3 and not s["skipped"] for s in said)  # the scenario moves something
     assert said[0]["ratio_deviation"] > 1e-4
     assert 0 < said[0]["clip_fraction"] < 1 or name != "plain"
     assert "kl_weight" not in SCENARIOS[name].sections.get("objective", {}) or said[-1]["reverse_kl"] > 1e-7
@@ -129,10 +129,10 @@ def test_two_ranks_compute_what_one_does(name: str, one: dict[str, Any], two: li
 
 def test_a_gradient_above_the_limit_is_scaled_by_the_norm_of_all_ranks(one: dict[str, Any]) -> None:
     said = one["clipped gradient in one unit"]["said"]
-    assert said[0]["grad_norm"] > 2 * 0.05
+    assert said[0]["grad_norm"] > 2 * 0.02
 
 
-@pytest.mark.parametrize("name", ["plain", "lora"])
+@pytest.mark.parametrize("name", SAVED)
 def test_a_checkpoint_of_one_rank_is_loaded_by_two(name: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for rank in two:
         assert_same(rank[f"{name}, resumed"]["state"], one[name]["state"], rtol=0, atol=0)
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_one_rank_is_loaded_by_two(name: str, one: dict[str, Any
         assert_same(rank[f"{name}, resumed"]["next state"], one[name]["next state"])
 
 
-@pytest.mark.parametrize("name", ["plain", "lora"])
+@pytest.mark.parametrize("name", SAVED)
 def test_a_checkpoint_of_two_ranks_is_loaded_by_one(name: str, folder: Path, two: list[dict[str, Any]]) -> None:
     found = resumed(name, folder, 0, 1, saved_by=2)
     assert (found["progress"].step, found["progress"].groups, found["progress"].data) == (UPDATES, [1, 2], [3])
