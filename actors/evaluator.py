@@ -83,7 +83,8 @@ class Evaluator:
         return [s for s in scores if isinstance(s, ItemScore)]
 
     def _losses(self, split: str, points: int) -> np.ndarray:
-        """Diffusion loss at `points` fixed (sample, time, noise) points; times are stratified over the noise levels of training."""
+        """Diffusion loss at `points` fixed (sample, time, noise) points; times are stratified, one in each of `points` parts
+        of the process's span (`spread_times`)."""
         captions, pixels = held_out_batch(self.spec.data, split, points, self.spec.sampler.height, self.spec.sampler.width)
         x0 = self.policy.codec.encode(pixels)
         text = self.policy.text_encoder.encode(captions)

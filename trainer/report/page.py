@@ -163,7 +163,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     if run.restarts:
         facts.append(("Restarts", f"{run.restarts}, repeated updates counted once"))
     for label, key in (
-        ("Skipped micro-batches", "skipped"),
+        ("Skipped updates", "skipped"),
         ("Zero-variance groups", "zero_variance_groups"),
     ):
         total = sum(update.values.get(key, 0.0) for update in run.updates)
