@@ -108,20 +108,30 @@ def numbers(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
     return {path: torch.as_tensor(tree, dtype=torch.float64)}
 
 
-def assert_same(found: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-6) -> None:
+def assert_same(found: Any, expected: Any, rtol: float = 1e-4, atol: float = 0.0) -> None:
+    """Every number of both trees agrees, to `rtol` of the largest of its tensor plus `atol`."""
     a, b = numbers(found), numbers(expected)
     assert a.keys() == b.keys()
-    for path in b:
-        torch.testing.assert_close(a[path], b[path], rtol=rtol, atol=atol, msg=lambda text, path=path: f"{path}: {text}")
+    for path, value in b.items():
+        assert a[path].shape == value.shape, path
+        error, size = (float(t.abs().max()) if t.numel() else 0.0 for t in (a[path] - value, value))
+        assert error <= rtol * size + atol, f"{path}: off by {error:.2g} at {size:.2g}"
+
+
+def assert_same_updates(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Both groups of ranks say the same of their updates. Log-densities of about 5 in fp32 are known to some 1e-6."""
+    assert_same(found, expected, atol=2e-6)
+    for name in ("grad_norm", "data_loss", "lr"):
+        assert_same([said[name] for said in found], [said[name] for said in expected])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_ranks_compute_what_one_does(name: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for rank in two:
-        assert_same(rank[name]["said"], one[name]["said"])
+        assert_same_updates(rank[name]["said"], one[name]["said"])
         assert_same(rank[name]["state"], one[name]["state"])
     said = one[name]["said"]
-    assert all(s["grad_norm"] > 1e-3 and not s["skipped"] for s in said)  # the scenario moves something
+    assert all(s["grad_norm"] > 1e-5 and not s["skipped"] for s in said)  # the scenario moves something
     assert said[0]["ratio_deviation"] > 1e-4
     assert 0 < said[0]["clip_fraction"] < 1 or name != "plain"
     assert "kl_weight" not in SCENARIOS[name].sections.get("objective", {}) or said[-1]["reverse_kl"] > 1e-7
@@ -135,8 +145,8 @@ def test_a_gradient_above_the_limit_is_scaled_by_the_norm_of_all_ranks(one: dict
 @pytest.mark.parametrize("name", SAVED)
 def test_a_checkpoint_of_one_rank_is_loaded_by_two(name: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for rank in two:
-        assert_same(rank[f"{name}, resumed"]["state"], one[name]["state"], rtol=0, atol=0)
-        assert_same(rank[f"{name}, resumed"]["next"], one[name]["next"])
+        assert_same(rank[f"{name}, resumed"]["state"], one[name]["state"], rtol=0)
+        assert_same_updates(rank[f"{name}, resumed"]["next"], one[name]["next"])
         assert_same(rank[f"{name}, resumed"]["next state"], one[name]["next state"])
 
 
@@ -144,8 +154,8 @@ def test_a_checkpoint_of_one_rank_is_loaded_by_two(name: str, one: dict[str, Any
 def test_a_checkpoint_of_two_ranks_is_loaded_by_one(name: str, folder: Path, two: list[dict[str, Any]]) -> None:
     found = resumed(name, folder, 0, 1, saved_by=2)
     assert (found["progress"].step, found["progress"].groups, found["progress"].data) == (UPDATES, [1, 2], [3])
-    assert_same(found["state"], two[0][name]["state"], rtol=0, atol=0)
-    assert_same(found["next"], two[0][name]["next"])
+    assert_same(found["state"], two[0][name]["state"], rtol=0)
+    assert_same_updates(found["next"], two[0][name]["next"])
     assert_same(found["next state"], two[0][name]["next state"])
 
 
@@ -159,7 +169,7 @@ def test_a_run_that_has_grown_goes_on_at_the_rate_it_had(folder: Path, one: dict
 def test_a_gradient_that_is_no_number_on_one_rank_skips_the_update_on_all(two: list[dict[str, Any]]) -> None:
     for rank in two:
         assert rank["poisoned"]["said"]["skipped"] == 1
-        assert_same(rank["poisoned"]["state"], rank["poisoned"]["before"], rtol=0, atol=0)
+        assert_same(rank["poisoned"]["state"], rank["poisoned"]["before"], rtol=0)
 
 
 def test_ranks_do_not_wait_for_a_slow_export(folder: Path, two: list[dict[str, Any]]) -> None:
@@ -167,6 +177,6 @@ def test_ranks_do_not_wait_for_a_slow_export(folder: Path, two: list[dict[str, A
     of step 8 gave way to that of step 9; a restart that found step 11 missing made it."""
     seen, exports = two[0]["slow export"], folder / "exports"
     assert sorted(f.name for f in exports.iterdir()) == ["step-000009", "step-000009-ema", "step-000011", "step-000011-ema"]
-    assert_same(read_weights(exports / "step-000009" / "transformer"), seen["last"]["model"], rtol=0, atol=0)
-    assert_same(read_weights(exports / "step-000009-ema" / "transformer"), seen["last"]["average"], rtol=0, atol=0)
-    assert_same(read_weights(exports / "step-000011" / "transformer"), seen["exported"]["model"], rtol=0, atol=0)
+    assert_same(read_weights(exports / "step-000009" / "transformer"), seen["last"]["model"], rtol=0)
+    assert_same(read_weights(exports / "step-000009-ema" / "transformer"), seen["last"]["average"], rtol=0)
+    assert_same(read_weights(exports / "step-000011" / "transformer"), seen["exported"]["model"], rtol=0)
