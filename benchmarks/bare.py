@@ -52,7 +52,7 @@ class BareLearner(Learner):
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config.optimizer, step, self.config.updates)
+                group["lr"] = learning_rate(self.config.optimizer, step, self.decay_updates)
             self.optimizer.step()
             self._update_ema()
         self.optimizer.zero_grad()

@@ -56,7 +56,8 @@ class ForwardProcess(ABC):
         """`n` training times `[n]`, none of them 0."""
 
     def spread_times(self, u: Tensor) -> Tensor:
-        """Times `[n]` that cover the noise levels of training as `u` `[n]` covers (0, 1); for held-out losses at fixed points."""
+        """Times `[n]` for held-out losses at fixed points, from `u` `[n]` spread over (0, 1): here evenly spread themselves, whatever
+        the density that training draws from."""
         return u.clamp(1e-3, 1 - 1e-3)
 
     def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 REPLAY = "tests/integration/replay"
+LEARN = "tests/unit/trainer/learn"
 SUITES = {
     "ledger": tuple(
         f"{REPLAY}/test_replay_{name}.py"
@@ -16,29 +17,34 @@ SUITES = {
     "embedded": (f"{REPLAY}/test_replay_embedded.py",),
     "parts": ("tests/unit/replay",),
     "settle": ("tests/integration/trainer/test_settle.py",),
+    **{name: (f"{LEARN}/test_{name}.py",) for name in ("advantages", "objective", "plan", "batch", "learner", "checkpoint", "ranks")},
 }
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`new` in place of `old` in `file`, which breaks the promise numbered `breaks`; `tests` are paths."""
+    """`new` in place of `old` in `file`; `what` goes wrong then, and `tests` (paths) must notice. `breaks`: the number of the
+    ledger's promise that it breaks, 0 in other sections."""
 
+    section: str
     name: str
-    breaks: int
     what: str
     file: str
     old: str
     new: str
     tests: tuple[str, ...]
+    breaks: int = 0
 
 
-def load(path: Path) -> tuple[Mutant, ...]:
-    """The mutants of a file; an unknown key or suite is an error."""
-    found = []
-    for entry in yaml.safe_load(path.read_text()):
-        suites = entry.pop("tests", ["ledger"])
-        found.append(Mutant(**entry, tests=tuple(test for suite in suites for test in SUITES[suite])))
-    return tuple(found)
+def load(path: Path) -> tuple[dict[str, str], tuple[Mutant, ...]]:
+    """(titles of the sections, the mutants) of a file; an unknown key or suite is an error."""
+    titles, found = {}, []
+    for section, content in yaml.safe_load(path.read_text()).items():
+        titles[section] = content["title"]
+        for entry in content["mutants"]:
+            suites = entry.pop("tests", content["tests"])
+            found.append(Mutant(section, **entry, tests=tuple(test for suite in suites for test in SUITES[suite])))
+    return titles, tuple(found)
 
 
-MUTANTS = load(Path(__file__).with_name("mutants.yaml"))
+TITLES, MUTANTS = load(Path(__file__).with_name("mutants.yaml"))

@@ -1,11 +1,11 @@
-"""Break the ledger on purpose, one line at a time, and see whether the suite notices.
+"""Break the ledger, the learner and the objective on purpose, one line at a time, and see whether the suite notices.
 
-    python -m tests.mutation.run [--only NAME …] [--json] [--record]
+    python -m tests.mutation.run [--section NAME …] [--only NAME …] [--json] [--record]
 
 For each mutant of `tests/mutation/mutants.yaml` the tree is copied to a temporary folder, changed there, and the tests the
 mutant names are run until the first failure. A mutant that no test notices survives: exit status 1. The same tests are
-first run on an unchanged copy: they must pass, else a failure would prove nothing. `--record` writes the table into
-docs/mutations.md.
+first run on an unchanged copy: they must pass, else a failure would prove nothing. `--record` writes the tables of
+the sections that were run into docs/mutations.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.mutation.mutants import MUTANTS, Mutant
+from tests.mutation.mutants import MUTANTS, TITLES, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "mutations.md"
@@ -38,6 +38,7 @@ BROKEN = re.compile(r"Error compiling script|SyntaxError|IndentationError|attemp
 class Outcome:
     """`verdict`: killed, survived, or broken (the mutant does not run); `by`: the test that failed first."""
 
+    section: str
     mutant: str
     promise: int
     what: str
@@ -97,7 +98,7 @@ def attempt(mutant: Mutant) -> Outcome:
         copy_tree(tree)
         mutate(tree, mutant)
         verdict, by = judge(*run_tests(tree, mutant.tests))
-    return Outcome(mutant.name, mutant.breaks, mutant.what, mutant.file, verdict, by, round(time.monotonic() - started, 1))
+    return Outcome(mutant.section, mutant.name, mutant.breaks, mutant.what, mutant.file, verdict, by, round(time.monotonic() - started, 1))
 
 
 def baseline(mutants: list[Mutant]) -> None:
@@ -110,33 +111,49 @@ def baseline(mutants: list[Mutant]) -> None:
         raise SystemExit(f"the tests do not pass on the unchanged tree; mend that first\n{output[-3000:]}")
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """Markdown, one row per mutant."""
-    rows = ["| mutant | breaks promise | what goes wrong | in | verdict | noticed first by |", "| --- | --- | --- | --- | --- | --- |"]
-    rows += [f"| {o.mutant} | {o.promise} | {o.what} | `{o.file}` | {o.verdict} | {f'`{o.by}`' if o.by else ''} |" for o in outcomes]
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Markdown, one row per mutant of a section; with the promise that it breaks, where it breaks a numbered one."""
+    numbered = any(o.promise for o in outcomes)
+    names = ["mutant", *["breaks promise"] * numbered, "what goes wrong", "in", "verdict", "noticed first by"]
+    rows = [f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |"]
+    for o in outcomes:
+        cells = [o.mutant, *[str(o.promise)] * numbered, o.what, f"`{o.file}`", o.verdict, f"`{o.by}`" if o.by else ""]
+        rows.append(f"| {' | '.join(cells)} |")
     killed = sum(o.verdict == "killed" for o in outcomes)
     return "\n".join([*rows, "", f"{killed} of {len(outcomes)} mutants killed."])
 
 
-def record(page: Path, text: str) -> None:
-    """Replace everything after the page's marker line by `text`."""
-    marker = "<!-- below: written by python -m tests.mutation.run --record -->"
-    head, found, _ = page.read_text().partition(marker)
-    if not found:
-        raise SystemExit(f"{page} has no line {marker!r}")
-    page.write_text(f"{head}{marker}\n\n{text}\n")
+def record(page: Path, section: str, text: str) -> None:
+    """Replace what stands between a section's marker lines in the page by `text`."""
+    first, last = f"<!-- {section}: written by python -m tests.mutation.run --record -->", f"<!-- end of {section} -->"
+    head, found, rest = page.read_text().partition(first)
+    _, ended, tail = rest.partition(last)
+    if not found or not ended:
+        raise SystemExit(f"{page} has no lines {first!r} and {last!r}")
+    page.write_text(f"{head}{first}\n\n{text}\n\n{last}{tail}")
+
+
+def chosen_of(options: argparse.Namespace) -> list[Mutant]:
+    """The mutants asked for. Raises ValueError for a name that is none, and where a table would be recorded in part."""
+    for what, asked, known in (("mutant", options.only, {m.name for m in MUTANTS}), ("section", options.section, set(TITLES))):
+        if unknown := set(asked or ()) - known:
+            raise ValueError(f"no such {what}: {', '.join(sorted(unknown))}")
+    if options.record and options.only:
+        raise ValueError("--record wants all mutants of a section")
+    return [m for m in MUTANTS if (not options.only or m.name in options.only) and (not options.section or m.section in options.section)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--section", nargs="+", metavar="NAME", help=f"these sections only: {', '.join(TITLES)}")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants only")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a Markdown table")
-    parser.add_argument("--record", action="store_true", help="write the table into docs/mutations.md")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown tables")
+    parser.add_argument("--record", action="store_true", help="write the tables into docs/mutations.md")
     options = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if not options.only or mutant.name in options.only]
-    unknown = set(options.only or ()) - {mutant.name for mutant in MUTANTS}
-    if unknown or (options.record and options.only):
-        parser.error(f"no such mutant: {', '.join(sorted(unknown))}" if unknown else "--record wants all mutants")
+    try:
+        chosen = chosen_of(options)
+    except ValueError as error:
+        parser.error(str(error))
     if late := outdated(chosen):
         raise SystemExit(f"the code has changed, adapt these mutants: {', '.join(late)}")
     baseline(chosen)
@@ -145,9 +162,11 @@ def main() -> None:
         outcomes.append(attempt(mutant))
         last = outcomes[-1]
         print(f"{number}/{len(chosen)} {last.mutant}: {last.verdict} {last.by} ({last.seconds:.0f} s)", file=sys.stderr, flush=True)
-    print(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) if options.json else table(outcomes))
+    tables = {section: table([o for o in outcomes if o.section == section]) for section in TITLES if any(o.section == section for o in outcomes)}
+    print(json.dumps([asdict(o) for o in outcomes], indent=1) if options.json else "\n\n".join(f"## {TITLES[s]}\n\n{t}" for s, t in tables.items()))
     if options.record:
-        record(PAGE, table(outcomes))
+        for section, text in tables.items():
+            record(PAGE, section, text)
     sys.exit(any(outcome.verdict != "killed" for outcome in outcomes))
 
 

@@ -20,7 +20,7 @@ from diffusion.seeds import INITIAL, generator, step_noise
 from replay.buffer import Claim, ReplayBuffer
 from replay.records import GroupHeader
 from trainer.config.run import RunConfig
-from trainer.learn.advantages import GroupScores, Term, advantages_of, flat_groups
+from trainer.learn.advantages import GroupScores, Term, advantages_of
 from trainer.learn.objective import Anchors, Transitions
 from trainer.learn.plan import share
 
@@ -37,7 +37,6 @@ class StepBatch:
     anchor_count: int
     transition_rows: list[int]
     anchor_rows: list[int]
-    zero_variance_groups: int
 
 
 def terms_of(config: RunConfig) -> dict[str, Term]:
@@ -155,7 +154,7 @@ def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, b
         mine = share(total, rank, world)
         anchors = Anchors(**{f.name: getattr(everything, f.name)[mine] for f in fields(Anchors)})
         anchor_rows = [len(share(total, r, world)) for r in range(world)]
-    return StepBatch(transitions, anchors, sum(rows), total, rows, anchor_rows, flat_groups(scores))
+    return StepBatch(transitions, anchors, sum(rows), total, rows, anchor_rows)
 
 
 def _all_times(config: RunConfig, process: ForwardProcess, kernel: StepKernel, groups: list[int]) -> Tensor:

@@ -37,11 +37,11 @@ def guidance_of(config: RunConfig, policy: Policy, device: torch.device) -> Guid
     return Guidance(sampler.guidance, policy.text_encoder.encode([sampler.negative_prompt])[0].to(device))
 
 
-def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
-    """Learning rate of update `step` (1-based): linear warm-up, then constant or cosine to 2 %."""
+def learning_rate(config: OptimizerConfig, step: int, decay_updates: int) -> float:
+    """Learning rate of update `step` (1-based): linear warm-up, then constant, or cosine to 2 % at `decay_updates` and after."""
     rate = config.lr * min(1.0, step / config.warmup) if config.warmup else config.lr
     if config.decay == "cosine":
-        rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / updates)))
+        rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_updates)))
     return rate
 
 
@@ -77,6 +77,8 @@ class Learner:
         guidance: guidance of rollouts and of their replay, None without.
         probe: an encoded prompt for the self-test; None without rollouts.
         shape: latent shape of a rollout.
+        decay_updates: length of the learning rate's schedule; a checkpoint carries it, so that a resumed run with more
+            `updates` goes on at the rate it had.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -91,6 +93,7 @@ class Learner:
         self.shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
         self._wrap()
         o = config.optimizer
+        self.decay_updates = o.decay_updates or config.updates
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(trained.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
         self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
@@ -129,7 +132,7 @@ class Learner:
             (compute() * world).backward()
         norm = self._clip()
         skipped = not math.isfinite(norm)
-        lr = learning_rate(self.config.optimizer, step, self.config.updates)
+        lr = learning_rate(self.config.optimizer, step, self.decay_updates)
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -216,11 +219,14 @@ class Learner:
         state = trained_weights(self.model)
         return {n: _local(t.detach()).cpu().contiguous() for n, t in state.items() if rank == 0 or isinstance(t, DTensor)}
 
-    def full_state(self, ema: bool = False) -> dict[str, Tensor]:
-        """The whole state dict, gathered on every rank, CPU fp32; with `ema`, averaged weights where there are any."""
-        state = {n: _full(t.detach()).cpu() for n, t in self.model.state_dict().items()}
-        if ema:
-            state |= {n: _full(t).cpu() for n, t in self.ema.items()}
+    def full_state(self, ema: bool = False, keep: bool = True) -> dict[str, Tensor]:
+        """A copy of the whole state dict, gathered one tensor at a time, CPU fp32; with `ema`, averaged weights where there are
+        any. A rank that does not `keep` it helps to gather and gets an empty dict."""
+        state: dict[str, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            whole = _full(self.ema.get(name, tensor) if ema else tensor).detach()
+            if keep:
+                state[name] = whole.to("cpu", copy=True)
         return state
 
     def _shards(self) -> dict[str, object]:

@@ -1,4 +1,8 @@
-"""Lines of metrics.jsonl: written whole or not at all, dropped when the updates they tell of are made again."""
+"""Lines of metrics.jsonl. Learner rank 0 is its only writer.
+
+Invariant: a line is written whole or not at all, and dropped when the update it tells of is made again. What the driver has
+to say (evaluations, the engine) goes into a file of its own.
+"""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def test_groups_in_which_no_term_varies() -> None:
 
 
 def test_what_cannot_be_combined_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 of 2 members have no score of ocr"):
+    with pytest.raises(ValueError, match="1 of 2 members have no score of ocr, and objective"):
         advantages_of([{"ocr": [1.0, None]}], {"ocr": Term()})
     with pytest.raises(ValueError, match="a group has scores of jpeg, none of ocr"):
         advantages_of([{"jpeg": [1.0, 2.0]}], {"ocr": Term()})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import sys
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trainer.learn.batch
 from actors.groups import trained_steps
 from actors.payload import DataPayload, GroupPayload, PayloadError, encode
 from diffusion.kernels import StepKernel, make_kernel
@@ -18,7 +20,7 @@ from diffusion.seeds import INITIAL, step_noise
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
-from trainer.learn.advantages import group_advantages
+from trainer.learn.advantages import Term, advantages_of, group_advantages
 from trainer.learn.batch import StepBatch, step_batch, take
 from trainer.learn.objective import Anchors, Transitions
 
@@ -77,7 +79,7 @@ class Ledger:
     def _group(config: RunConfig, group: int) -> GroupPayload:
         """Member m, trained step k of group g: x is 100 g + 10 m + k everywhere."""
         number = 100.0 * group + 10 * torch.arange(members_of(group))[:, None] + torch.arange(TRAINED)
-        x = number[:, :, None, None, None].expand(members_of(group), TRAINED, *SHAPE)
+        x = number.reshape(*number.shape, *[1] * len(SHAPE)).expand(members_of(group), TRAINED, *SHAPE)
         return GroupPayload(
             x=x,
             x_next=x + 0.5,
@@ -139,7 +141,6 @@ def test_the_ranks_have_every_row_once_whatever_their_number(objective: dict[str
             assert getattr(rank, f"{name[:-1]}_rows") == counts
             assert getattr(rank, f"{name[:-1]}_count") == sum(counts) == len(one.weight)
             assert bool((getattr(rank, name).weight == 1).all())
-    assert {r.zero_variance_groups for r in ranks} == {1 if config.uses_policy else 0}
 
 
 @pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
@@ -267,6 +268,53 @@ def test_take_slices_every_field_and_pads_with_weight_zero() -> None:
     assert padding.weight.tolist() == [0.0]
     assert all(len(getattr(padding, name)) == 1 for name in filled)
     assert padding.x.isfinite().all()
+
+
+# -- scores and video -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("combine", ["each", "sum"])
+def test_scores_of_the_header_make_the_advantages(combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a header has scores by reward, its totals are not looked at."""
+    config, terms = config_of(advantages=combine, failed_reward="fill_mean"), {"ocr": Term(), "jpeg": Term(0.5, (0.0, 1.0))}
+    monkeypatch.setattr(trainer.learn.batch, "terms_of", lambda config: terms)
+    ledger, scores = Ledger(config), []
+    for item in ledger.claim.groups:
+        n = members_of(item.group)
+        scores.append({"ocr": [float((item.group * m) % 3) for m in range(n)], "jpeg": [None, *[2.0 * m for m in range(1, n)]]})
+    groups = [replace(g, header=replace(g.header, scores=s)) for g, s in zip(ledger.claim.groups, scores, strict=True)]
+    ledger.claim = replace(ledger.claim, groups=groups)
+    rows = rows_of(config, ledger=ledger).transitions
+    assert rows is not None
+    expected = [a for group in advantages_of(scores, terms, combine, "fill_mean") for a in group for _ in range(TRAINED)]  # type: ignore[arg-type]
+    assert rows.advantage.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
+@pytest.mark.parametrize("data_noise", ["fresh", "shared"])
+def test_clips_become_rows_like_pictures(kernel: str, data_noise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames are one dimension more; everything else of a row is what it is for a picture."""
+    config = config_of(kernel, data_noise=data_noise)
+    picture = rows_of(config)
+    monkeypatch.setattr(sys.modules[__name__], "SHAPE", (3, 5, 2, 2))
+    clip = rows_of(config)
+    assert picture.transitions is not None
+    assert picture.anchors is not None
+    assert clip.transitions is not None
+    assert clip.anchors is not None
+    for name in ("x", "x_next", "previous"):
+        value, flat = getattr(clip.transitions, name), getattr(picture.transitions, name)
+        assert (value is None) == (flat is None)
+        assert value is None or torch.equal(value, flat[:, :, None].expand_as(value))
+    for name in ("t", "t_next", "step", "old_log_prob", "advantage", "weight"):
+        assert torch.equal(getattr(clip.transitions, name), getattr(picture.transitions, name)), name
+    assert clip.anchors.x0.shape == clip.anchors.eps.shape == (len(clip.anchors.t), 3, 5, 2, 2)
+    assert torch.equal(clip.anchors.x0[:, :, 0], picture.anchors.x0)
+    if data_noise == "shared":
+        assert torch.equal(clip.anchors.t, picture.anchors.t)
+        assert torch.equal(clip.anchors.eps[0], step_noise(5, GROUPS[0], 0, INITIAL, SHAPE))
+    assert take(clip.transitions, slice(2, 5)).x.shape == (3, 3, 5, 2, 2)
+    assert take(clip.anchors, slice(2, 2)).eps.shape == (1, 3, 5, 2, 2)
 
 
 def test_a_damaged_payload_stops_the_step() -> None:

@@ -126,7 +126,7 @@ def batch_of(made: Learner) -> StepBatch:
     )
     x0, eps = torch.randn(2, 5, *SHAPE, generator=g)
     anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.randn(5, 10, 64, generator=g), torch.randn(5, 64, generator=g))
-    return StepBatch(transitions, anchors, 6, 5, [6], [5], 0)
+    return StepBatch(transitions, anchors, 6, 5, [6], [5])
 
 
 def copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -310,8 +310,8 @@ def test_the_only_ranks_shard_is_the_whole_state(policy_folder: Path) -> None:
 def test_without_rollouts_the_data_term_trains_alone(policy_folder: Path) -> None:
     made = learner_of(config_of(policy_folder, objective={"preset": "sft", "data_weight": 1.0}))
     batch = batch_of(made)
-    stats = made.update(StepBatch(None, batch.anchors, 0, 5, [], [5], 0), 1)
+    stats = made.update(StepBatch(None, batch.anchors, 0, 5, [], [5]), 1)
     assert stats.keys() == {"lr", "skipped", "grad_norm", "data_loss"}
     for step in range(2, 6):
-        last = made.update(StepBatch(None, batch.anchors, 0, 5, [], [5], 0), step)
+        last = made.update(StepBatch(None, batch.anchors, 0, 5, [], [5]), step)
     assert last["data_loss"] < stats["data_loss"]

@@ -1,0 +1,193 @@
+"""One rank of a real gloo group that runs the scenarios of `test_ranks.py`: `python -m tests.unit.trainer.learn.ranks RANK WORLD FOLDER`.
+
+Everything a rank needs lies in the folder, so that one rank in the test's own process and two in processes of their own do
+the same: `policy` with weights, `claim-NAME.pt` with the groups of a scenario, a FileStore to meet at (no ports).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+
+import trainer.learn.checkpoint
+from diffusion.checkpoint import save_policy
+from replay.records import Claim
+from trainer.config.load import parse_config
+from trainer.config.run import RunConfig
+from trainer.learn.batch import step_batch
+from trainer.learn.checkpoint import Exports, Progress, read, write
+from trainer.learn.learner import Learner
+
+CPU = torch.device("cpu")
+SHAPE = (3, 8, 16)
+UPDATES = 3
+GROUPS, MEMBERS, TRAINED = 5, 3, 2
+DEADLINE_S = 240.0
+"""Of a collective and of an export: the ranks wait for each other, never for a clock."""
+SAVED = ("plain", "lora")
+"""Scenarios that write checkpoints."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a group of ranks trains, by section of the run's configuration."""
+
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def config(self, folder: Path) -> RunConfig:
+        # a large eps keeps Adam's step proportional to the gradient: with a small one it is the gradient's sign, which
+        # rounding decides where the gradient is almost 0
+        base: dict[str, dict[str, Any]] = {
+            "model": {"path": str(folder / "policy")},
+            "sampler": {"steps": 4, "trained_steps": TRAINED, "height": SHAPE[1], "width": SHAPE[2]},
+            "rollout": {"groups_per_step": GROUPS, "group_size": MEMBERS},
+            "objective": {"clip": 2e-3, "data_weight": 0.3},
+            "optimizer": {"lr": 5e-3, "ema": 0.9, "eps": 1e-2, "decay": "cosine"},
+            "learner": {"ranks": 1, "micro_batch": 4},
+        }
+        return parse_config({"updates": 10, **{name: values | self.sections.get(name, {}) for name, values in base.items()}})
+
+
+SCENARIOS = {
+    "plain": Scenario(),
+    "padding rows": Scenario({"learner": {"ranks": 1, "micro_batch": 1}}),
+    "clipped gradient in one unit": Scenario({"optimizer": {"grad_clip": 0.02}, "learner": {"ranks": 1, "shard_blocks": False}}),
+    "kl": Scenario({"objective": {"kl_weight": 0.5}}),
+    "lora": Scenario({"model": {"lora": {"rank": 4, "alpha": 8.0}}, "objective": {"kl_weight": 0.5}, "optimizer": {"lr": 5e-2, "eps": 1e-5}}),
+    "two steps in sigma space": Scenario({"sampler": {"kernel": "edm_2ab", "noise_level": 1.0, "guidance": 2.0}, "objective": {"data_noise": "shared"}}),
+}
+
+
+class Held:
+    """Payloads in a file: what `step_batch` fetches."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.claim, self._payloads = torch.load(folder / f"claim-{name}.pt", weights_only=False)
+
+    def fetch(self, item: Any) -> bytes:
+        payload: bytes = self._payloads[item.ref]
+        return payload
+
+
+def whole(value: Any) -> Any:
+    """A copy of a tree of tensors, gathered; collective."""
+    if isinstance(value, dict):
+        return {key: whole(part) for key, part in value.items()}
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def state_of(learner: Learner) -> dict[str, Any]:
+    """Everything that training changes; collective."""
+    optimizer = whole(get_optimizer_state_dict(learner.model, learner.optimizer))
+    return {"model": learner.full_state(), "average": learner.full_state(ema=True), "optimizer": optimizer["state"]}
+
+
+def train(learner: Learner, held: Held, rank: int, world: int, steps: range) -> list[dict[str, Any]]:
+    """Updates on the same groups; what the learner says of each."""
+    said = []
+    for step in steps:
+        claim = Claim(step, 1, held.claim.groups, held.claim.data)
+        said.append(learner.update(step_batch(learner.config, learner.process, learner.kernel, held, claim, rank, world), step))  # type: ignore[arg-type]
+    return said
+
+
+def scenario(name: str, folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Train and, where it is SAVED, write a checkpoint and train one update more; what came of it."""
+    held, learner = Held(folder, name), Learner(SCENARIOS[name].config(folder), CPU)
+    out: dict[str, Any] = {"said": train(learner, held, rank, world, range(1, UPDATES + 1)), "state": state_of(learner)}
+    if name not in SAVED:
+        return out
+    write(checkpoint_of(folder, name, world), learner, Progress(step=UPDATES, groups=[1, 2], data=[3]), rank)
+    out["next"] = train(learner, held, rank, world, range(UPDATES + 1, UPDATES + 2))
+    return out | {"next state": state_of(learner)}
+
+
+def resumed(name: str, folder: Path, rank: int, world: int, saved_by: int) -> dict[str, Any]:
+    """Load the checkpoint that a group of `saved_by` ranks wrote, and train one update more. The run has grown meanwhile."""
+    config = SCENARIOS[name].config(folder).model_copy(update={"updates": 50})
+    learner = Learner(config, CPU)
+    progress = read(checkpoint_of(folder, name, saved_by), learner)
+    out: dict[str, Any] = {"progress": progress, "state": state_of(learner)}
+    out["next"] = train(learner, Held(folder, name), rank, world, range(UPDATES + 1, UPDATES + 2))
+    return out | {"next state": state_of(learner)}
+
+
+def checkpoint_of(folder: Path, name: str, world: int) -> Path:
+    path = folder / f"checkpoint-{world}-{name}"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def poisoned(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """An update in which the last rank alone has a gradient that is no number."""
+    held, learner = Held(folder, "plain"), Learner(SCENARIOS["plain"].config(folder), CPU)
+    before = state_of(learner)
+    batch = step_batch(learner.config, learner.process, learner.kernel, held, held.claim, rank, world)  # type: ignore[arg-type]
+    assert batch.transitions is not None
+    if rank == world - 1:
+        batch.transitions.advantage[0] = torch.nan
+    said = learner.update(batch, 1)
+    return {"said": said, "before": before, "state": state_of(learner)}
+
+
+def slow_export(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """An export whose writer does not end before the ranks have made another update together."""
+    held, learner = Held(folder, "plain"), Learner(SCENARIOS["plain"].config(folder), CPU)
+    moved_on, exports = folder / "moved-on", Exports(folder / "exports", learner.config.model, rank)
+
+    def slow(*args: Any) -> None:
+        until = time.monotonic() + DEADLINE_S
+        while not moved_on.exists():
+            assert time.monotonic() < until, "the ranks wait for the export"
+            time.sleep(0.02)
+        save_policy(*args)
+
+    trainer.learn.checkpoint.save_policy = slow
+    try:
+        exported = state_of(learner)
+        exports.take(learner, 7)
+        exports.take(learner, 8)  # comes while 7 is being written: waits
+        train(learner, held, rank, world, range(1, 2))
+        exports.take(learner, 9)  # takes the place of 8
+        last = state_of(learner)
+        if rank == world - 1:
+            moved_on.touch()
+        exports.finish(DEADLINE_S)
+    finally:
+        trainer.learn.checkpoint.save_policy = save_policy
+    return {"exported": exported, "last": last}
+
+
+def missing_export(folder: Path, rank: int, world: int) -> None:
+    """A restart finds `exports/step-9` there and `step-11` not."""
+    learner = Learner(SCENARIOS["plain"].config(folder), CPU)
+    exports = Exports(folder / "exports", learner.config.model, rank)
+    for step in (0, 9, 11):
+        exports.take_missing(learner, step)
+    exports.finish(DEADLINE_S)
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world, timeout=timedelta(seconds=DEADLINE_S))
+    out: dict[str, Any] = {name: scenario(name, folder, rank, world) for name in SCENARIOS}
+    out |= {f"{name}, resumed": resumed(name, folder, rank, world, saved_by=1) for name in SAVED}
+    out |= {"poisoned": poisoned(folder, rank, world), "slow export": slow_export(folder, rank, world)}
+    missing_export(folder, rank, world)
+    torch.save(out, folder / f"out-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

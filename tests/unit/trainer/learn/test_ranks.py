@@ -1,0 +1,182 @@
+"""Two real gloo ranks against one: losses, gradient norm, weights, optimiser, average, resharded checkpoints, exports.
+
+The two ranks run every scenario of `ranks.py` once, in processes of their own, while the one rank of this process does the
+same. What a group computes may not depend on how many ranks it has.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from actors.payload import DataPayload, encode
+from actors.rollout import group_payload, group_request
+from diffusion.checkpoint import load_policy, read_weights, save_policy
+from diffusion.config import ModelConfig
+from diffusion.engine.engine import Engine
+from diffusion.glyph_policy import write_skeleton
+from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
+from tests.unit.trainer.learn.ranks import DEADLINE_S, GROUPS, MEMBERS, SAVED, SCENARIOS, SHAPE, UPDATES, resumed, scenario
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+def write_policy(folder: Path) -> None:
+    """The glyph policy shrunk to one layer of width 32, every weight random: fresh ones have no gradient but in the last layer."""
+    source = folder / "skeleton"
+    write_skeleton(source)
+    path = source / "transformer" / "config.json"
+    small = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "caption_projection_dim": 32}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **small}))
+    state = load_policy(ModelConfig(path=str(source), init=True)).transformer.state_dict()
+    g = torch.Generator().manual_seed(0)
+    save_policy(folder / "policy", source, {n: v + 0.05 * torch.randn(v.shape, generator=g) for n, v in state.items()})
+
+
+def write_claim(folder: Path, name: str) -> None:
+    """Real rollouts of odd groups, one of which lost a member, so that no two ranks have as many rows; sampled by slightly
+    other weights, so that ratios are not 1."""
+    config = SCENARIOS[name].config(folder)
+    policy = load_policy(config.model)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.transformer.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=g)
+    sampler, rollout = config.sampler, config.rollout
+    negative = policy.text_encoder.encode([sampler.negative_prompt])[0] if sampler.guidance != 1 else None
+    texts = policy.text_encoder.encode([f'a sign that says "{i}"' for i in range(GROUPS)])
+    requests = [group_request(sampler, rollout, 3, i, text, negative, SHAPE) for i, text in enumerate(texts)]
+    done = Engine(policy.transformer, policy.process, 10_000).run(requests)
+    payloads, groups = {}, []
+    for i, (request, text) in enumerate(zip(requests, texts, strict=True)):
+        members = [t for t in done if t.request is request][: MEMBERS - (i == 1)]
+        payloads[f"g{i}"] = encode(group_payload(members, text))
+        ocr, sharp = torch.rand(2, len(members), generator=g).tolist()
+        groups.append(ClaimedGroup(i, GroupHeader([float(a + b) for a, b in zip(ocr, sharp, strict=True)], len(members), 0, 0, ""), f"g{i}"))
+    rows = config.data_rows
+    embeds, pooled = texts[0].prompt_embeds, texts[0].pooled
+    payloads["d"] = encode(DataPayload(torch.randn(rows, *SHAPE, generator=g), embeds.expand(rows, -1, -1).contiguous(), pooled.expand(rows, -1).contiguous()))
+    torch.save((Claim(1, 1, groups, [ClaimedData(1, "d", "")]), payloads), folder / f"claim-{name}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("ranks")
+    write_policy(made)
+    for name in SCENARIOS:
+        write_claim(made, name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Iterator[dict[str, Any]]:
+    """What one rank makes of every scenario; its group stays for the tests."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield {name: scenario(name, folder, 0, 1) for name in SCENARIOS}
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
+    """What two ranks make of it, each as it sees it."""
+    logs = [(folder / f"log-{rank}").open("w") for rank in range(2)]
+    command = [sys.executable, "-m", "tests.unit.trainer.learn.ranks"]
+    ranks = [subprocess.Popen([*command, str(rank), "2", str(folder)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT) for rank, log in enumerate(logs)]
+    try:
+        codes = [rank.wait(2 * DEADLINE_S) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = "\n".join((folder / f"log-{rank}").read_text()[-3000:] for rank in range(2))
+    assert codes == [0, 0], said
+    return [torch.load(folder / f"out-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def numbers(tree: Any, path: str = "") -> dict[str, torch.Tensor]:
+    """The numbers of a tree by their path."""
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, part in items for k, v in numbers(part, f"{path}/{key}").items()}
+    return {path: torch.as_tensor(tree, dtype=torch.float64)}
+
+
+def assert_same(found: Any, expected: Any, rtol: float = 1e-4, atol: float = 0.0) -> None:
+    """Every number of both trees agrees, to `rtol` of the largest of its tensor plus `atol`."""
+    a, b = numbers(found), numbers(expected)
+    assert a.keys() == b.keys()
+    for path, value in b.items():
+        assert a[path].shape == value.shape, path
+        error, size = (float(t.abs().max()) if t.numel() else 0.0 for t in (a[path] - value, value))
+        assert error <= rtol * size + atol, f"{path}: off by {error:.2g} at {size:.2g}"
+
+
+def assert_same_updates(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Both groups of ranks say the same of their updates. Log-densities of about 5 in fp32 are known to some 1e-6."""
+    assert_same(found, expected, atol=2e-6)
+    for name in ("grad_norm", "data_loss", "lr"):
+        assert_same([said[name] for said in found], [said[name] for said in expected])
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_compute_what_one_does(name: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert_same_updates(rank[name]["said"], one[name]["said"])
+        assert_same(rank[name]["state"], one[name]["state"])
+    said = one[name]["said"]
+    assert all(s["grad_norm"] > 1e-5 and not s["skipped"] for s in said)  # the scenario moves something
+    assert said[0]["ratio_deviation"] > 1e-4
+    assert 0 < said[0]["clip_fraction"] < 1 or name != "plain"
+    assert "kl_weight" not in SCENARIOS[name].sections.get("objective", {}) or said[-1]["reverse_kl"] > 1e-7
+
+
+def test_a_gradient_above_the_limit_is_scaled_by_the_norm_of_all_ranks(one: dict[str, Any]) -> None:
+    said = one["clipped gradient in one unit"]["said"]
+    assert said[0]["grad_norm"] > 2 * 0.02
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_of_one_rank_is_loaded_by_two(name: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert_same(rank[f"{name}, resumed"]["state"], one[name]["state"], rtol=0)
+        assert_same_updates(rank[f"{name}, resumed"]["next"], one[name]["next"])
+        assert_same(rank[f"{name}, resumed"]["next state"], one[name]["next state"])
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_of_two_ranks_is_loaded_by_one(name: str, folder: Path, two: list[dict[str, Any]]) -> None:
+    found = resumed(name, folder, 0, 1, saved_by=2)
+    assert (found["progress"].step, found["progress"].groups, found["progress"].data) == (UPDATES, [1, 2], [3])
+    assert_same(found["state"], two[0][name]["state"], rtol=0)
+    assert_same_updates(found["next"], two[0][name]["next"])
+    assert_same(found["next state"], two[0][name]["next state"])
+
+
+def test_a_run_that_has_grown_goes_on_at_the_rate_it_had(folder: Path, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    """The cosine of a run of 10 updates, resumed with 50: the schedule keeps its length."""
+    rates = [s["lr"] for s in one["plain"]["said"] + one["plain"]["next"]]
+    assert rates == sorted(rates, reverse=True)
+    assert two[0]["plain, resumed"]["next"][0]["lr"] == rates[-1] < 0.7 * SCENARIOS["plain"].config(folder).optimizer.lr
+
+
+def test_a_gradient_that_is_no_number_on_one_rank_skips_the_update_on_all(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert rank["poisoned"]["said"]["skipped"] == 1
+        assert_same(rank["poisoned"]["state"], rank["poisoned"]["before"], rtol=0)
+
+
+def test_ranks_do_not_wait_for_a_slow_export(folder: Path, two: list[dict[str, Any]]) -> None:
+    """The writer of step 7 ends only after both ranks have made another update, and writes what was taken before it. The copy
+    of step 8 gave way to that of step 9; a restart that found step 11 missing made it."""
+    seen, exports = two[0]["slow export"], folder / "exports"
+    assert sorted(f.name for f in exports.iterdir()) == ["step-000009", "step-000009-ema", "step-000011", "step-000011-ema"]
+    assert_same(read_weights(exports / "step-000009" / "transformer"), seen["last"]["model"], rtol=0)
+    assert_same(read_weights(exports / "step-000009-ema" / "transformer"), seen["last"]["average"], rtol=0)
+    assert_same(read_weights(exports / "step-000011" / "transformer"), seen["exported"]["model"], rtol=0)
