@@ -24,8 +24,9 @@ from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
-from diffusion.evaluation import diffusion_losses, pairwise_rms, scene_statistics
+from diffusion.evaluation import diffusion_losses
 from diffusion.lora import trained_weights
+from diffusion.pixels import pairwise_rms, scene_statistics
 from diffusion.seeds import generator, key
 from services.client.base import ItemScore
 from services.client.connect import connect

@@ -32,11 +32,12 @@ from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.aio import AsyncEngine
 from diffusion.engine.cache import PromptCache
 from diffusion.engine.decode import Decoder
-from diffusion.engine.engine import Engine, compile_for_batches
+from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.engine.runner import compile_for_batches
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernel_names import stochastic_steps
 from diffusion.seeds import key
-from diffusion.text.base import Conditioning
 from replay.buffer import Lease
 from replay.errors import ReplayError
 from services.client.base import ItemScore, ScoreFailure
@@ -168,8 +169,8 @@ class RolloutGenerator:
             "kind": "engine",
             "step": 0,
             "generator": self.owner,
-            "budget": str(engine.plan),
-            "network": engine.describe_network(),
+            "budget": str(engine.runner.plan),
+            "network": engine.runner.describe(),
             "attention": self.policy.attention.why,
         }
         self.engine = AsyncEngine(engine)

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from actors.config import DataConfig
-from actors.sources import glyphs
 from actors.sources.prompts import split_of
+from diffusion.families.glyph import signs
 from diffusion.seeds import key
 
 Batch = tuple[list[str], np.ndarray]
@@ -35,9 +35,9 @@ def _folder(path: str) -> tuple[tuple[Path, str], ...]:
 def _one(config: DataConfig, split: str, rng: np.random.Generator, height: int, width: int) -> tuple[str, np.ndarray]:
     for _ in range(100_000):
         if config.kind == "glyph":
-            target = glyphs.draw_target(rng)
-            if split_of(caption := glyphs.prompt_of(target)) == split:
-                return caption, glyphs.render_sign(target, rng, height, width)
+            target = signs.draw_target(rng)
+            if split_of(caption := signs.prompt_of(target)) == split:
+                return caption, signs.render_sign(target, rng, height, width)
         else:
             rows = _folder(str(config.path))
             file, caption = rows[int(rng.integers(len(rows)))]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.config import PromptConfig
-from actors.sources import glyphs
+from diffusion.families.glyph import signs
 from diffusion.seeds import key
 
 
@@ -42,7 +42,7 @@ def _draws(config: PromptConfig, *name: int | str) -> Iterator[str]:
     rng = np.random.default_rng(key(*name))
     if config.kind == "glyph":
         while True:
-            yield glyphs.prompt_of(glyphs.draw_target(rng))
+            yield signs.prompt_of(signs.draw_target(rng))
     lines = prompt_lines(str(config.path))
     while True:
         yield lines[int(rng.integers(len(lines)))]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernel_names import stochastic_steps
-from diffusion.text.base import Conditioning
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,9 +90,10 @@ def _draw(
 
     from actors.sources.prompts import prompt_lines
     from diffusion.checkpoint import CheckpointError, load_policy
-    from diffusion.engine.engine import StepFailed, compile_for_batches
+    from diffusion.engine.engine import StepFailed
     from diffusion.engine.generate import DiffusionEngine, SamplingParams
     from diffusion.engine.request import SamplingFailed
+    from diffusion.engine.runner import compile_for_batches
 
     s = config.sampler
     try:
@@ -112,7 +113,7 @@ def _draw(
         if config.model.compile:
             compile_for_batches(policy.transformer)
         with DiffusionEngine(policy, s.max_tokens, config.model.dtype) as engine, _progress(len(plan)) as told:
-            typer.echo(f"{engine.engine.plan}; {engine.engine.describe_network()}; {policy.attention.why}")
+            typer.echo(f"{engine.engine.runner.plan}; {engine.engine.runner.describe()}; {policy.attention.why}")
             started = time.perf_counter()
             done = engine.generate([text for text, _ in plan], [choice for _, choice in plan], told)
             seconds, stats = time.perf_counter() - started, engine.stats

@@ -21,8 +21,8 @@ from diffusion.checkpoint import load_policy
 from diffusion.codecs import IdentityCodec
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.engine import Engine
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernels import log_prob, make_kernel
-from diffusion.text.base import Conditioning
 from replay.policy import BufferSettings
 from replay.records import Lease
 from services.client.base import ItemScore, ScoreFailure

@@ -11,9 +11,9 @@ import torch
 
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest, SamplingFailed
+from diffusion.families.conditioning import TextConditioning
 from diffusion.kernels import Previous, log_prob, make_kernel
 from diffusion.seeds import INITIAL, step_noise
-from diffusion.text.base import TextConditioning
 from tests.unit.diffusion.sampling import KERNELS, PLENTY, PROCESS, Build, batched, conditioning, request, same, stepped
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.codecs import IdentityCodec
-from diffusion.evaluation import diffusion_losses, pairwise_rms, scene_statistics
+from diffusion.evaluation import diffusion_losses
+from diffusion.pixels import pairwise_rms, scene_statistics
 from diffusion.processes import RectifiedFlow
 
 BLACK, WHITE = np.zeros((4, 6, 3), np.uint8), np.full((4, 6, 3), 255, np.uint8)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffusion.text.base import TextConditioning
+from diffusion.families.conditioning import TextConditioning
 
 PRINTABLE = [chr(c) for c in range(32, 127)]
 FREQUENCIES = 8
