@@ -1,4 +1,7 @@
-"""One denoising step of rows that stand at the same kernel and shape: prediction in, next states and log-densities out. fp32."""
+"""One denoising step of rows that stand at the same kernel and shape: prediction in, next states and log-densities out.
+
+States are fp32, log-densities fp64: they are those of the states as they are stored.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ def advance(rows: Rows, prediction: Tensor, version: int) -> None:
         part = [sequences[i] for i in chosen]
         previous, density = previous_of(part), None
         if stochastic:
-            mean, std = kernel.moments(v, x, t, t_next, previous)
+            mean, std = kernel.moments(v.double(), x.double(), t, t_next, previous)
             noise = torch.stack([s.noise() for s in part]).to(x.device)
-            x_next = mean + std.reshape(-1, *[1] * (x.dim() - 1)) * noise
+            x_next = (mean + std.reshape(-1, *[1] * (x.dim() - 1)) * noise).float()
             density = log_prob(x_next, mean, std)
         else:
             x_next = kernel.ode(v, x, t, t_next, previous)

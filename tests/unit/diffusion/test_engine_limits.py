@@ -83,8 +83,8 @@ def test_the_budget_is_what_memory_holds(tiny_model: Build, monkeypatch: pytest.
     engine = Engine(model, PROCESS, PLENTY)
     assert engine.runner.plan.tokens == engine.runner.plan.fitting == 70
     assert str(engine.runner.plan).startswith("70 tokens a forward pass, bound by memory: ")
-    assert Engine(model, PROCESS, 50).plan.tokens == 50
-    assert "bound by sampler.max_tokens" in str(Engine(model, PROCESS, 50).plan)
+    assert Engine(model, PROCESS, 50).runner.plan.tokens == 50
+    assert "bound by sampler.max_tokens" in str(Engine(model, PROCESS, 50).runner.plan)
 
 
 def test_memory_of_a_container_counts_what_files_would_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
