@@ -29,6 +29,7 @@ from actors.sources.prompts import training_prompt
 from actors.weights import pull
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
+from diffusion.device import resolve_device
 from diffusion.engine.aio import AsyncEngine
 from diffusion.engine.cache import PromptCache
 from diffusion.engine.decode import Decoder
@@ -156,7 +157,7 @@ class RolloutGenerator:
     def __init__(self, spec: RolloutSpec, weights: Any, index: int) -> None:
         torch.set_num_threads(spec.rollout.threads)
         self.spec, self.weights, self.owner = spec, weights, f"generator-{index}"
-        device = "cuda" if spec.rollout.gpus > 0 and torch.cuda.is_available() else "cpu"
+        device = resolve_device("cuda" if spec.rollout.gpus > 0 else "cpu", f"rollout.gpus={spec.rollout.gpus:g}")
         self.policy = load_policy(spec.model, device, spec.seed)
         sampler = spec.sampler
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))

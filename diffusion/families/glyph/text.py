@@ -55,7 +55,9 @@ class GlyphTextEncoder:
         self._index = {c: i for i, c in enumerate(PRINTABLE)}
 
     @classmethod
-    def create(cls, dim: int = 64, pooled_dim: int = 64, max_tokens: int = 10, max_characters: int = 6, seed: int = 0, version: int = VERSIONS[-1]) -> GlyphTextEncoder:
+    def create(
+        cls, dim: int = 64, pooled_dim: int = 64, max_tokens: int = 10, max_characters: int = 6, seed: int = 0, version: int = VERSIONS[-1]
+    ) -> GlyphTextEncoder:
         """Draw the frozen tables once. `dim` must exceed 4·FREQUENCIES."""
         g = torch.Generator().manual_seed(seed)
         tables = {
