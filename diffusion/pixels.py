@@ -9,7 +9,7 @@ def pairwise_rms(images: np.ndarray) -> np.ndarray:
     """Diversity: mean RMS pixel distance over all pairs of samples of one prompt.
 
     Args:
-        images: uint8 `[prompts, samples, H, W, 3]`, samples ≥ 2.
+        images: uint8 `[prompts, samples, H, W, 3]`, samples ≥ 2; clips have a frame axis before H.
     Returns:
         `[prompts]` in units of the full pixel range (0 = identical, 1 = black against white).
     """
@@ -22,11 +22,12 @@ def pairwise_rms(images: np.ndarray) -> np.ndarray:
 
 
 def scene_statistics(images: np.ndarray) -> dict[str, float]:
-    """Cheap hacking detectors over uint8 `[n, H, W, 3]`: brightness, contrast, colourfulness, edge density, all in 0…1 units.
+    """Cheap hacking detectors over uint8 `[n, H, W, 3]`, or the frames of clips `[n, F, H, W, 3]`:
+    brightness, contrast, colourfulness, edge density, all in 0…1 units.
 
     Colourfulness is the opponent-colour measure of Hasler & Süsstrunk (2003) over pixels in [0, 1].
     """
-    x = images.astype(np.float64) / 255
+    x = images.reshape(-1, *images.shape[-3:]).astype(np.float64) / 255
     luma = x @ np.array([0.299, 0.587, 0.114])
     rg = x[..., 0] - x[..., 1]
     yb = (x[..., 0] + x[..., 1]) / 2 - x[..., 2]
