@@ -43,7 +43,7 @@ results: setup  ## every run of docs/results.md, one after the other (about 45 m
 	@$(BIN)/python -m benchmarks.results --ddrl runs/glyph-ocr-[012] --control runs/glyph-control-[012] --free runs/glyph-free
 
 glyph-base: setup  ## train the demo's starting policy again (about 35 minutes)
-	@$(BIN)/python -m diffusion.glyph_policy recipes/glyph-base
+	@$(BIN)/python -m diffusion.families.glyph.policy recipes/glyph-base
 	@$(BIN)/ddrl train recipes/glyph-base.yaml
 	@$(BIN)/ddrl export runs/glyph-base recipes/glyph-base --ema
 

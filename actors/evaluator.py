@@ -27,8 +27,9 @@ from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
-from diffusion.evaluation import diffusion_losses, pairwise_rms, scene_statistics
+from diffusion.evaluation import diffusion_losses
 from diffusion.lora import trained_weights
+from diffusion.pixels import pairwise_rms, scene_statistics
 from diffusion.seeds import generator, key
 from services.contract import ItemScore, ScoreFailure
 

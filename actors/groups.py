@@ -14,9 +14,9 @@ from actors.config import RolloutConfig
 from actors.payload import GroupPayload
 from diffusion.config import SamplerConfig
 from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernel_names import stochastic_steps
 from diffusion.seeds import key
-from diffusion.text.base import Conditioning
 from services.client.terms import Term
 from services.contract import ItemScore, ScoreFailure
 

@@ -4,7 +4,7 @@ This is the only encoder and decoder. Members N, trained steps K, latent shape C
 
     group  x, x_next         f32 [N, K, C, h, w]    states before and after each trained step
            previous          f32 [N, K, C, h, w]    prediction of x0 in the step before; only for kernels that use it
-           log_prob          f32 [N, K]             exact log-density (mean over entries) under the sampling weights
+           log_prob          f64 [N, K]             exact log-density (mean over entries) under the sampling weights
            trained           i64 [K]                trained step indices
            times             f32 [steps + 1]        time grid that was sampled on
            prompt_embeds     f32 [L, D]             pooled  f32 [P]
@@ -59,6 +59,7 @@ _DIMS = {
     GroupPayload: {"x": 5, "x_next": 5, "log_prob": 2, "trained": 1, "times": 1, "prompt_embeds": 2, "pooled": 1},
     DataPayload: {"x0": 4, "prompt_embeds": 3, "pooled": 2},
 }
+_TYPES = {"trained": torch.int64, "log_prob": torch.float64}  # all others are float32
 _LATENTS = {"x", "x_next", "previous", "x0"}  # one dimension more for video
 _OPTIONAL = {GroupPayload: {"previous": 5, "x0": 3, "empty_embeds": 2, "empty_pooled": 1}, DataPayload: {}}
 
@@ -83,9 +84,9 @@ def _decode(kind: type, data: bytes) -> dict[str, Tensor]:
     found = {name: tensor.dim() for name, tensor in tensors.items()}
     if found not in (dims, {name: count + (name in _LATENTS) for name, count in dims.items()}):
         raise PayloadError(f"{kind.__name__} needs tensors of dimensions {dims}, found {found}")
-    types = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != (torch.int64 if name == "trained" else torch.float32)}
+    types = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != _TYPES.get(name, torch.float32)}
     if types:
-        raise PayloadError(f"{kind.__name__} has tensors that are not float32 (trained: int64): {types}")
+        raise PayloadError(f"{kind.__name__} has tensors that are not float32 (trained: int64, log_prob: float64): {types}")
     return tensors
 
 

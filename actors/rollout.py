@@ -31,12 +31,14 @@ from actors.sources.example import Example
 from actors.weights import pull
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
+from diffusion.device import resolve_device
 from diffusion.engine.aio import AsyncEngine
 from diffusion.engine.cache import PromptCache
 from diffusion.engine.decode import Decoder
-from diffusion.engine.engine import Engine, compile_for_batches
+from diffusion.engine.engine import Engine
 from diffusion.engine.request import Trajectory
-from diffusion.text.base import Conditioning
+from diffusion.engine.runner import compile_for_batches
+from diffusion.families.conditioning import Conditioning
 from replay.buffer import Lease
 from replay.errors import ReplayError
 from services.client.base import RewardUnavailable
@@ -99,7 +101,7 @@ class RolloutGenerator:
     def __init__(self, spec: RolloutSpec, weights: Any, index: int) -> None:
         torch.set_num_threads(spec.rollout.threads)
         self.spec, self.weights, self.owner = spec, weights, f"generator-{index}"
-        device = "cuda" if spec.rollout.gpus > 0 and torch.cuda.is_available() else "cpu"
+        device = resolve_device("cuda" if spec.rollout.gpus > 0 else "cpu", f"rollout.gpus={spec.rollout.gpus:g}")
         self.policy = load_policy(spec.model, device, spec.seed)
         sampler = spec.sampler
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
@@ -113,8 +115,8 @@ class RolloutGenerator:
             "kind": "engine",
             "step": 0,
             "generator": self.owner,
-            "budget": str(engine.plan),
-            "network": engine.describe_network(),
+            "budget": str(engine.runner.plan),
+            "network": engine.runner.describe(),
             "attention": self.policy.attention.why,
         }
         self.engine = AsyncEngine(engine)

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from diffusion.attention import Provider, resolve_provider
 from diffusion.codecs import Codec, IdentityCodec, VAECodec
 from diffusion.config import ModelConfig
+from diffusion.families.base import PackedModel
+from diffusion.families.conditioning import TextEncoder
+from diffusion.families.registry import FAMILIES, TEXT_ENCODERS, Family
 from diffusion.lora import add_lora
-from diffusion.models.base import PackedModel
-from diffusion.models.registry import FAMILIES, Family
 from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
-from diffusion.text import glyph
-from diffusion.text.base import TextEncoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FROZEN = ("model_index.json", "scheduler", "text_encoder", "vae")
@@ -152,6 +151,10 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
     return codec
 
 
+def _encoder_class(folder: Path) -> str:
+    return str(_json(folder / "text_encoder" / "config.json").get("_class_name"))
+
+
 def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
     """The policy of `config.path`: `load_network` and everything around it.
 
@@ -167,9 +170,9 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
                 f"{folder}/transformer is a {values['_class_name']}, which samples video; this build has its network (diffusion.checkpoint.load_network) "
                 "but no video codec and no T5 encoder, so that it cannot be trained"
             )
-        encoder_class = _json(folder / "text_encoder" / "config.json").get("_class_name")
-        if encoder_class != glyph.CLASS_NAME:
-            raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {glyph.CLASS_NAME}")
+        encoder_class = _encoder_class(folder)
+        if encoder_class not in TEXT_ENCODERS:
+            raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {', '.join(TEXT_ENCODERS)}")
     model, provider = load_network(config, device, seed)
     codec = load_codec(folder, device)
     if codec.channels != model.config.in_channels:
@@ -180,7 +183,7 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {error}") from None
     try:
-        encoder = glyph.GlyphTextEncoder.load(folder / "text_encoder")
+        encoder = TEXT_ENCODERS[_encoder_class(folder)](folder / "text_encoder")
     except Exception as error:  # safetensors raises its own class for every kind of damage
         raise CheckpointError(f"{folder}/text_encoder (config.json, model.safetensors) cannot be read: {error}") from None
     return Policy(model, encoder, codec, process, provider)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.sources import glyphs
 from actors.sources.example import Example
+from diffusion.families.glyph import signs
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Sign:
     rng: np.random.Generator
 
     def load(self, height: int, width: int) -> NDArray[np.uint8]:
-        return glyphs.render_sign(self.target, copy.deepcopy(self.rng), height, width)
+        return signs.render_sign(self.target, copy.deepcopy(self.rng), height, width)
 
 
 class GlyphSource:
     """Endless signs of 2 to 4 digits; the text is the id."""
 
     def draw(self, rng: np.random.Generator) -> Example:
-        target = glyphs.draw_target(rng)
-        text = glyphs.prompt_of(target)
+        target = signs.draw_target(rng)
+        text = signs.prompt_of(target)
         return Example(text, text, Sign(target, copy.deepcopy(rng)))

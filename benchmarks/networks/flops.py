@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
-from diffusion.models.sd3 import SD3Config
-from diffusion.models.wan import WanConfig
+from diffusion.families.sd3.network import SD3Config
+from diffusion.families.wan.network import WanConfig
 
 
 def forward_flops(config: SD3Config | WanConfig, shape: tuple[int, ...], prompt_tokens: int) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.models.base import PackedModel
-from diffusion.models.sd3 import SD3Config, SD3Transformer
-from diffusion.models.wan import WanConfig, WanTransformer
+from diffusion.families.base import PackedModel
+from diffusion.families.sd3.network import SD3Config, SD3Transformer
+from diffusion.families.wan.network import WanConfig, WanTransformer
 
 SD35_MEDIUM = SD3Config(
     sample_size=128,

@@ -18,12 +18,13 @@ from torch import Tensor
 from benchmarks.sampling.workload import Batch, Job, batches
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig
-from diffusion.engine.engine import Engine, EngineStats
+from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
+from diffusion.engine.stats import EngineStats
+from diffusion.families.base import PackedModel
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernels import log_prob, make_kernel
-from diffusion.models.base import PackedModel
 from diffusion.seeds import INITIAL, step_noise
-from diffusion.text.base import Conditioning
 
 MODEL = Path(__file__).parents[2] / "recipes" / "glyph-base"
 KERNEL = "flow_sde"

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.engine.engine import Engine, EngineStats, StepFailed, SwapPolicy
+from diffusion.engine.engine import Engine, StepFailed, SwapPolicy
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
+from diffusion.engine.stats import EngineStats
 
 
 class EngineClosed(RuntimeError):

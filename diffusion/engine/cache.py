@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import torch
 
-from diffusion.text.base import Conditioning, TextEncoder
+from diffusion.families.conditioning import Conditioning, TextEncoder
 
 MAX_BYTES = 256 * 2**20
 """Default bound. A prompt of SD3.5 (333 tokens x 4096 values, fp32) takes 5.5 MB."""

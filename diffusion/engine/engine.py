@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from diffusion.engine.cache import MAX_BYTES, PromptCache
-from diffusion.engine.forward import Rows, predict, rows_of
-from diffusion.engine.memory import keep_freed_memory, out_of_memory, plan_memory
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
+from diffusion.engine.runner import OutOfMemory, Runner
 from diffusion.engine.scheduler import Scheduler
-from diffusion.engine.sequence import Context, Path, Sequence, previous_of
-from diffusion.kernels import log_prob, make_kernel
-from diffusion.lora import merge_lora, trained_weights
-from diffusion.models.base import PackedModel
+from diffusion.engine.sequence import Context, Path, Sequence
+from diffusion.engine.stats import EngineStats
+from diffusion.engine.transition import advance
+from diffusion.families.base import PackedModel
+from diffusion.families.conditioning import Conditioning, TextEncoder
+from diffusion.kernels import make_kernel
 from diffusion.processes import ForwardProcess
-from diffusion.text.base import Conditioning, TextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -40,43 +40,6 @@ SwapPolicy = Literal["in_flight", "drain"]
 
 PATHS_KEPT = 256
 """Kernels with their time grids that are kept for the next request of the kind."""
-RUNGS = 8
-"""Buckets an octave of total tokens when the network is compiled: at most an eighth of the tokens is padding."""
-
-
-def compile_for_batches(model: PackedModel) -> None:
-    """Compile the network's per-token parts and pad token counts to buckets, so that batches of any mix repeat few shapes."""
-    model.buckets = RUNGS
-    model.compile_blocks()
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine has done since it was made.
-
-    Attributes:
-        forwards: packed forward passes.
-        tokens: packed tokens in them (a guided sequence counts twice).
-        sequence_steps: denoising steps taken, a shared one once.
-        saved_steps: denoising steps that members did not take because the steps before their branch were shared.
-        occupancy: mean share of the token budget that a forward pass used.
-        seconds: time spent in `step`.
-        finished, failed, aborted: samples.
-        out_of_memory: forward passes that did not fit and were tried again with less.
-        budget: token budget now.
-    """
-
-    forwards: int = 0
-    tokens: int = 0
-    sequence_steps: int = 0
-    saved_steps: int = 0
-    occupancy: float = 0.0
-    seconds: float = 0.0
-    finished: int = 0
-    failed: int = 0
-    aborted: int = 0
-    out_of_memory: int = 0
-    budget: int = 0
 
 
 class StepFailed(RuntimeError):
@@ -92,12 +55,12 @@ class StepFailed(RuntimeError):
 
 
 class Engine:
-    """Continuous batching between denoising steps. On the CPU, its process keeps the memory that a forward pass has used.
+    """Continuous batching between denoising steps: a scheduler says what runs, a runner runs it.
 
     Args:
         model: the policy network (fp32 weights).
         process: its forward process.
-        max_tokens: upper bound on the tokens of one packed forward pass; less if memory does not hold it (`self.plan`).
+        max_tokens: upper bound on the tokens of one packed forward pass; less if memory does not hold it (`runner.plan`).
         dtype: `float32` or `bfloat16` autocast inside the network.
         text_encoder: for requests that bring a prompt and not its conditioning.
         cache_bytes: bound on the encoded prompts that are kept.
@@ -114,27 +77,12 @@ class Engine:
         cache_bytes: int = MAX_BYTES,
         merge: bool = False,
     ) -> None:
-        self.model, self.process, self.dtype = model.eval(), process, dtype
-        self.device = next(model.parameters()).device
-        self.prompts = PromptCache(text_encoder, self.device, cache_bytes) if text_encoder is not None else None
-        self.merge = merge
-        if merge:
-            merge_lora(model)  # before memory is measured: the unmerged weights are kept
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        itemsize = 2 if dtype == "bfloat16" else 4
-        self.plan = plan_memory(model.activation_bytes(itemsize), self.device, max_tokens)
-        self.version = 0
-        self.digest: str | None = None
-        self._next_weights: tuple[dict[str, Tensor], int, str | None] | None = None
-        self._scheduler: Scheduler[Sequence] = Scheduler(self.plan.tokens)
+        self.runner = Runner(model, max_tokens, dtype, merge)
+        self.process = process
+        self.prompts = PromptCache(text_encoder, self.runner.device, cache_bytes) if text_encoder is not None else None
+        self._scheduler: Scheduler[Sequence] = Scheduler(self.runner.plan.tokens)
         self._paths: dict[tuple[str, float, int, tuple[float, ...] | None], Path] = {}
         self._stats = EngineStats()
-
-    def describe_network(self) -> str:
-        """How the network runs, for a log: precision, device, padding."""
-        padded = "" if self.model.buckets is None else f", token counts in {self.model.buckets} buckets an octave"
-        return f"{self.dtype} on {self.device}{padded}"
 
     # --- requests
 
@@ -143,19 +91,15 @@ class Engine:
         and the engine no text encoder."""
         conditioning = self._conditioning(request.prompt, request.conditioning)
         negative = self._conditioning(request.negative_prompt, request.negative) if request.guided else None
-        tokens = self.model.packed_tokens(request.shape, len(conditioning.prompt_embeds))
-        if negative is not None:
-            tokens += self.model.packed_tokens(request.shape, len(negative.prompt_embeds))
-        if tokens > self.plan.tokens:
-            raise ValueError(f"one sample of {request.shape} needs {tokens} tokens, more than the budget: {self.plan}")
+        tokens = self.runner.packed_tokens(request.shape, [len(c.prompt_embeds) for c in (conditioning, negative) if c is not None])
         context = Context(request, self._path(request), conditioning, negative, tokens)
         ranges = [request.members] if request.shared_steps else [range(m, m + 1) for m in request.members]
         for members in ranges:
-            self._scheduler.add(Sequence.start(context, members, self.device), tokens, request.priority, family=id(request))
+            self._scheduler.add(Sequence.start(context, members, self.runner.device), tokens, request.priority, family=id(request))
 
     def _conditioning(self, prompt: str | None, encoded: Conditioning | None) -> Conditioning:
         if encoded is not None:
-            return encoded.to(self.device)
+            return encoded.to(self.runner.device)
         if self.prompts is None:
             raise ValueError("this engine has no text encoder; give the request its conditioning (and `negative`, when guided)")
         assert prompt is not None  # SampleRequest has one of the two
@@ -178,7 +122,7 @@ class Engine:
         """Drop a request, waiting or running; what it held is free at once. Returns how many of its samples were unfinished."""
         gone = self._scheduler.remove(lambda s: s.context.request is request)
         samples = sum(len(s.members) for s in gone)
-        self._stats = replace(self._stats, aborted=self._stats.aborted + samples)
+        self._stats = self._stats.after_abort(samples)
         return samples
 
     @property
@@ -207,26 +151,14 @@ class Engine:
         Raises:
             ValueError: names or shapes differ from the model's; nothing has changed then.
         """
-        own = trained_weights(self.model)
-        wrong = sorted(own.keys() ^ state.keys()) or sorted(n for n in own if own[n].shape != state[n].shape)
-        if wrong:
-            raise ValueError(
-                f"weights of version {version} do not fit the model: {len(wrong)} tensors missing, unexpected or of another shape, e.g. {wrong[0]}"
-            )
-        self._next_weights = (state, version, digest)
+        self.runner.propose(state, version, digest)
         self._scheduler.hold = policy == "drain"
         if policy == "in_flight" or not self._scheduler.started:
             self._swap()
 
     def _swap(self) -> None:
-        if self._next_weights is None:
-            return
-        state, self.version, digest = self._next_weights
-        if digest is None or digest != self.digest:
-            self.model.load_state_dict(state, strict=False)  # names were checked; with an adapter the rest stays
-            if self.merge:
-                merge_lora(self.model)
-        self.digest, self._next_weights, self._scheduler.hold = digest, None, False
+        self.runner.swap()
+        self._scheduler.hold = False
 
     # --- steps
 
@@ -240,7 +172,7 @@ class Engine:
         Raises:
             StepFailed: a fault of the network.
         """
-        started, short = time.perf_counter(), self._stats.out_of_memory
+        started = time.perf_counter()
         if not self._scheduler.started:
             self._swap()
         batch = self._scheduler.schedule()
@@ -250,46 +182,19 @@ class Engine:
             finished = self._take_step(batch)
         except Exception as error:
             raise StepFailed(batch, error) from error
-        did_step = self._stats.out_of_memory == short
-        self._count(batch if did_step else [], finished, time.perf_counter() - started)
+        failed = sum(isinstance(f, Failure) for f in finished)
+        self._stats = self._stats.after_step(time.perf_counter() - started, len(finished) - failed, failed)
         return finished
 
     def _take_step(self, batch: list[Sequence]) -> list[Trajectory | Failure]:
-        rows = rows_of(batch, self.device)
-        predictions, shortage = None, ""
         try:
-            predictions = predict(self.model, rows, self.dtype)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            shortage = str(error) or type(error).__name__
-        if predictions is None:  # not inside `except`: the error's frames would keep the tensors alive
-            return self._shrink(batch, shortage)
-        for r, prediction in zip(rows, predictions, strict=True):
-            self._advance(r, prediction)
+            predictions = self.runner.forward(batch)
+        except OutOfMemory as error:
+            return self._shrink(batch, str(error))
+        for rows, prediction in predictions:
+            advance(rows, prediction, self.runner.version)
+        self._stats = self._stats.after_forward(sum(s.context.tokens for s in batch), [len(s.members) for s in batch], self._scheduler.max_tokens)
         return self._collect(batch)
-
-    def _advance(self, rows: Rows, prediction: Tensor) -> None:
-        """Take the kernel's step of every row: stochastic rows draw, the others follow the solver."""
-        kernel, sequences = rows.path.kernel, rows.sequences
-        noisy = [i for i, s in enumerate(sequences) if s.stochastic]
-        for stochastic, chosen in ((True, noisy), (False, [i for i in range(len(sequences)) if i not in set(noisy)])):
-            if not chosen:
-                continue
-            whole = len(chosen) == len(sequences)
-            x, t, t_next, v = (a if whole else a[chosen] for a in (rows.x, rows.t, rows.t_next, prediction))
-            part = [sequences[i] for i in chosen]
-            previous, density = previous_of(part), None
-            if stochastic:
-                mean, std = kernel.moments(v, x, t, t_next, previous)
-                noise = torch.stack([s.noise() for s in part]).to(self.device)
-                x_next = mean + std.reshape(-1, *[1] * (x.dim() - 1)) * noise
-                density = log_prob(x_next, mean, std)
-            else:
-                x_next = kernel.ode(v, x, t, t_next, previous)
-            x0 = kernel.process.split(v, x, t)[0] if kernel.uses_previous else None
-            for i, s in enumerate(part):
-                s.advance(x_next[i], None if x0 is None else x0[i], None if density is None else density[i], self.version)
 
     def _collect(self, batch: list[Sequence]) -> list[Trajectory | Failure]:
         """Take out what is done: members finish, trunks branch."""
@@ -309,9 +214,7 @@ class Engine:
 
     def _shrink(self, batch: list[Sequence], shortage: str) -> list[Trajectory | Failure]:
         """After a forward pass that did not fit: half the tokens, or, for a sequence alone, its failure."""
-        self._stats = replace(self._stats, out_of_memory=self._stats.out_of_memory + 1)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._stats = self._stats.after_shortage()
         tokens = sum(s.context.tokens for s in batch)
         if len(batch) > 1:
             self._scheduler.lower_budget(tokens // 2)
@@ -321,22 +224,6 @@ class Engine:
         one = batch[0]
         log.error("out of memory with one sequence of %d tokens (%s); it fails", tokens, one.context.request.shape)
         return [Failure(one.context.request, m, f"out of memory with {tokens} tokens alone: {shortage}") for m in one.members]
-
-    def _count(self, batch: list[Sequence], finished: list[Trajectory | Failure], seconds: float) -> None:
-        s = self._stats
-        tokens = sum(one.context.tokens for one in batch)
-        failed = sum(isinstance(f, Failure) for f in finished)
-        self._stats = replace(
-            s,
-            forwards=s.forwards + bool(batch),
-            tokens=s.tokens + tokens,
-            sequence_steps=s.sequence_steps + len(batch),
-            saved_steps=s.saved_steps + sum(len(one.members) - 1 for one in batch),
-            occupancy=(s.occupancy * s.forwards + tokens / self._scheduler.max_tokens) / max(1, s.forwards + bool(batch)),
-            seconds=s.seconds + seconds,
-            finished=s.finished + len(finished) - failed,
-            failed=s.failed + failed,
-        )
 
     def run(self, requests: Series[SampleRequest]) -> list[Trajectory]:
         """Sample all of `requests`; trajectories in the order of the requests, then of their members.

@@ -5,20 +5,15 @@ A guided sequence is two documents of the pack, one with its own conditioning an
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from diffusion.engine.sequence import Path, Sequence
-from diffusion.models.base import PackedModel
-from diffusion.text.base import Conditioning
-
-
-def autocast(dtype: str, device: torch.device) -> AbstractContextManager[object]:
-    """The one precision policy of sampling and training: fp32, or autocast to bf16 inside the network."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+from diffusion.families.base import PackedModel
+from diffusion.families.conditioning import Conditioning
+from diffusion.precision import autocast
 
 
 @dataclass

@@ -13,8 +13,9 @@ import numpy as np
 from diffusion.checkpoint import Policy, load_policy
 from diffusion.config import ModelConfig
 from diffusion.engine.decode import Decoder, collect
-from diffusion.engine.engine import Engine, EngineStats
+from diffusion.engine.engine import Engine
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
+from diffusion.engine.stats import EngineStats
 from diffusion.kernel_names import stochastic_steps
 
 MAX_TOKENS = 16384
@@ -77,7 +78,7 @@ class DiffusionEngine:
     def __init__(self, policy: Policy, max_tokens: int = MAX_TOKENS, dtype: str = "float32") -> None:
         self.policy = policy
         self.engine = Engine(policy.transformer, policy.process, max_tokens, dtype, policy.text_encoder)
-        self._decoder = Decoder(policy.codec, self.engine.device)
+        self._decoder = Decoder(policy.codec, self.engine.runner.device)
 
     @classmethod
     def from_pretrained(cls, path: str, device: str = "cpu", max_tokens: int = MAX_TOKENS, dtype: str = "float32") -> Self:

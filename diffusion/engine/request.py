@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernel_names import stochastic_steps
-from diffusion.text.base import Conditioning
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +89,13 @@ class SampleRequest:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A finished sample. K = number of trained steps; all tensors fp32 on the CPU.
+    """A finished sample. K = number of trained steps; tensors on the CPU, fp32 but for `log_prob`.
 
     Attributes:
         request, member: which sample of what.
         latent: final sample, `[*shape]`.
         x, x_next: states before and after each trained step, `[K, *shape]`.
-        log_prob: exact log-density (mean over entries) of each trained transition under the weights that drew it, `[K]`.
+        log_prob: exact log-density (mean over entries, fp64) of each trained transition under the weights that drew it, `[K]`.
         times: the whole time grid that was used (the sigma table), `[steps + 1]`.
         previous: prediction of x0 in the step before each trained step, `[K, *shape]` (zeros before the first step), for
             kernels that use it; else None.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernels import Previous, StepKernel
 from diffusion.seeds import INITIAL, step_noise
-from diffusion.text.base import Conditioning
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 A kernel turns a network prediction at time `t` into the moments of the next state at `t_next < t`. Sampling draws from
 them; training scores the stored next state under them. A transition with zero or tiny standard deviation has no usable
-density and is never trained (`MIN_STD`). States are fp32; a kernel's coefficients may be worked out in fp64.
+density and is never trained (`MIN_STD`). States are fp32; a
+kernel's coefficients may be worked out in fp64, and its mean is fp64 where prediction and state are: log-densities are.
 
 The states live in the space of `kernel.process`, which is the policy's own process, or the same policy seen in sigma space.
 Either way the network is called as `model(kernel.process.model_input(x, t), kernel.process.model_time(t), …)`.

@@ -23,7 +23,7 @@ from torch import Tensor
 from diffusion.kernel_names import stochastic_steps
 from diffusion.kernels.base import Previous, StepKernel, ode_step
 from diffusion.kernels.marginal import DDIMEta
-from diffusion.processes import EDM, ForwardProcess, RectifiedFlow, bcast, karras_nodes
+from diffusion.processes import EDM, ForwardProcess, RectifiedFlow, bcast, karras_nodes, wide
 
 MAX_CHURN = math.sqrt(1.2) - 1
 """Largest eta: a state's variance grows by at most a fifth."""
@@ -122,4 +122,4 @@ class EDM2AB(_Churn):
             raise ValueError(f"step kernel {self.name} needs the previous prediction of x0; for a first step give zeros at time inf")
         x0, _ = self.process.split(prediction, x, t)
         of_x, of_x0, of_older = self.weights(t, t_next, previous.t)
-        return bcast(of_x, x0) * x.float() + bcast(of_x0, x0) * x0 + bcast(of_older, x0) * previous.x0.float()
+        return bcast(of_x, x0) * wide(x) + bcast(of_x0, x0) * x0 + bcast(of_older, x0) * previous.x0.to(x0.dtype)

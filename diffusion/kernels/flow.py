@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.kernels.base import Previous, StepKernel
-from diffusion.processes import ForwardProcess, RectifiedFlow, bcast
+from diffusion.processes import ForwardProcess, RectifiedFlow, bcast, wide
 
 
 class _ReverseSDE(StepKernel):
@@ -23,7 +23,7 @@ class _ReverseSDE(StepKernel):
         return process
 
     def moments(self, prediction: Tensor, x: Tensor, t: Tensor, t_next: Tensor, previous: Previous | None = None) -> tuple[Tensor, Tensor]:
-        v, x = prediction.float(), x.float()
+        v, x = wide(prediction), wide(x)
         t, t_next = t.float(), t_next.float()
         g = self._g(t)
         tt, dd, gg = bcast(t, x), bcast(t - t_next, x), bcast(g, x)

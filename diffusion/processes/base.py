@@ -2,7 +2,8 @@
 
 Every process noises data as x_t = a(t) x_0 + s(t) eps. Conventions: time falls from noise to data and ends at 0, where
 a = 1 and s = 0; its unit is the process's own (1 … 0, or sigma). Tensors carry a leading batch dimension and times are
-`[B]`; all arithmetic is fp32, coefficients may be worked out in fp64.
+`[B]`; arithmetic is fp32, coefficients may be worked out in fp64;
+`split` keeps fp64 of a caller who needs it (log-densities).
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ import torch
 from torch import Tensor
 
 
+def wide(x: Tensor) -> Tensor:
+    """fp32, or fp64 where the caller works in it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def bcast(t: Tensor, like: Tensor) -> Tensor:
-    """Reshape `[B]` to `[B, 1, …]` so that it broadcasts over `like` `[B, …]`; fp32 on `like`'s device."""
-    return t.to(like.device, torch.float32).reshape(-1, *([1] * (like.dim() - 1)))
+    """Reshape `[B]` to `[B, 1, …]` so that it broadcasts over `like` `[B, …]`; on `like`'s device, fp64 where `like` is, else fp32."""
+    return t.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32).reshape(-1, *([1] * (like.dim() - 1)))
 
 
 class ForwardProcess(ABC):

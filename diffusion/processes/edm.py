@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.processes.base import ForwardProcess, bcast
+from diffusion.processes.base import ForwardProcess, bcast, wide
 from diffusion.processes.rectified_flow import RectifiedFlow
 
 
@@ -94,7 +94,7 @@ class EDM(ForwardProcess):
         return self.sign * (sigma * x0 - d**2 * eps) / (d * self._hypotenuse(sigma))
 
     def split(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        sigma, f, x = bcast(t, x), prediction.float(), x.float()
+        sigma, f, x = bcast(t, x), wide(prediction), wide(x)
         if self.preconditioning == "flow":
             return (x - sigma * f) / (1 + sigma), (x + f) / (1 + sigma)
         d, h = self.sigma_data, self._hypotenuse(sigma)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusion.processes.base import ForwardProcess, bcast
+from diffusion.processes.base import ForwardProcess, bcast, wide
 
 
 class RectifiedFlow(ForwardProcess):
@@ -34,8 +34,8 @@ class RectifiedFlow(ForwardProcess):
 
     def split(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         tt = bcast(t, x)
-        v = prediction.float()
-        return x.float() - tt * v, x.float() + (1 - tt) * v
+        v, x = wide(prediction), wide(x)
+        return x - tt * v, x + (1 - tt) * v
 
     def time_grid(self, steps: int) -> Tensor:
         """Shifted even spacing from 1 to 0."""

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.processes.base import ForwardProcess, bcast
+from diffusion.processes.base import ForwardProcess, bcast, wide
 
 
 class VariancePreserving(ForwardProcess):
@@ -65,7 +65,7 @@ class VariancePreserving(ForwardProcess):
 
     def split(self, prediction: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         a, s = self._shares(t, x)
-        f, x = prediction.float(), x.float()
+        f, x = wide(prediction), wide(x)
         if self.prediction == "epsilon":
             return (x - s * f) / a, f
         return a * x - s * f, s * x + a * f

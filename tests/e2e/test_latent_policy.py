@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusion.checkpoint import load_policy
 from diffusion.codecs import VAECodec
 from diffusion.config import ModelConfig
-from diffusion.glyph_policy import write_skeleton
+from diffusion.families.glyph.policy import write_skeleton
 from tests.pipeline import Run, check_ledger, records, settings
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from diffusion.glyph_policy import write_skeleton
+from diffusion.families.glyph.policy import write_skeleton
 
 settings.register_profile("unit", deadline=None)  # a busy machine is not a failure
 settings.load_profile("unit")

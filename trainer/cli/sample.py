@@ -1,4 +1,4 @@
-"""`ddrl sample`: draw pictures with a recipe's policy, prompts from a file, any mix of sizes and step counts.
+"""`ddrl sample`: draw pictures with the policy of a recipe, a run or an export, prompts from a file, any mix of sizes and step counts.
 
 A person's mistake is one line and exit status 2; a sample that could not be drawn, 1.
 """
@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer.cli.exits import fail
+from trainer.cli.policy import PolicySource, policy_source
 from trainer.config.errors import ConfigError
-from trainer.config.load import load_config
-from trainer.config.run import RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +53,7 @@ def spread(prompts: Sequence[str], choices: Sequence[SamplingParams], n: int) ->
 
 
 def sample(
-    recipe: Annotated[Path, typer.Argument(help="recipe, a YAML file: its policy and sampler", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="a run folder (its newest export), an exported policy, or a recipe (what it starts from)", show_default=False)],
     prompts: Annotated[Path, typer.Option(help="file of prompts, one a line", show_default=False)],
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, several separated by commas [default: the recipe's]", show_default=False)] = None,
     steps: Annotated[str | None, typer.Option(help="denoising steps, several separated by commas [default: sampler.eval_steps]", show_default=False)] = None,
@@ -62,6 +61,7 @@ def sample(
         int | None, typer.Option("-n", min=1, help="samples in all, spread over prompts, sizes and steps [default: one each]", show_default=False)
     ] = None,
     noise: Annotated[bool, typer.Option(help="stochastic steps, as in rollouts; without, the ODE")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="of a run: the averaged weights")] = False,
     seed: Annotated[int, typer.Option(help="seed of every noise")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the pictures [default: samples/NAME]", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: cuda where there is one]", show_default=False)] = None,
@@ -69,7 +69,8 @@ def sample(
 ) -> None:
     """Draw pictures: every mix of sizes and steps in one packed batch. Writes PNG files, samples.jsonl and grid.png."""
     try:
-        config = load_config(recipe, set_)
+        policy = policy_source(source, set_ or [], ema)
+        config = policy.config
         sizes = parse_sizes(size) if size else [(config.sampler.height, config.sampler.width)]
         counts = parse_steps(steps) if steps else [config.sampler.eval_steps]
     except (ConfigError, ValueError) as error:
@@ -78,23 +79,24 @@ def sample(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"{folder} is not empty; give another folder with --out", 2)
     try:
-        _draw(config, prompts, sizes, counts, n, noise, seed, folder, device)
+        _draw(policy, prompts, sizes, counts, n, noise, seed, folder, device)
     except OSError as error:
         fail(f"{folder}: {error.strerror or error}", 1)
 
 
 def _draw(
-    config: RunConfig, file: Path, sizes: list[tuple[int, int]], counts: list[int], n: int | None, noise: bool, seed: int, folder: Path, device: str | None
+    source: PolicySource, file: Path, sizes: list[tuple[int, int]], counts: list[int], n: int | None, noise: bool, seed: int, folder: Path, device: str | None
 ) -> None:
     import torch
 
     from actors.sources.text import prompt_lines
     from diffusion.checkpoint import CheckpointError, load_policy
-    from diffusion.engine.engine import StepFailed, compile_for_batches
+    from diffusion.engine.engine import StepFailed
     from diffusion.engine.generate import DiffusionEngine, SamplingParams
     from diffusion.engine.request import SamplingFailed
+    from diffusion.engine.runner import compile_for_batches
 
-    s = config.sampler
+    config, s = source.config, source.config.sampler
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=where)
@@ -112,7 +114,8 @@ def _draw(
         if config.model.compile:
             compile_for_batches(policy.transformer)
         with DiffusionEngine(policy, s.max_tokens, config.model.dtype) as engine, _progress(len(plan)) as told:
-            typer.echo(f"{engine.engine.plan}; {engine.engine.describe_network()}; {policy.attention.why}")
+            typer.echo(str(source))
+            typer.echo(f"{engine.engine.runner.plan}; {engine.engine.runner.describe()}; {policy.attention.why}")
             started = time.perf_counter()
             done = engine.generate([text for text, _ in plan], [choice for _, choice in plan], told)
             seconds, stats = time.perf_counter() - started, engine.stats
@@ -121,7 +124,7 @@ def _draw(
     except (CheckpointError, ValueError) as error:
         fail(str(error), 2)
     pictures = [one for samples in done for one in samples]
-    _write(folder, pictures, seed)
+    _write(folder, pictures, seed, source)
     typer.echo(
         f"{len(pictures)} samples in {seconds:.1f} s: {len(pictures) / seconds:.1f} samples/s, {stats.tokens / seconds:.0f} tokens/s, "
         f"{stats.forwards} forward passes, {stats.occupancy:.0%} of the token budget used"
@@ -141,7 +144,7 @@ def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
         yield lambda finished, _: bar.update(task, completed=finished)
 
 
-def _write(folder: Path, samples: list[Sample], seed: int) -> None:
+def _write(folder: Path, samples: list[Sample], seed: int, source: PolicySource) -> None:
     """Pictures `0000.png …`, what each is in samples.jsonl, and the grid."""
     from PIL import Image
 
@@ -153,7 +156,8 @@ def _write(folder: Path, samples: list[Sample], seed: int) -> None:
         name = f"{i:04d}.png"
         Image.fromarray(one.image).save(folder / name)
         p = one.params
-        lines.append({"file": name, "prompt": one.prompt, "height": p.height, "width": p.width, "steps": p.steps, "seed": seed, "group": i})
+        origin = {"policy": source.path, "step_of_policy": source.step, "weights": source.weights}
+        lines.append({"file": name, "prompt": one.prompt, "height": p.height, "width": p.width, "steps": p.steps, "seed": seed, "group": i, **origin})
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = samples[:GRID_SAMPLES]
     contact_sheet([s.image for s in shown], [f"{caption(s.prompt)} · {s.params.steps}" for s in shown], columns=8).save(folder / "grid.png")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.engine.forward import autocast
+from diffusion.families.conditioning import Conditioning
+from diffusion.precision import autocast
 from diffusion.processes import ForwardProcess
-from diffusion.text.base import Conditioning
 from trainer.learn.objective import Anchors, Transitions
 
 

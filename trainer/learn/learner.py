@@ -18,9 +18,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from diffusion.checkpoint import Policy, load_policy
+from diffusion.families.base import PackedModel
 from diffusion.kernels import make_kernel
 from diffusion.lora import trained_weights, without_lora
-from diffusion.models.base import PackedModel
 from trainer.config.learner import OptimizerConfig
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, take

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 
 from actors.connect import Target
+from diffusion.device import resolve_device
 from diffusion.engine.memory import keep_freed_memory
 from replay.buffer import ReplayBuffer
 from trainer.config.run import RunConfig
@@ -50,7 +51,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     torch.set_num_threads(config.learner.threads)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    device = torch.device("cuda", context.get_local_rank()) if config.learner.gpus > 0 else torch.device("cpu")
+    device = resolve_device("cuda" if config.learner.gpus > 0 else "cpu", f"learner.gpus={config.learner.gpus:g}", context.get_local_rank())
     buffer = spec.target.buffer()
     if device.type == "cpu":
         keep_freed_memory()

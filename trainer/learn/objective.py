@@ -28,7 +28,7 @@ class Transitions:
         x, x_next: states before and after `[M, C, h, w]` (video: `[M, C, f, h, w]`).
         t, t_next: times `[M]`.
         step: index of the step on its time grid, int64 `[M]`.
-        old_log_prob: exact log-density under the sampling weights `[M]`.
+        old_log_prob: exact log-density under the sampling weights `[M]`, fp64 (`diffusion.kernels.density` says why).
         advantage: `[M]`.
         weight: `[M]`, 1 for a real row, 0 for padding.
         prompt_embeds, pooled: conditioning `[M, L, D]`, `[M, P]`.
@@ -68,12 +68,12 @@ class Anchors:
 
 
 def moments(prediction: Tensor, batch: Transitions, kernel: StepKernel) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the stored steps under `prediction`, a network output at `(x, t)`.
+    """Mean (fp64) and standard deviation of the stored steps under `prediction`, a network output at `(x, t)`.
 
     Raises:
         ValueError: a transition with (almost) no noise, which has no usable density.
     """
-    mean, std = kernel.moments(prediction, batch.x, batch.t, batch.t_next, batch.history)
+    mean, std = kernel.moments(prediction.double(), batch.x.double(), batch.t, batch.t_next, batch.history)
     if bool((std < MIN_STD).any()):
         raise ValueError(f"a trained transition has std {float(std.min()):.2g} < {MIN_STD}: choose other sampler.trained_steps")
     return mean, std
@@ -103,7 +103,7 @@ def policy_terms(
     mean, std = moments(velocity, batch, kernel)
     exact = log_prob(batch.x_next, mean, std, "exact")
     shift = exact - batch.old_log_prob
-    factor = scale(std, config.log_prob)
+    factor = scale(std.double(), config.log_prob)
     against_rollout = (shift * factor).exp()
     # one optimiser step a claim: the learner's density before the update is the one at hand, so ratios are 1 with a gradient
     ratio = against_rollout if config.old_log_prob == "rollout" else ((exact - exact.detach()) * factor).exp()
@@ -122,7 +122,7 @@ def policy_terms(
         kl = (mean - mean_ref).square().flatten(1).mean(1) / (2 * std.square())
         loss = loss + config.kl_weight * (batch.weight * kl).sum()
         stats["reverse_kl"] = (batch.weight * kl).sum()
-    return loss, {k: v.detach() for k, v in stats.items()}
+    return loss.float(), {k: v.detach().float() for k, v in stats.items()}
 
 
 def data_terms(velocity: Tensor, batch: Anchors, process: ForwardProcess) -> Tensor:

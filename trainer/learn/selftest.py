@@ -119,7 +119,7 @@ def sample(learner: Learner, requests: list[SampleRequest]) -> list[Trajectory]:
     """
     config = learner.config
     engine = Engine(learner.model, learner.process, config.sampler.max_tokens, config.model.dtype)
-    fitting = torch.tensor([engine.plan.fitting], device=learner.device)
+    fitting = torch.tensor([engine.runner.plan.fitting], device=learner.device)
     dist.all_reduce(fitting, dist.ReduceOp.MIN)
     engine = Engine(learner.model, learner.process, min(config.sampler.max_tokens, max(1, int(HEADROOM * int(fitting)))), config.model.dtype)
     failed: SamplingFailed | None = None

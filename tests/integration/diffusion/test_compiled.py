@@ -11,9 +11,9 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from diffusion.models.base import PackedModel
-from diffusion.models.sd3 import SD3Config, SD3Transformer
-from diffusion.models.wan import WanConfig, WanTransformer
+from diffusion.families.base import PackedModel
+from diffusion.families.sd3.network import SD3Config, SD3Transformer
+from diffusion.families.wan.network import WanConfig, WanTransformer
 
 SD3 = SD3Config(
     sample_size=16,

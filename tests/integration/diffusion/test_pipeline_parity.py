@@ -18,9 +18,9 @@ from diffusion.codecs import Codec
 from diffusion.config import ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.families.conditioning import Conditioning
 from diffusion.processes import RectifiedFlow, process_from_scheduler
 from diffusion.seeds import INITIAL, step_noise
-from diffusion.text.base import Conditioning
 
 SIZES = [(32, 32), (16, 48), (32, 16)]
 """Pixels; latents are half of that, patches a quarter."""
@@ -132,7 +132,7 @@ def test_mixed_lengths_and_guidance_in_one_batch(pipeline: StableDiffusion3Pipel
 
 def test_padding_to_buckets_changes_nothing(pipeline: StableDiffusion3Pipeline, ours: tuple[Engine, Codec], monkeypatch: pytest.MonkeyPatch) -> None:
     engine, codec = ours
-    monkeypatch.setattr(engine.model, "buckets", 8)
+    monkeypatch.setattr(engine.runner.model, "buckets", 8)
     check(pipeline, codec, engine.run(requests(4, 4.5)))
 
 

@@ -20,7 +20,7 @@ def group(n: int = 2, k: int = 3, c: int = 3, h: int = 4, w: int = 5, tokens: in
     return GroupPayload(
         x=torch.randn(n, k, c, h, w, generator=g),
         x_next=torch.randn(n, k, c, h, w, generator=g),
-        log_prob=torch.randn(n, k, generator=g),
+        log_prob=torch.randn(n, k, generator=g, dtype=torch.float64),
         trained=torch.arange(k),
         times=torch.linspace(1, 0, k + 2),
         prompt_embeds=torch.randn(tokens, dim, generator=g),
@@ -77,7 +77,7 @@ def test_views_and_non_finite_values_come_back() -> None:
     payload = group()
     views = replace(payload, x=payload.x.transpose(3, 4).contiguous().transpose(3, 4), prompt_embeds=payload.prompt_embeds[:1].expand(6, 2))
     assert equal(decode_group(encode(views)), views)
-    odd = replace(payload, log_prob=torch.tensor([[torch.inf, -torch.inf, 1e-45]] * 2))
+    odd = replace(payload, log_prob=torch.tensor([[torch.inf, -torch.inf, 1e-45]] * 2, dtype=torch.float64))
     assert equal(decode_group(encode(odd)), odd)
 
 
@@ -115,7 +115,7 @@ def test_the_other_kind_is_refused() -> None:
 
 CLASHES = {
     "x_next of another shape": {"x_next": torch.zeros(2, 3, 3, 4, 4)},
-    "log_prob of another group": {"log_prob": torch.zeros(3, 3)},
+    "log_prob of another group": {"log_prob": torch.zeros(3, 3, dtype=torch.float64)},
     "other trained steps": {"trained": torch.arange(2)},
     "a dimension too few": {"pooled": torch.zeros(())},
     "predictions of another shape": {"previous": torch.zeros(2, 3, 3, 4, 4)},

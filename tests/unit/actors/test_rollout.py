@@ -22,9 +22,10 @@ from actors.sources.draws import prompt_source, training_example
 from diffusion.checkpoint import load_policy
 from diffusion.codecs import IdentityCodec
 from diffusion.config import ModelConfig, SamplerConfig
+from diffusion.device import DeviceMissing
 from diffusion.engine.engine import Engine
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernels import log_prob, make_kernel
-from diffusion.text.base import Conditioning
 from replay.policy import BufferSettings
 from replay.records import Lease
 from services.client.base import RewardUnavailable
@@ -205,6 +206,12 @@ def run(
     for parameter in ledger.generator.policy.transformer.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     return ledger.generator.run()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_generator_that_should_have_a_gpu_does_not_run_without(policy_folder: Path) -> None:
+    with pytest.raises(DeviceMissing, match=r"rollout\.gpus=1 asks for a GPU"):
+        run(policy_folder, Ledger([0]), Scorer(), rollout=ROLLOUT.model_copy(update={"gpus": 1.0}))
 
 
 def prompt(group: int) -> str:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from actors.config import DataConfig, PromptConfig
-from actors.sources import glyphs
 from actors.sources.draws import data_source, held_out_batch, held_out_prompts, make_source, prompt_source, training_batch, training_example
 from actors.sources.example import Source, SourceError, split_of
 from actors.sources.folder import FolderSource
 from actors.sources.glyph import GlyphSource
 from actors.sources.text import TextSource
+from diffusion.families.glyph import signs
 
 GLYPHS = SIGNS = GlyphSource()
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -36,7 +36,7 @@ def test_a_prompts_split_never_changes() -> None:
 
 
 def test_split_proportions() -> None:
-    prompts = [glyphs.prompt_of(f"{i:04d}") for i in range(10_000)]
+    prompts = [signs.prompt_of(f"{i:04d}") for i in range(10_000)]
     shares = Counter(map(split_of, prompts))
     assert shares.keys() == {"train", "dev", "test"}
     assert shares["train"] == pytest.approx(8000, abs=150)
@@ -111,11 +111,11 @@ def test_prompt_file_refusals(tmp_path: Path) -> None:
 
 def test_targets_have_two_to_four_digits_in_the_documented_shares() -> None:
     rng = np.random.default_rng(0)
-    targets = [glyphs.draw_target(rng) for _ in range(4000)]
+    targets = [signs.draw_target(rng) for _ in range(4000)]
     assert all(re.fullmatch(r"\d{2,4}", t) for t in targets)
     lengths = Counter(map(len, targets))
     assert [lengths[n] / 4000 for n in (2, 3, 4)] == pytest.approx([0.1, 0.3, 0.6], abs=0.03)
-    assert glyphs.prompt_of("07") == 'a sign that says "07"'
+    assert signs.prompt_of("07") == 'a sign that says "07"'
 
 
 def luma(pixels: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def luma(pixels: np.ndarray) -> np.ndarray:
 def test_every_sign_has_readable_contrast_and_ink(height: int, width: int) -> None:
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        picture = glyphs.render_sign(glyphs.draw_target(rng), rng, height, width)
+        picture = signs.render_sign(signs.draw_target(rng), rng, height, width)
         assert (picture.shape, picture.dtype) == ((height, width, 3), np.uint8)
         light = luma(picture)
         ground = np.median(light)
@@ -140,18 +140,18 @@ def test_every_sign_has_readable_contrast_and_ink(height: int, width: int) -> No
 
 def test_digits_stand_in_cells_and_look_alike_within_a_style() -> None:
     """With the same style, pictures of two targets differ exactly in the cells of the digits that differ."""
-    a, b = (glyphs.render_sign(t, np.random.default_rng(5), 16, 48) for t in ("1234", "1834"))
+    a, b = (signs.render_sign(t, np.random.default_rng(5), 16, 48) for t in ("1234", "1834"))
     columns = np.flatnonzero((a != b).any((0, 2)))
     cell = 48 / 4.3
     assert columns.size
     assert columns.min() >= 24 - 1 * cell - 3
     assert columns.max() <= 24 + 3
-    repeated = glyphs.render_sign("1234", np.random.default_rng(5), 16, 48)
+    repeated = signs.render_sign("1234", np.random.default_rng(5), 16, 48)
     np.testing.assert_array_equal(a, repeated)
 
 
 def test_styles_vary() -> None:
-    pictures = np.stack([glyphs.render_sign("407", np.random.default_rng(seed), 16, 48) for seed in range(40)])
+    pictures = np.stack([signs.render_sign("407", np.random.default_rng(seed), 16, 48) for seed in range(40)])
     grounds = pictures[:, 0, 0].astype(float) / 255
     assert grounds.std(0).min() > 0.15
     inverted = [np.median(luma(p)) > luma(p).mean() for p in pictures]

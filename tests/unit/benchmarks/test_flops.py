@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.networks.flops import forward_flops
 from benchmarks.networks.workloads import SD35_MEDIUM, TINY_SD3, TINY_WAN, WAN_1_3B, WORKLOADS
-from diffusion.models.sd3 import SD3Config, SD3Transformer
-from diffusion.models.wan import WanConfig, WanTransformer
+from diffusion.families.sd3.network import SD3Config, SD3Transformer
+from diffusion.families.wan.network import WanConfig, WanTransformer
 
 
 def counted(config: SD3Config | WanConfig, shape: tuple[int, ...], prompt: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from diffusion.models.sd3 import SD3Config, SD3Transformer
+from diffusion.families.sd3.network import SD3Config, SD3Transformer
 
 TINY: dict[str, Any] = {
     "sample_size": 16,

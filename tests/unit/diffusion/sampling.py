@@ -10,10 +10,10 @@ from torch import Tensor
 
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import Failure, SampleRequest, Trajectory
+from diffusion.families.conditioning import Conditioning
+from diffusion.families.sd3.network import SD3Transformer
 from diffusion.kernel_names import stochastic_steps
-from diffusion.models.sd3 import SD3Transformer
 from diffusion.processes import RectifiedFlow
-from diffusion.text.base import Conditioning
 
 Build = Callable[..., SD3Transformer]
 PROCESS = RectifiedFlow(2.0)

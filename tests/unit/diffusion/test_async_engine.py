@@ -14,9 +14,9 @@ import torch
 from diffusion.engine.aio import AsyncEngine, EngineClosed
 from diffusion.engine.engine import Engine, StepFailed
 from diffusion.engine.request import SampleRequest, SamplingFailed
-from diffusion.models.sd3 import SD3Transformer
+from diffusion.families.conditioning import Conditioning
+from diffusion.families.sd3.network import SD3Transformer
 from diffusion.processes import RectifiedFlow
-from diffusion.text.base import Conditioning
 
 Build = Callable[..., SD3Transformer]
 PROCESS = RectifiedFlow(2.0)

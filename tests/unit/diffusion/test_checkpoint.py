@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from diffusion.checkpoint import WEIGHTS, CheckpointError, Policy, load_codec, load_network, load_policy, read_weights, save_policy
 from diffusion.codecs import VAECodec
 from diffusion.config import ModelConfig
-from diffusion.glyph_policy import CONFIG, SHIFT, write_skeleton
-from diffusion.models.sd3 import SD3Transformer
+from diffusion.families.glyph.policy import CONFIG, SHIFT, write_skeleton
+from diffusion.families.sd3.network import SD3Transformer
 
 COMMITTED = Path(__file__).resolve().parents[3] / "recipes" / "glyph-base"
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from diffusion.engine.engine import RUNGS, Engine, compile_for_batches
+from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
-from diffusion.models.sd3 import SD3Transformer
+from diffusion.engine.runner import RUNGS, compile_for_batches
+from diffusion.families.conditioning import Conditioning
+from diffusion.families.sd3.network import SD3Transformer
 from diffusion.processes import RectifiedFlow
-from diffusion.text.base import Conditioning
 
 
 def requests(n: int) -> list[SampleRequest]:
@@ -26,6 +27,6 @@ def test_a_compiled_network_draws_the_same_samples(tiny_model: Callable[..., SD3
     model = tiny_model()
     compile_for_batches(model)
     engine = Engine(model, RectifiedFlow(2.0), 10_000)
-    assert f"{RUNGS} buckets an octave" in engine.describe_network()
+    assert f"{RUNGS} buckets an octave" in engine.runner.describe()
     for a, b in zip(engine.run(requests(9)), plain, strict=True):
         torch.testing.assert_close(a.latent, b.latent, atol=1e-5, rtol=1e-4)

@@ -11,9 +11,9 @@ import torch
 
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest, SamplingFailed
+from diffusion.families.conditioning import TextConditioning
 from diffusion.kernels import Previous, log_prob, make_kernel
 from diffusion.seeds import INITIAL, step_noise
-from diffusion.text.base import TextConditioning
 from tests.unit.diffusion.sampling import KERNELS, PLENTY, PROCESS, Build, batched, conditioning, request, same, stepped
 
 
@@ -259,7 +259,8 @@ def test_only_trained_transitions_are_kept_and_they_chain(tiny_model: Build) -> 
     assert torch.equal(done.x_next[0], done.x[1])
     assert not torch.equal(done.x_next[1], done.x[2])
     assert torch.equal(done.times, PROCESS.time_grid(5))
-    assert {t.dtype for t in (done.x, done.x_next, done.latent, done.log_prob)} == {torch.float32}
+    assert {t.dtype for t in (done.x, done.x_next, done.latent)} == {torch.float32}
+    assert done.log_prob.dtype == torch.float64
 
 
 def test_stored_noise_is_the_named_noise(tiny_model: Build) -> None:

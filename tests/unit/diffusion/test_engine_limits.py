@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion.engine.engine import Engine, StepFailed
 from diffusion.engine.memory import free_bytes
 from diffusion.engine.request import SamplingFailed
-from diffusion.models.sd3 import SD3Transformer
+from diffusion.families.sd3.network import SD3Transformer
 from tests.unit.diffusion.sampling import PLENTY, PROCESS, Build, request, same
 
 
@@ -81,10 +81,10 @@ def test_the_budget_is_what_memory_holds(tiny_model: Build, monkeypatch: pytest.
     each = model.activation_bytes(4)
     monkeypatch.setattr("diffusion.engine.memory.free_bytes", lambda device: 100 * each)
     engine = Engine(model, PROCESS, PLENTY)
-    assert engine.plan.tokens == engine.plan.fitting == 70
-    assert str(engine.plan).startswith("70 tokens a forward pass, bound by memory: ")
-    assert Engine(model, PROCESS, 50).plan.tokens == 50
-    assert "bound by sampler.max_tokens" in str(Engine(model, PROCESS, 50).plan)
+    assert engine.runner.plan.tokens == engine.runner.plan.fitting == 70
+    assert str(engine.runner.plan).startswith("70 tokens a forward pass, bound by memory: ")
+    assert Engine(model, PROCESS, 50).runner.plan.tokens == 50
+    assert "bound by sampler.max_tokens" in str(Engine(model, PROCESS, 50).runner.plan)
 
 
 def test_memory_of_a_container_counts_what_files_would_give_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
+from diffusion.families.conditioning import Conditioning
 from diffusion.processes import RectifiedFlow
 from diffusion.seeds import INITIAL, step_noise
-from diffusion.text.base import Conditioning
 from tests.unit.diffusion.test_wan import wan
 
 PROCESS = RectifiedFlow(3.0)

@@ -89,23 +89,23 @@ def test_weights_in_flight_are_recorded_oldest_and_newest(tiny_model: Build) -> 
 
 def test_weights_that_do_not_fit_change_nothing(tiny_model: Build) -> None:
     engine = Engine(tiny_model(), PROCESS, PLENTY)
-    before = {n: t.clone() for n, t in engine.model.state_dict().items()}
+    before = {n: t.clone() for n, t in engine.runner.model.state_dict().items()}
     missing = tiny_model(seed=3).state_dict()
     missing.pop("proj_out.bias")
     misshapen = {**tiny_model(seed=3).state_dict(), "proj_out.bias": torch.zeros(1)}
     for state in (missing, misshapen):
         with pytest.raises(ValueError, match=r"weights of version 3 do not fit the model: 1 tensors .* proj_out\.bias"):
             engine.set_weights(state, 3)
-    assert engine.version == 0
-    assert all(torch.equal(t, before[n]) for n, t in engine.model.state_dict().items())
+    assert engine.runner.version == 0
+    assert all(torch.equal(t, before[n]) for n, t in engine.runner.model.state_dict().items())
 
 
 def test_a_digest_that_is_in_place_is_not_loaded_again(tiny_model: Build) -> None:
     engine, state = Engine(tiny_model(), PROCESS, PLENTY), tiny_model(seed=3).state_dict()
     engine.set_weights(state, 3, "aa")
-    engine.model.proj_out.bias.data.zero_()
+    engine.runner.model.proj_out.bias.data.zero_()
     engine.set_weights(state, 4, "aa")
-    assert engine.version == 4
-    assert not engine.model.proj_out.bias.any()
+    assert engine.runner.version == 4
+    assert not engine.runner.model.proj_out.bias.any()
     engine.set_weights(state, 5, "bb")
-    assert torch.equal(engine.model.proj_out.bias, state["proj_out.bias"])
+    assert torch.equal(engine.runner.model.proj_out.bias, state["proj_out.bias"])

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.codecs import IdentityCodec
-from diffusion.evaluation import diffusion_losses, pairwise_rms, scene_statistics
+from diffusion.evaluation import diffusion_losses
+from diffusion.pixels import pairwise_rms, scene_statistics
 from diffusion.processes import RectifiedFlow
 
 BLACK, WHITE = np.zeros((4, 6, 3), np.uint8), np.full((4, 6, 3), 255, np.uint8)
@@ -54,18 +55,27 @@ def test_scene_statistics_tell_pictures_apart() -> None:
     assert both["edge_density"] == pytest.approx((1 + 1 / 7) / 2)
 
 
+def test_clips_are_their_frames() -> None:
+    clips = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 8, 6, 3), dtype=np.uint8)  # prompts, samples, frames
+    assert scene_statistics(clips[0]) == pytest.approx(scene_statistics(clips[0].reshape(-1, 8, 6, 3)))
+    pairs = [np.sqrt(((clips[1, i] / 255 - clips[1, j] / 255) ** 2).mean()) for i in range(3) for j in range(i)]
+    assert pairwise_rms(clips)[1] == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 2, 4, 6)])
 @pytest.mark.parametrize("chunk", [1, 3, 256])
-def test_held_out_loss_of_each_point_whatever_the_chunk(chunk: int) -> None:
+def test_held_out_loss_of_each_point_whatever_the_chunk(chunk: int, shape: tuple[int, ...]) -> None:
     process = RectifiedFlow(2.0)
     g = torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(2, 7, 3, 4, 4, generator=g)
+    x0, eps = torch.randn(2, 7, *shape, generator=g)
+    wide = (-1, *[1] * len(shape))
     t, embeds, pooled = torch.rand(7, generator=g), torch.randn(7, 2, 5, generator=g), torch.randn(7, 4, generator=g)
 
     def model(x: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        return x * t.reshape(-1, 1, 1, 1) + embeds.mean((1, 2)).reshape(-1, 1, 1, 1) + pooled.sum(1).reshape(-1, 1, 1, 1)
+        return x * t.reshape(wide) + embeds.mean((1, 2)).reshape(wide) + pooled.sum(1).reshape(wide)
 
     x = process.noise(x0, eps, t)
-    expected = (model(x, t, embeds, pooled) - (eps - x0)).square().mean((1, 2, 3))
+    expected = (model(x, t, embeds, pooled) - (eps - x0)).square().flatten(1).mean(1)
     torch.testing.assert_close(diffusion_losses(model, process, x0, eps, t, embeds, pooled, chunk), expected)
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.text.glyph import PRINTABLE, GlyphTextEncoder
+from diffusion.families.glyph.text import PRINTABLE, GlyphTextEncoder
 
 ENCODER = GlyphTextEncoder.create()
 QUOTED = st.text([c for c in PRINTABLE if c != '"'], min_size=1, max_size=6)

@@ -184,7 +184,7 @@ def transition() -> tuple[Tensor, Tensor, Tensor]:
 def test_exact_log_prob_is_the_normals_mean_over_entries() -> None:
     x_next, mean, std = transition()
     expected = Normal(mean, std.reshape(-1, 1, 1, 1).expand_as(mean)).log_prob(x_next).mean((1, 2, 3))
-    torch.testing.assert_close(log_prob(x_next, mean, std), expected)
+    torch.testing.assert_close(log_prob(x_next, mean, std).float(), expected)
 
 
 def test_the_other_scalings_are_the_quadratic_part_times_a_factor() -> None:
@@ -193,8 +193,8 @@ def test_the_other_scalings_are_the_quadratic_part_times_a_factor() -> None:
     exact = log_prob(x_next, mean, std) - log_prob(other, mean, std)
     for scaling, factor in (("unscaled", 2 * std**2), ("std_weighted", std)):
         difference = log_prob(x_next, mean, std, scaling) - log_prob(other, mean, std, scaling)
-        torch.testing.assert_close(difference, exact * factor, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(log_prob(x_next, mean, std, "unscaled"), -(x_next - mean).square().mean((1, 2, 3)))
+        torch.testing.assert_close(difference, exact * factor.double(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(log_prob(x_next, mean, std, "unscaled").float(), -(x_next - mean).square().mean((1, 2, 3)))
 
 
 def test_an_unknown_scaling_is_refused() -> None:

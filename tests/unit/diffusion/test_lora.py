@@ -12,10 +12,10 @@ from diffusion.checkpoint import load_policy, save_policy
 from diffusion.config import LoRAConfig, ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
+from diffusion.families.conditioning import Conditioning
+from diffusion.families.sd3.network import SD3Transformer
 from diffusion.lora import WEIGHTS, adapter_bytes, add_lora, merge_lora, merged_state, read_adapter, trained_weights, without_lora
-from diffusion.models.sd3 import SD3Transformer
 from diffusion.processes import RectifiedFlow
-from diffusion.text.base import Conditioning
 
 Build = Callable[..., SD3Transformer]
 CONFIG = LoRAConfig(rank=3, alpha=6.0)

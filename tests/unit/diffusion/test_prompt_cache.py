@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.engine.cache import PromptCache
-from diffusion.text.base import TextConditioning
+from diffusion.families.conditioning import TextConditioning
 
 EACH = 4 * (2 * 3 + 2)
 """Bytes of one encoded prompt of `Encoder`."""

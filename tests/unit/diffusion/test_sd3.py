@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.attention import Segments
-from diffusion.models.sd3 import SD3Config, SD3Transformer, sincos_table
+from diffusion.families.sd3.network import SD3Config, SD3Transformer, sincos_table
 from tests.unit.diffusion.peak import PeakBytes
 
 Build = Callable[..., SD3Transformer]
@@ -222,7 +222,7 @@ def test_bf16_weights_stay_near_fp32(style: str, tiny_model: Build) -> None:
 
 def test_attention_gets_one_type_even_where_norms_compute_in_fp32(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast on a GPU runs `rms_norm` in fp32, on a CPU it does not; xformers and varlen_attn refuse mixed types."""
-    from diffusion.models import sd3
+    from diffusion.families.sd3 import network as sd3
 
     seen: list[set[torch.dtype]] = []
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion.models.wan import WanConfig, WanTransformer
+from diffusion.families.wan.network import WanConfig, WanTransformer
 from tests.unit.diffusion.peak import PeakBytes
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

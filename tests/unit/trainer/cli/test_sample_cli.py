@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffusion.engine.generate import SamplingParams
-from diffusion.models.sd3 import SD3Transformer
+from diffusion.families.sd3.network import SD3Transformer
 from trainer.cli.main import app
 from trainer.cli.sample import parse_sizes, parse_steps, spread
 

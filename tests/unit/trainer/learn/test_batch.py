@@ -83,7 +83,7 @@ class Ledger:
         return GroupPayload(
             x=x,
             x_next=x + 0.5,
-            log_prob=-number,
+            log_prob=-number.double(),
             trained=torch.tensor(trained_steps(config.sampler, config.seed, group)),
             times=kernel_of(config).time_grid(config.sampler.steps),
             prompt_embeds=torch.full((4, 2), float(group)),

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernel_names import stochastic_steps
 from diffusion.kernels import make_kernel
 from diffusion.lora import merged_state
-from diffusion.text.base import Conditioning
 from trainer.config.learner import OptimizerConfig
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig

@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 
 import trainer.learn.learner
+from actors.groups import group_payload
 from actors.payload import decode_group, encode
-from actors.rollout import group_payload
 from diffusion.attention import resolve_provider
 from diffusion.checkpoint import Policy
 from diffusion.codecs import IdentityCodec
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
+from diffusion.families.conditioning import Conditioning
+from diffusion.families.glyph.text import GlyphTextEncoder
 from diffusion.kernels import make_kernel
 from diffusion.processes import RectifiedFlow
-from diffusion.text.base import Conditioning
-from diffusion.text.glyph import GlyphTextEncoder
 from tests.unit.diffusion.test_wan import wan
 from trainer.config.load import parse_config
 from trainer.learn.batch import StepBatch, transitions_of

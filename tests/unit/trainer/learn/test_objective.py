@@ -39,8 +39,8 @@ def case(name: str = "flow_sde", seed: int = 0) -> tuple[Tensor, Transitions, St
     t, t_next, t_previous = grid[step], grid[step + 1], torch.where(step > 0, grid[step - 1], torch.inf)
     x = x * kernel.process.coefficients(t)[1].reshape(-1, 1, 1, 1)
     previous = torch.randn(ROWS, *SHAPE, generator=g) * (step > 0).reshape(-1, 1, 1, 1)
-    mean, std = kernel.moments(velocity, x, t, t_next, Previous(previous, t_previous))
-    x_next = mean + std.reshape(-1, 1, 1, 1) * noise
+    mean, std = kernel.moments(velocity.double(), x.double(), t, t_next, Previous(previous, t_previous))
+    x_next = (mean + std.reshape(-1, 1, 1, 1) * noise).float()
     batch = Transitions(
         x=x,
         x_next=x_next,
@@ -69,7 +69,7 @@ def test_at_ratio_one_the_gradient_is_minus_advantage_times_that_of_log_p(name: 
     (found,) = torch.autograd.grad(loss, velocity)
 
     again = velocity.detach().requires_grad_()
-    mean, std = kernel.moments(again, batch.x, batch.t, batch.t_next, batch.history)
+    mean, std = kernel.moments(again.double(), batch.x.double(), batch.t, batch.t_next, batch.history)
     (expected,) = torch.autograd.grad(-(batch.advantage * log_prob(batch.x_next, mean, std, scaling)).sum(), again)
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-4)
     assert found[[0, 1, 3, 4]].abs().amax((1, 2, 3)).min() > 1e-9
@@ -82,7 +82,7 @@ def test_a_step_along_the_gradient_makes_good_samples_likelier() -> None:
     velocity, batch, kernel = case()
     loss, _ = policy_terms(velocity, None, batch, kernel, objective())
     (gradient,) = torch.autograd.grad(loss, velocity)
-    mean, std = kernel.moments(velocity.detach() - 1e-2 * gradient, batch.x, batch.t, batch.t_next)
+    mean, std = kernel.moments((velocity.detach() - 1e-2 * gradient).double(), batch.x.double(), batch.t, batch.t_next)
     change = log_prob(batch.x_next, mean, std) - batch.old_log_prob
     assert torch.equal(change.sign(), batch.advantage.sign())
 
@@ -103,8 +103,8 @@ def test_the_ratio_is_that_of_the_scaled_log_probs(scaling: str) -> None:
     """Stored densities are exact; the other scalings are derived from them by a factor per transition."""
     velocity, batch, kernel = case("cps")
     moved = velocity.detach() + 0.05 * torch.randn(velocity.shape, generator=torch.Generator().manual_seed(9))
-    before, std = kernel.moments(velocity.detach(), batch.x, batch.t, batch.t_next)
-    after, _ = kernel.moments(moved, batch.x, batch.t, batch.t_next)
+    before, std = kernel.moments(velocity.detach().double(), batch.x.double(), batch.t, batch.t_next)
+    after, _ = kernel.moments(moved.double(), batch.x.double(), batch.t, batch.t_next)
     ratio = (log_prob(batch.x_next, after, std, scaling) - log_prob(batch.x_next, before, std, scaling)).exp()
     loss, stats = policy_terms(moved, None, batch, kernel, objective(log_prob=scaling, clip=10.0))
     assert float(stats["ratio_deviation"]) == pytest.approx(float((ratio - 1).abs().sum()), rel=2e-3, abs=1e-5)
@@ -134,7 +134,7 @@ def test_with_the_learners_own_density_ratios_start_at_one_and_the_gap_is_still_
     loss, stats = policy_terms(velocity, None, off, kernel, objective(log_prob=scaling, clip=1e-5, old_log_prob="learner"))
     (found,) = torch.autograd.grad(loss, velocity)
     again = velocity.detach().requires_grad_()
-    mean, std = kernel.moments(again, batch.x, batch.t, batch.t_next, batch.history)
+    mean, std = kernel.moments(again.double(), batch.x.double(), batch.t, batch.t_next, batch.history)
     (expected,) = torch.autograd.grad(-(batch.advantage * log_prob(batch.x_next, mean, std, scaling)).sum(), again)
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-4)
     assert loss.item() == -batch.advantage.sum().item()

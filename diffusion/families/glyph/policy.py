@@ -1,17 +1,17 @@
 """The tiny SD3-family policy of the glyph world: its folder without weights.
 
-`python -m diffusion.glyph_policy FOLDER` writes configuration and the frozen text encoder; `ddrl train` with
+`python -m diffusion.families.glyph.policy FOLDER` writes configuration and the frozen text encoder; `ddrl train` with
 `model.init=true` then starts from random weights.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
-from diffusion.models.sd3 import SD3Config
-from diffusion.text.glyph import CLASS_NAME, GlyphTextEncoder
+from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
+from diffusion.families.sd3.network import SD3Config
 
 # pos_embed_max_size 24 holds 32x96 pixels at patch size 4; sample_size = 24 patches makes table positions integers
 CONFIG = SD3Config(
@@ -52,5 +52,11 @@ def write_skeleton(folder: Path) -> None:
     GlyphTextEncoder.create().save(folder / "text_encoder")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m diffusion.families.glyph.policy", description="Write the glyph policy's folder without weights.")
+    parser.add_argument("folder", type=Path, help="where; it is made, and files of an earlier call are written anew")
+    write_skeleton(parser.parse_args().folder)
+
+
 if __name__ == "__main__":
-    write_skeleton(Path(sys.argv[1]))
+    main()

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.attention import constants, varlen_attention
-from diffusion.models.base import Block, PackedModel, by_shape, feed_forward_bytes, known_keys
-from diffusion.models.layers import FeedForward, TwoLayer, norm, time_features
+from diffusion.families.base import Block, PackedModel, by_shape, feed_forward_bytes, known_keys
+from diffusion.families.layers import FeedForward, TwoLayer, norm, time_features
 from diffusion.packing import Layout, Stream, spread
 
 

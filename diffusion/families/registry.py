@@ -1,14 +1,17 @@
-"""Which networks exist, by the `_class_name` of their config.json."""
+"""Which networks and text encoders exist, by the `_class_name` of their config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from diffusion.models.base import PackedModel
-from diffusion.models.sd3 import SD3Config, SD3Transformer
-from diffusion.models.wan import WanConfig, WanTransformer
+from diffusion.families.base import PackedModel
+from diffusion.families.conditioning import TextEncoder
+from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
+from diffusion.families.sd3.network import SD3Config, SD3Transformer
+from diffusion.families.wan.network import WanConfig, WanTransformer
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,6 @@ FAMILIES = {
     "SD3Transformer2DModel": Family(lambda values, provider: SD3Transformer(SD3Config.from_dict(values), provider), video=False),
     "WanTransformer3DModel": Family(lambda values, provider: WanTransformer(WanConfig.from_dict(values), provider), video=True),
 }
+
+TEXT_ENCODERS: dict[str, Callable[[Path], TextEncoder]] = {CLASS_NAME: GlyphTextEncoder.load}
+"""Reads an encoder from its folder. Raises ValueError for a config it does not know, and what reading files raises."""

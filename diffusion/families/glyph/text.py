@@ -5,6 +5,14 @@ a fixed number of tokens. A character's embedding says which character it is and
 will fall (sinusoids of its offset from the line's middle), so image columns and characters line up. The pooled vector
 is the sum of role-filler bindings: a frozen random vector per (character, position). Nothing here is trained; the
 tables are stored with the checkpoint so that an encoder never depends on a random generator's version.
+
+It is for signs, where what stands in quotes is all that varies. Words carry no meaning here: a new word is a new random vector.
+Two versions, named in the folder's config.json, say how a word becomes one:
+
+    1 (none named)  its bin of `words`, 64 of them, wherever it stands: "red on black" = "black on red", "sign" = "large"
+    2               a bin of its own as far as `WORD_BINS` go, plus a frozen vector of its place among the words
+
+`collisions` finds captions that an encoder cannot tell apart.
 """
 
 from __future__ import annotations
@@ -17,45 +25,59 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffusion.text.base import TextConditioning
+from diffusion.families.conditioning import TextConditioning
 
 PRINTABLE = [chr(c) for c in range(32, 127)]
 FREQUENCIES = 8
 CLASS_NAME = "GlyphTextEncoder"
+VERSIONS = (1, 2)
+WORD_BINS = {1: 64, 2: 4096}
+"""Bins of words by version. In 4096, two of a vocabulary of 20 words share one with a chance of 5 %, two given words of 1 in 4096."""
 
 
 class GlyphTextEncoder:
     """See the module's docstring.
 
     Args:
-        tables: `characters` [95, D - 4·FREQUENCIES], `words` [W, D], `padding` [D], `bindings` [95, max_characters, P].
+        tables: `characters` [95, D - 4·FREQUENCIES], `words` [W, D], `padding` [D], `bindings` [95, max_characters, P]; version 2 also
+            `places` [max_tokens, D].
         max_tokens: tokens of an encoded prompt, padding included.
+        version: how words are encoded, see the module's docstring.
+
+    Raises:
+        ValueError: an unknown version.
     """
 
-    def __init__(self, tables: dict[str, Tensor], max_tokens: int) -> None:
-        self.tables, self.max_tokens = tables, max_tokens
+    def __init__(self, tables: dict[str, Tensor], max_tokens: int, version: int = 1) -> None:
+        if version not in VERSIONS:
+            raise ValueError(f"glyph text encoder of version {version}; this build knows {', '.join(map(str, VERSIONS))}")
+        self.tables, self.max_tokens, self.version = tables, max_tokens, version
         self._index = {c: i for i, c in enumerate(PRINTABLE)}
 
     @classmethod
-    def create(cls, dim: int = 64, pooled_dim: int = 64, max_tokens: int = 10, max_characters: int = 6, seed: int = 0) -> GlyphTextEncoder:
+    def create(
+        cls, dim: int = 64, pooled_dim: int = 64, max_tokens: int = 10, max_characters: int = 6, seed: int = 0, version: int = VERSIONS[-1]
+    ) -> GlyphTextEncoder:
         """Draw the frozen tables once. `dim` must exceed 4·FREQUENCIES."""
         g = torch.Generator().manual_seed(seed)
         tables = {
             "characters": torch.randn(len(PRINTABLE), dim - 4 * FREQUENCIES, generator=g),
-            "words": torch.randn(64, dim, generator=g) * 0.5,
+            "words": torch.randn(WORD_BINS[version], dim, generator=g) * 0.5,
             "padding": torch.randn(dim, generator=g) * 0.5,
             "bindings": torch.randn(len(PRINTABLE), max_characters, pooled_dim, generator=g),
         }
-        return cls(tables, max_tokens)
+        if version > 1:
+            tables["places"] = torch.randn(max_tokens, dim, generator=g) * 0.5
+        return cls(tables, max_tokens, version)
 
     @classmethod
     def load(cls, folder: Path) -> GlyphTextEncoder:
         config = json.loads((folder / "config.json").read_text())
-        return cls(load_file(folder / "model.safetensors"), int(config["max_tokens"]))
+        return cls(load_file(folder / "model.safetensors"), int(config["max_tokens"]), int(config.get("version", 1)))
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"_class_name": CLASS_NAME, "max_tokens": self.max_tokens}, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps({"_class_name": CLASS_NAME, "version": self.version, "max_tokens": self.max_tokens}, indent=2) + "\n")
         (folder / "model.safetensors").write_bytes(save(self.tables))  # save_file makes files that only their owner may read
 
     def _positions(self, n: int) -> Tensor:
@@ -80,6 +102,8 @@ class GlyphTextEncoder:
             raise ValueError(f"prompt {prompt!r} has characters outside printable ASCII: {''.join(unknown)!r}")
         table = self.tables["words"]
         tokens = [table[zlib.crc32(w.lower().encode()) % len(table)] for w in words]
+        if self.version > 1:
+            tokens = [word + place for word, place in zip(tokens, self.tables["places"], strict=False)]
         pooled = torch.zeros(bindings.shape[2])
         if quoted:
             index = torch.tensor([self._index[c] for c in quoted])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,3 +44,19 @@ class TextEncoder(Protocol):
     def encode(self, prompts: list[str]) -> TextConditioning:
         """Encode prompts. Raises ValueError naming a prompt that does not fit."""
         ...
+
+
+def collisions(encoder: TextEncoder, prompts: Iterable[str]) -> list[list[str]]:
+    """Groups of different prompts that become the same conditioning, to the bit: a policy cannot tell them apart.
+
+    Raises:
+        ValueError: the encoder refuses a prompt.
+    """
+    groups: dict[bytes, list[str]] = {}
+    for prompt in dict.fromkeys(prompts):
+        encoded = encoder.encode([prompt])[0]
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (encoded.prompt_embeds, encoded.pooled):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+        groups.setdefault(digest.digest(), []).append(prompt)
+    return [group for group in groups.values() if len(group) > 1]

@@ -1,1 +1,0 @@
-"""Packed model implementations; parameter names follow diffusers."""

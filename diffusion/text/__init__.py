@@ -1,1 +1,0 @@
-"""Text encoders: prompt strings to token embeddings and a pooled vector."""

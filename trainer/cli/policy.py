@@ -1,0 +1,92 @@
+"""Which policy a command draws with: what a recipe starts from, the newest export of a run, or an exported folder.
+
+recipe.yaml           model.path of the recipe, which no training of it has changed
+runs/NAME             its newest export, raw or (`ema`) averaged; runs/NAME/config.yaml means the same
+…/step-000100, …      that folder; sampler settings are those of the run that made it, where that can be told
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from trainer.config.errors import ConfigError
+from trainer.config.load import apply_overrides, load_config, parse_config
+from trainer.config.run import RunConfig
+
+RUN_FILES = ("lock", "metrics.jsonl", "exports", "checkpoints")
+"""What a folder beside its config.yaml holds once a run has begun in it."""
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """Settings whose `model.path` is the policy, and what to call it.
+
+    Attributes:
+        step: updates that it has seen; None where that cannot be told.
+        weights: `raw`, `ema`, or `start` for a policy as its recipe starts from it.
+    """
+
+    config: RunConfig
+    step: int | None
+    weights: str
+
+    @property
+    def path(self) -> str:
+        return self.config.model.path
+
+    def __str__(self) -> str:
+        if self.weights == "start":
+            drawn = ", random weights" if self.config.model.init else ""
+            return f"policy {self.path}{drawn}: what the recipe starts from, untrained by it"
+        return f"policy {self.path}: {self.weights} weights" + ("" if self.step is None else f" of step {self.step}")
+
+
+def policy_source(where: Path, overrides: list[str], ema: bool = False) -> PolicySource:
+    """Find the policy that `where` names. Raises ConfigError."""
+    if where.name == "config.yaml" and any((where.parent / name).exists() for name in RUN_FILES):
+        where = where.parent
+    if where.is_dir() and (where / "transformer" / "config.json").exists():
+        if ema:
+            raise ConfigError(f"{where} is one exported policy; --ema chooses among a run's exports: give the run's folder")
+        return _of(_settings_of(where, overrides), where)
+    if where.is_dir():
+        if not (where / "config.yaml").exists():
+            raise ConfigError(f"{where} is neither a run folder (config.yaml) nor an exported policy (transformer/config.json)")
+        return _of(load_config(where / "config.yaml", overrides), newest_export(where, ema))
+    if ema:
+        raise ConfigError(f"--ema needs a run folder; {where} is a recipe, which starts from one policy")
+    return PolicySource(load_config(where, overrides), None, "start")
+
+
+def newest_export(run: Path, ema: bool) -> Path:
+    """The newest complete export of a run. Raises ConfigError where there is none."""
+    exports = [f for f in (run / "exports").glob("step-*") if f.name.endswith("-ema") == ema and f.suffix != ".partial"]
+    if not exports:
+        kind = "averaged policy" if ema else "policy"
+        raise ConfigError(f"run {run} holds no exported {kind} yet; the first is written with its first checkpoint. Its recipe draws the starting policy")
+    return max(exports)
+
+
+def _of(config: RunConfig, policy: Path) -> PolicySource:
+    lora = config.model.lora.model_copy(update={"rank": 0, "merge": False})  # exports hold the adapter merged
+    model = config.model.model_copy(update={"path": str(policy), "init": False, "lora": lora})
+    made = policy / "provenance.json"
+    known = json.loads(made.read_text()) if made.exists() else {}
+    parts = policy.name.split("-")
+    step = known.get("step", int(parts[1]) if len(parts) > 1 and parts[0] == "step" and parts[1].isdecimal() else None)
+    weights = known.get("weights", "ema" if policy.name.endswith("-ema") else "raw")
+    return PolicySource(config.model_copy(update={"model": model}), step, weights)
+
+
+def _settings_of(policy: Path, overrides: list[str]) -> RunConfig:
+    """Settings of the run that made an exported policy; the defaults where nobody says."""
+    made, run = policy / "provenance.json", policy.parent.parent / "config.yaml"
+    if made.exists():
+        return parse_config(apply_overrides(yaml.safe_load(json.loads(made.read_text())["recipe"]), overrides))
+    if policy.parent.name == "exports" and run.exists():
+        return load_config(run, overrides)
+    return parse_config(apply_overrides({"name": policy.name}, overrides))
