@@ -2,9 +2,13 @@
 PYTHON ?= python3
 # another package index for the torch wheels, e.g. https://download.pytorch.org/whl/cpu (see README, "What is downloaded")
 TORCH_INDEX ?=
+# how many tests run at once; they wait more than they compute
+WORKERS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+PYTEST := $(BIN)/python -m pytest
+PARALLEL = --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
@@ -47,14 +51,15 @@ glyph-base: setup  ## train the demo's starting policy again (about 35 minutes)
 	@$(BIN)/ddrl train recipes/glyph-base.yaml
 	@$(BIN)/ddrl export runs/glyph-base recipes/glyph-base --ema
 
-test: setup-dev  ## the tests: unit, then integration (under 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not long and not chaos"
+test: setup-dev  ## the tests: unit, integration and whole runs (under 10 minutes on 2 cores)
+	@$(PYTEST) $(PARALLEL) -m "not long and not chaos"
 
+test-long: WORKERS := 2
 test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in the middle of a run
-	@$(BIN)/python -m pytest -m long
+	@$(PYTEST) $(PARALLEL) -m long
 
 test-chaos: setup-dev  ## a seeded storm of 50 kills over the whole pipeline, then the audit (about 15 minutes)
-	@$(BIN)/python -m pytest -m chaos -s
+	@$(PYTEST) -m chaos -s
 
 test-mutation: setup-dev  ## break the ledger on purpose, one place at a time: the tests must notice (about 15 minutes)
 	@$(BIN)/python -m tests.mutation.run

@@ -22,7 +22,8 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray with 16 logical CPUs; Serve, if a test started it, goes down with it."""
     import ray
 
-    # "local": a cluster of our own, whatever else runs or ran on this machine
-    ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    # "local": a cluster of our own, whatever else runs or ran on this machine; pictures are small, so is its object store
+    options = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False, "object_store_memory": 200 << 20}
+    ray.init("local", num_cpus=16, **options, _system_config={"metrics_report_interval_ms": 1000})
     yield
     ray.shutdown()

@@ -28,23 +28,26 @@ def scraped(port: int) -> dict[str, float]:
 def test_prometheus_sees_the_ledger() -> None:
     import ray
 
-    def report() -> None:
-        from trainer.learn.metrics import ClaimMetrics, LedgerMetrics, SettleMetrics
+    class Reporter:
+        """Lives until its metrics were seen: they leave a process every now and then."""
 
-        ledger = LedgerMetrics("metrics-test")
-        ledger.update(COUNTS)
-        ledger.update(COUNTS | {"expired": 5, "settled": 12})
-        ClaimMetrics("metrics-test").claimed(0.5, [0, 1, 1])
-        SettleMetrics("metrics-test").settled(2.0)
-        time.sleep(12)  # metrics leave a process every few seconds
+        def report(self) -> None:
+            from trainer.learn.metrics import ClaimMetrics, LedgerMetrics, SettleMetrics
 
-    done = ray.remote(report).remote()
+            ledger = LedgerMetrics("metrics-test")
+            ledger.update(COUNTS)
+            ledger.update(COUNTS | {"expired": 5, "settled": 12})
+            ClaimMetrics("metrics-test").claimed(0.5, [0, 1, 1])
+            SettleMetrics("metrics-test").settled(2.0)
+
+    reporter = ray.remote(Reporter).remote()
+    ray.get(reporter.report.remote(), timeout=120)
     port = ray.nodes()[0]["MetricsExportPort"]
     end, found = time.monotonic() + 60, {}
     while "ddrl_settle_lag_seconds_count" not in found and time.monotonic() < end:
-        time.sleep(1)
+        time.sleep(0.2)
         found = scraped(port)
-    ray.get(done, timeout=60)
+    ray.kill(reporter)
     assert found["ddrl_groups{state=ready}"] == 2
     assert found["ddrl_groups{state=settled}"] == 12
     assert found["ddrl_payload_bytes"] == 4096
