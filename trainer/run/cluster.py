@@ -17,15 +17,16 @@ from replay.config import RedisConfig
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis, refuse_several_nodes
 from replay.errors import ReplayError
-from services.client.base import RewardError
+from services.client.base import RewardError, ScoreFailure
 from services.client.connect import connect as connect_rewards
-from services.config import RewardConfig
 from trainer.config.run import RayConfig, RunConfig
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
 from trainer.run.local_ray import free_ports, own_folder, sweep
 
-DEPLOY_MARGIN_S = 30.0
+PROMPTS_TRIED = 4
+"""Training prompts, and as many held-out ones, that the reward must take before a run starts."""
+DEPLOY_MARGIN_S = 90.0
 """What the task that deploys the fleet may take beside the fleet's own deadline."""
 
 
@@ -85,16 +86,35 @@ def check_nodes(config: RunConfig) -> None:
         raise RunFailed("Redis", str(error)) from error
 
 
-def check_reward_url(config: RewardConfig) -> None:
-    """Score one test picture at a given reward URL. Raises RunFailed."""
-    if config.url is None:
+def check_reward_url(config: RunConfig) -> None:
+    """Score test pictures at a given reward URL. Raises RunFailed."""
+    if config.reward.url is None:
         return
     try:
-        client = connect_rewards(config)
-        with contextlib.closing(client):
+        with contextlib.closing(connect_rewards(config.reward)) as client:
             client.check()
+        trouble = refused_prompt(config)
     except RewardError as error:
         raise RunFailed("reward", str(error)) from error
+    if trouble is not None:
+        raise RunFailed("reward", trouble)
+
+
+def refused_prompt(config: RunConfig) -> str | None:
+    """Why the reward takes one of the run's first prompts for no picture at all; None when it takes them. Raises RewardError."""
+    import numpy as np
+
+    from actors.sources.prompts import held_out_prompts, training_prompt
+
+    prompts = [training_prompt(config.prompts, config.seed, group) for group in range(PROMPTS_TRIED)] if config.uses_policy else []
+    prompts += held_out_prompts(config.prompts, "test", min(PROMPTS_TRIED, config.evaluation.test_prompts))
+    pictures = np.full((len(prompts), config.sampler.height, config.sampler.width, 3), 127, np.uint8)
+    with contextlib.closing(connect_rewards(config.reward)) as client:
+        scores = client.score(config.reward.model, prompts, pictures, config.reward.timeout_s)
+    for prompt, score in zip(prompts, scores, strict=True):
+        if isinstance(score, ScoreFailure) and not score.retryable:
+            return f"{config.reward.model} cannot score the prompt {prompt!r}: {score.message}; change the prompts or the reward"
+    return None
 
 
 class Fleet:
@@ -115,7 +135,7 @@ class Fleet:
         if config.ray.address is not None:
             ours = not any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
             stack.callback(_quietly, stop_serve if ours else stop_application)
-        self._task = ray.remote(_deploy).options(num_cpus=0, max_retries=0).remote(config.reward)
+        self._task = ray.remote(_deploy).options(num_cpus=0, max_retries=0).remote(config)
 
     def wait(self) -> str:
         """URL of the fleet, once it scores. Raises RunFailed."""
@@ -125,17 +145,21 @@ class Fleet:
         import ray
 
         try:
-            url: str = ray.get(self._task, timeout=self.config.reward.start_timeout_s + DEPLOY_MARGIN_S)
+            url: str
+            url, trouble = ray.get(self._task, timeout=self.config.reward.start_timeout_s + DEPLOY_MARGIN_S)
         except Exception as error:
             raise RunFailed("reward fleet", describe(error)) from error
+        if trouble is not None:
+            raise RunFailed("reward", trouble)
         return url
 
 
-def _deploy(config: RewardConfig) -> str:
+def _deploy(config: RunConfig) -> tuple[str, str | None]:
+    """URL of the fleet, and the prompt that its reward does not take."""
     from services.fleet import start_fleet
     from services.fleet_config import one_reward
 
-    return start_fleet(one_reward(config))
+    return start_fleet(one_reward(config.reward)), refused_prompt(config)
 
 
 def stop_serve() -> None:

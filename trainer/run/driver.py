@@ -115,7 +115,7 @@ class Driver:
         if self.resume:
             self.display.stage(f"Resuming at update {self.folder.step} of {config.updates}")
         self.display.stage("Starting Redis and Ray")
-        cluster.check_reward_url(config.reward)
+        cluster.check_reward_url(config)
         url = cluster.start_redis(config.redis, self.folder, config.replay.max_bytes if config.replay.payloads == "redis" else 0, self._stack)
         target = Target(url, config.name, cluster.buffer_settings(config), config.replay.payloads)
         self._buffer = self._open_buffer(target)
