@@ -12,7 +12,8 @@ from actors.sources.draws import held_out_prompts, prompt_source, training_examp
 from services.client.base import RewardError
 from services.client.terms import Term
 from services.config import fleet_of
-from services.contract import ItemScore
+from services.contract import ScoreFailure
+from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.run.errors import RunFailed
 
@@ -33,7 +34,8 @@ def check_rewards(config: RunConfig, rewards: RunRewards) -> dict[str, str]:
     """Try every reward on blank pictures with a few of the run's own prompts; returns the revision of each.
 
     Raises:
-        RunFailed: a reward that does not answer, lacks a sub-score that the recipe names, or cannot take the prompts.
+        RunFailed: a reward that does not answer.
+        ConfigError: one that lacks a sub-score that the recipe names, or cannot judge the prompts.
     """
     if not rewards.names:
         return {}
@@ -51,12 +53,13 @@ def check_rewards(config: RunConfig, rewards: RunRewards) -> dict[str, str]:
         client.close()
     for term in rewards.terms:
         for prompt, score in zip(prompts, scores[term.reward], strict=True):
-            if not isinstance(score, ItemScore):
-                raise RunFailed(
-                    f"reward {term.reward}",
-                    f"cannot judge the prompt {prompt!r} ({score.code}: {score.message}); choose other prompts or rewards (--set 'rewards={{}}' for none)",
+            if isinstance(score, ScoreFailure):
+                if score.retryable:
+                    continue
+                raise ConfigError(
+                    f"reward {term.reward} cannot judge the prompt {prompt!r} ({score.code}: {score.message}); choose other prompts or rewards (--set 'rewards={{}}' for none)",
                 )
             unknown = [sub for sub in term.subs if sub not in score.sub_scores]
             if unknown:
-                raise RunFailed(f"reward {term.reward}", f"has no sub-score {unknown[0]!r}; it has {', '.join(sorted(score.sub_scores))}")
+                raise ConfigError(f"reward {term.reward} has no sub-score {unknown[0]!r}; it has {', '.join(sorted(score.sub_scores))}")
     return revisions
