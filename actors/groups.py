@@ -17,7 +17,7 @@ from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.families.conditioning import Conditioning
 from diffusion.kernel_names import stochastic_steps
 from diffusion.seeds import key
-from services.client.terms import Term
+from services.terms import Term
 from services.contract import ItemScore, ScoreFailure
 
 Scores = Mapping[str, Sequence[ItemScore | ScoreFailure]]

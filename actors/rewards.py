@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from actors.groups import Weighted
 from services.client.base import RewardClient
 from services.client.connect import connect
-from services.client.terms import Term
+from services.terms import Term
 from services.config import FleetConfig
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from trainer.run.environment import EXACT
+
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch and numpy are imported
     os.environ.setdefault(variable, "1")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", EXACT["ONEDNN_MAX_CPU_ISA"])
 
 TESTS = Path(__file__).parent
 CLUSTER = "ray_cluster"

@@ -8,23 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from services.contract import ItemScore, ModelInfo, ScoreFailure
 from services.errors import ProblemError
 from services.rest.schemas import Combine, CombinedScore, ScoreError
-
-
-@dataclass(frozen=True)
-class Term:
-    """One part: the reward itself when ``subs`` is empty, else the sum of those sub-scores."""
-
-    reward: str
-    subs: tuple[str, ...]
-
-    def value(self, score: ItemScore) -> float:
-        """The part of one item, before clip and weight."""
-        return math.fsum(score.sub_scores[sub] for sub in self.subs) if self.subs else score.reward
+from services.terms import Term
 
 
 def terms(combine: Combine, infos: Mapping[str, ModelInfo]) -> dict[str, Term]:
@@ -38,7 +26,7 @@ def terms(combine: Combine, infos: Mapping[str, ModelInfo]) -> dict[str, Term]:
         unknown = [sub for sub in subs if sub not in infos[reward].sub_scores]
         if unknown:
             raise ProblemError(422, "invalid_request", f"{reward} has no sub-score {unknown[0][:64]!r}; there is {', '.join(infos[reward].sub_scores)}")
-        found[name] = Term(reward, subs)
+        found[name] = Term(name, reward, subs)
     return found
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from actors.config import DataConfig, EvaluationConfig, PromptConfig, RolloutConfig
 from diffusion.config import ModelConfig, SamplerConfig
 from replay.config import RedisConfig, ReplayConfig
-from services.client.terms import Term
+from services.terms import Term
 from services.config import FleetConfig, fleet_of
 from trainer.config.learner import LearnerConfig, OptimizerConfig
 from trainer.config.objective import ObjectiveConfig

@@ -10,7 +10,7 @@ from actors.groups import Weighted
 from actors.rewards import RunRewards
 from actors.sources.draws import held_out_prompts, prompt_source, training_example
 from services.client.base import RewardError
-from services.client.terms import Term
+from services.terms import Term
 from services.config import fleet_of
 from services.contract import ScoreFailure
 from trainer.config.errors import ConfigError
@@ -56,9 +56,8 @@ def check_rewards(config: RunConfig, rewards: RunRewards) -> dict[str, str]:
             if isinstance(score, ScoreFailure):
                 if score.retryable:
                     continue
-                raise ConfigError(
-                    f"reward {term.reward} cannot judge the prompt {prompt!r} ({score.code}: {score.message}); choose other prompts or rewards (--set 'rewards={{}}' for none)",
-                )
+                why = f"{score.code}: {score.message}"
+                raise ConfigError(f"reward {term.reward} cannot judge the prompt {prompt!r} ({why}); choose other prompts or rewards ('rewards={{}}' for none)")
             unknown = [sub for sub in term.subs if sub not in score.sub_scores]
             if unknown:
                 raise ConfigError(f"reward {term.reward} has no sub-score {unknown[0]!r}; it has {', '.join(sorted(score.sub_scores))}")

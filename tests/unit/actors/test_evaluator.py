@@ -25,7 +25,7 @@ from actors.sources.text import TextSource
 from actors.weights import Weights
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
-from services.client.terms import Term
+from services.terms import Term
 from services.config import FleetConfig
 from services.contract import ItemScore, ScoreFailure
 

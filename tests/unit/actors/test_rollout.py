@@ -29,7 +29,7 @@ from diffusion.kernels import log_prob, make_kernel
 from replay.policy import BufferSettings
 from replay.records import Lease
 from services.client.base import RewardUnavailable
-from services.client.terms import Term
+from services.terms import Term
 from services.config import FleetConfig
 from services.contract import ItemScore, ScoreFailure
 

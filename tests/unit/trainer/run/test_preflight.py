@@ -72,7 +72,7 @@ def test_an_anchor_folder_that_lacks_something(tmp_path: Path) -> None:
     tree = {"data": {"kind": "folder", "path": str(tmp_path / "none")}}
     assert "needs a metadata.jsonl" in refused(tree)
     one = folder(tmp_path / "one", ["a"])
-    assert "no captions in the" in refused({"data": {"kind": "folder", "path": str(one)}})
+    assert "no example of the" in refused({"data": {"kind": "folder", "path": str(one)}, "prompts": {"kind": "glyph"}})
     many = folder(tmp_path / "many", [f"caption {i}" for i in range(80)])
     tree = {"data": {"kind": "folder", "path": str(many)}}
     check_files(parse_config({"model": {"path": str(BASE)}} | tree))

@@ -228,14 +228,14 @@ def test_a_resume_takes_back_the_earlier_end(started: Path) -> None:
     (started / "samples" / "before.png").write_bytes(b"x")
     folder = RunFolder(started)
     for step in (0, 4, 6):
-        folder.append_evaluation({"kind": "eval", "step": step})
+        folder.append_evaluation({"kind": "evaluation", "step": step})
     folder.open(CONFIG, resume=True)
     assert folder.step == 4
     assert not folder.summary.exists()
     assert not (started / "report.html").exists()
     assert sorted(f.name for f in (started / "eval").iterdir()) == ["dev-000000-raw.json", "dev-000004-raw.json"]
     assert sorted(f.name for f in (started / "samples").iterdir()) == ["before.png", "step-000000.png", "step-000004.png"]
-    assert [r["step"] for r in folder.records() if r["kind"] == "eval"] == [0, 4]
+    assert [r["step"] for r in folder.records() if r["kind"] == "evaluation"] == [0, 4]
     folder.close()
 
 
@@ -246,11 +246,17 @@ def test_fewer_updates_than_are_done_are_refused(started: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reward", "named"),
-    [({"model": "scene", "url": "http://h:1"}, "reward.model"), ({"ocr": {"mode": "strict"}}, "reward.ocr"), ({"replicas": 3, "timeout_s": 9.0}, None)],
+    ("changed", "named"),
+    [
+        ({"rewards": {"scene": {}}}, "rewards.ocr, rewards.scene"),
+        ({"rewards": {"ocr": {"weight": 2.0}}}, "rewards.ocr"),
+        ({"held_out_rewards": ["jpeg"]}, "held_out_rewards"),
+        ({"fleet": {"rewards": {"ocr": {"kind": "ocr", "mode": "strict"}}}}, "fleet.rewards"),
+        ({"fleet": {"timeout_s": 9.0, "start_timeout_s": 9.0}}, None),
+    ],
 )
-def test_another_reward_is_another_run_and_more_replicas_are_not(reward: dict[str, object], named: str | None, started: Path) -> None:
-    config = parse_config({"seed": 3, "reward": reward})
+def test_another_reward_is_another_run_and_a_longer_deadline_is_not(changed: dict[str, object], named: str | None, started: Path) -> None:
+    config = parse_config({"seed": 3, **changed})
     if named is None:
         folder = RunFolder(started)
         folder.open(config, resume=True)
