@@ -18,9 +18,7 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
     warmup: int = Field(0, ge=0, description="updates of linear warm-up")
     decay: Literal["none", "cosine"] = Field("none", description="cosine = fall to 2 % of lr over decay_updates, then stay there")
-    decay_updates: int | None = Field(
-        None, ge=1, description="length of the cosine; null = the updates of the run's first start, also when resumed"
-    )
+    decay_updates: int | None = Field(None, ge=1, description="length of the cosine; null = the updates of the run's first start, also when resumed")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.95, ge=0, lt=1, description="decay of the exponential moving average of the weights; 0 = none")
 

@@ -105,9 +105,7 @@ def _filled(name: str, group: GroupScores, term: Term, failed: str) -> list[floa
     scores = group[name]
     known = [term.clamp(score) for score in scores if score is not None]
     if len(known) < len(scores) and failed == "leave_out":
-        raise ValueError(
-            f"{len(scores) - len(known)} of {len(scores)} members have no score of {name}, and objective.failed_reward is leave_out"
-        )
+        raise ValueError(f"{len(scores) - len(known)} of {len(scores)} members have no score of {name}, and objective.failed_reward is leave_out")
     if not known:
         return []
     mean = statistics.fmean(known)
