@@ -17,8 +17,8 @@ from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.families.conditioning import Conditioning
 from diffusion.kernel_names import stochastic_steps
 from diffusion.seeds import key
-from services.terms import Term
 from services.contract import ItemScore, ScoreFailure
+from services.terms import Term
 
 Scores = Mapping[str, Sequence[ItemScore | ScoreFailure]]
 """What each reward says of each member."""

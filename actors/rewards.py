@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from actors.groups import Weighted
 from services.client.base import RewardClient
 from services.client.connect import connect
-from services.terms import Term
 from services.config import FleetConfig
+from services.terms import Term
 
 
 @dataclass(frozen=True)

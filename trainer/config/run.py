@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from actors.config import DataConfig, EvaluationConfig, PromptConfig, RolloutConfig
 from diffusion.config import ModelConfig, SamplerConfig
 from replay.config import RedisConfig, ReplayConfig
-from services.terms import Term
 from services.config import FleetConfig, fleet_of
+from services.terms import Term
 from trainer.config.learner import LearnerConfig, OptimizerConfig
 from trainer.config.objective import ObjectiveConfig
 from trainer.config.rewards import RewardTerm

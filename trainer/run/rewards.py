@@ -10,9 +10,9 @@ from actors.groups import Weighted
 from actors.rewards import RunRewards
 from actors.sources.draws import held_out_prompts, prompt_source, training_example
 from services.client.base import RewardError
-from services.terms import Term
 from services.config import fleet_of
 from services.contract import ScoreFailure
+from services.terms import Term
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.run.errors import RunFailed

@@ -25,9 +25,9 @@ from actors.sources.text import TextSource
 from actors.weights import Weights
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
-from services.terms import Term
 from services.config import FleetConfig
 from services.contract import ItemScore, ScoreFailure
+from services.terms import Term
 
 SETTINGS = EvaluationConfig(test_prompts=6, dev_prompts=4, loss_points=8, diversity_prompts=4, diversity_samples=3, grid_prompts=5, threads=1)
 

@@ -29,9 +29,9 @@ from diffusion.kernels import log_prob, make_kernel
 from replay.policy import BufferSettings
 from replay.records import Lease
 from services.client.base import RewardUnavailable
-from services.terms import Term
 from services.config import FleetConfig
 from services.contract import ItemScore, ScoreFailure
+from services.terms import Term
 
 SEED = 3
 SAMPLER = SamplerConfig(steps=4, trained_steps=2, height=16, width=24)

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from diffusion.glyph_policy import write_skeleton
 
 from actors.groups import group_payload, group_request
 from actors.payload import DataPayload, encode
 from diffusion.checkpoint import load_policy, read_weights, save_policy
 from diffusion.config import ModelConfig
 from diffusion.engine.engine import Engine
+from diffusion.families.glyph.policy import write_skeleton
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
 from tests.unit.trainer.learn.ranks import DEADLINE_S, GROUPS, MEMBERS, SAVED, SCENARIOS, SHAPE, UPDATES, resumed, scenario
 
