@@ -3,7 +3,7 @@ PYTHON ?= python3
 # another package index for the torch wheels, e.g. https://download.pytorch.org/whl/cpu (see README, "What is downloaded")
 TORCH_INDEX ?=
 # how many tests run at once; they wait more than they compute
-WORKERS ?= 4
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt

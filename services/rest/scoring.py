@@ -27,10 +27,11 @@ from services.media.clips import Clip, look
 from services.media.decode import Decoded, MediaDecoder, check
 from services.media.plan import Plan, invalid
 from services.rest.budget import PixelBudget
-from services.rest.combining import Term, combine_items, terms
+from services.rest.combining import combine_items, terms
 from services.rest.metrics import FleetMetrics
 from services.rest.requests import Latent, ScoreCall
 from services.rest.schemas import MultiScoreResponse, RewardAnswer, Score, ScoreError, ScoreResponse
+from services.terms import Term
 
 logger = logging.getLogger(__name__)
 

@@ -97,6 +97,31 @@ def _cat(parts: list[Transitions]) -> Transitions:
     return Transitions(**joined)
 
 
+def _own_data(config: RunConfig, groups: list[int], payloads: dict[int, GroupPayload]) -> DataPayload:
+    """Each group's own example as the datum of every one of its rollouts; rows of groups that are not in `payloads` (those of
+    other ranks) are empty. A share of the captions is dropped, named by (seed, group, member).
+
+    Raises:
+        PayloadError: a group without its own datum.
+    """
+    n, dropout = config.rollout.group_size, config.data.caption_dropout
+    some = next(iter(payloads.values()))
+    if any(p.x0 is None or (dropout > 0 and p.empty_embeds is None) for p in payloads.values()) or some.x0 is None:
+        raise PayloadError("a group was made without its own anchor datum, which data.pairing=own needs; it was made by another recipe")
+    x0 = torch.zeros(len(groups) * n, *some.x0.shape)
+    embeds = torch.zeros(len(groups) * n, *some.prompt_embeds.shape)
+    pooled = torch.zeros(len(groups) * n, *some.pooled.shape)
+    for i, payload in payloads.items():
+        assert payload.x0 is not None
+        x0[i * n : (i + 1) * n] = payload.x0
+        embeds[i * n : (i + 1) * n], pooled[i * n : (i + 1) * n] = payload.prompt_embeds, payload.pooled
+        dropped = torch.rand(n, generator=generator(config.seed, "caption-dropout", groups[i])) < dropout
+        if payload.empty_embeds is not None and payload.empty_pooled is not None:
+            embeds[i * n : (i + 1) * n][dropped] = payload.empty_embeds
+            pooled[i * n : (i + 1) * n][dropped] = payload.empty_pooled
+    return DataPayload(x0, embeds, pooled)
+
+
 def _anchor_rows(config: RunConfig, process: ForwardProcess, step: int, data: DataPayload, times: Tensor | None, groups: list[int]) -> Anchors:
     """All anchor evaluations of an update (of every rank).
 
@@ -136,6 +161,7 @@ def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, b
     objective = config.objective
     scores = [scores_of(g.header) for g in claim.groups]
     transitions, times, rows = None, None, []
+    own, payloads = config.uses_data and not config.feeds_data, dict[int, GroupPayload]()
     if claim.groups:
         o = objective
         advantages = advantages_of(scores, terms_of(config), o.advantages, o.failed_reward, o.advantage_scale, o.advantage_clip, o.exponential_advantage)
@@ -144,10 +170,18 @@ def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, b
         transitions = _cat([transitions_of(p, advantages[i], kernel) for i, p in payloads.items()])
         k = next(iter(payloads.values())).log_prob.shape[1]
         rows = [sum(len(advantages[i]) * k for i in share(len(advantages), r, world)) for r in range(world)]
-        if claim.data and (objective.data_noise == "shared" or objective.data_per == "transition"):
+        if (claim.data or own) and (objective.data_noise == "shared" or objective.data_per == "transition"):
             times = _all_times(config, process, kernel, [g.group for g in claim.groups])
     anchors, anchor_rows, total = None, [], 0
-    if claim.data:
+    if own:
+        data = _own_data(config, [g.group for g in claim.groups], payloads)
+        everything = _anchor_rows(config, process, claim.step, data, times, [g.group for g in claim.groups])
+        total = len(everything.x0)
+        each = total // len(claim.groups)
+        anchor_rows = [len(share(len(claim.groups), r, world)) * each for r in range(world)]
+        ours = torch.cat([torch.arange(i * each, (i + 1) * each) for i in payloads])
+        anchors = Anchors(**{f.name: getattr(everything, f.name)[ours] for f in fields(Anchors)})
+    elif claim.data:
         data = decode_data(buffer.fetch(claim.data[0]))
         everything = _anchor_rows(config, process, claim.step, data, times, [g.group for g in claim.groups])
         total = len(everything.x0)

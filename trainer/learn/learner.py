@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from actors.sources.draws import prompt_source, training_example
 from diffusion.checkpoint import Policy, load_policy
 from diffusion.families.base import PackedModel
 from diffusion.kernels import make_kernel
@@ -45,8 +46,6 @@ def learning_rate(config: OptimizerConfig, step: int, decay_updates: int) -> flo
     return rate
 
 
-PROBE = 'a sign that says "407"'
-"""Prompt of the self-test's rollouts."""
 SUMS = ("policy_loss", "ratio_deviation", "clipped", "reverse_kl", "data_loss")
 """What ranks sum over the rows of an update, in this order;"""
 BY_STEP = ("count", "ratio_deviation_by_step", "log_prob_gap_by_step")
@@ -75,7 +74,7 @@ class Learner:
         process: the policy's forward process.
         kernel: step kernel of its rollouts; `kernel.process` is the space of their states.
         guidance: guidance of rollouts and of their replay, None without.
-        probe: an encoded prompt for the self-test; None without rollouts.
+        probe: the encoded prompt of group 0, for the self-test; None without rollouts.
         shape: latent shape of a rollout.
         decay_updates: length of the learning rate's schedule; a checkpoint carries it, so that a resumed run with more
             `updates` goes on at the rate it had.
@@ -89,7 +88,8 @@ class Learner:
         self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
         self.guidance, self.probe = None, None
         if config.uses_policy:
-            self.guidance, self.probe = guidance_of(config, policy, device), policy.text_encoder.encode([PROBE])[0]
+            probe = training_example(prompt_source(config.prompts, config.data), config.seed, 0).text
+            self.guidance, self.probe = guidance_of(config, policy, device), policy.text_encoder.encode([probe])[0]
         self.shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
         self._wrap()
         o = config.optimizer

@@ -23,9 +23,6 @@ from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
 from trainer.run.local_ray import free_ports, own_folder, sweep
 
-DEPLOY_MARGIN_S = 30.0
-"""What the task that deploys the fleet may take beside the fleet's own deadline."""
-
 
 def start_ray(config: RayConfig, stack: ExitStack) -> None:
     """Join `config.address`, or start a local cluster. Raises RunFailed. See `trainer.run.environment`."""
@@ -83,40 +80,22 @@ def check_nodes(config: RunConfig) -> None:
         raise RunFailed("Redis", str(error)) from error
 
 
-class Fleet:
-    """The reward fleet of a run: deployed by a Ray task while the driver goes on, or a service that was given.
+def start_fleet(rewards: RunRewards, joined: bool, stack: ExitStack) -> None:
+    """Deploy the run's own reward fleet and wait until it scores; nothing where a service was given or no reward is named.
 
-    A task, because a thread of the driver would go on calling Ray while Ray is shut down. With a local cluster the fleet ends as
-    Ray does; in a cluster that was joined it is an application of its own, which this run takes down and no other.
+    With a local cluster the fleet ends as Ray does; in a cluster that was `joined` it is an application of its own, which this run
+    takes down and no other. Raises RunFailed.
     """
+    if rewards.fleet.url is not None or not rewards.names:
+        return
+    from services.fleet import start
 
-    def __init__(self, rewards: RunRewards, joined: bool, stack: ExitStack) -> None:
-        self.rewards = rewards
-        self._task: Any = None
-        if rewards.fleet.url is not None or not rewards.names:
-            return
-        import ray
-
-        if joined:
-            stack.callback(_quietly, lambda: _stop(rewards.app))
-        self._task = ray.remote(_deploy).options(num_cpus=0, max_retries=0).remote(rewards)
-
-    def wait(self) -> None:
-        """Until it scores. Raises RunFailed."""
-        if self._task is None:
-            return
-        import ray
-
-        try:
-            ray.get(self._task, timeout=self.rewards.fleet.start_timeout_s + DEPLOY_MARGIN_S)
-        except Exception as error:
-            raise RunFailed("reward fleet", describe(error)) from error
-
-
-def _deploy(rewards: RunRewards) -> None:
-    from services.fleet.start import start_fleet
-
-    start_fleet(rewards.fleet, rewards.app, http=False)
+    if joined:
+        stack.callback(_quietly, lambda: _stop(rewards.app))
+    try:
+        start.start_fleet(rewards.fleet, rewards.app, http=False)
+    except Exception as error:
+        raise RunFailed("reward fleet", describe(error)) from error
 
 
 def _stop(app: str) -> None:

@@ -1,6 +1,6 @@
 """The driver: starts every part of a run, looks at it, does what `trainer.run.watch` says, and takes everything down again.
 
-    Redis → Ray → reward fleet, actors and learner group, all at once → look, act, look … → summary, report → stop all
+    Redis → Ray → actors → reward fleet → learner group → look, act, look … → summary, report → stop all
 
 It is a thin shell: what to do when stands in the watch. `fit()` runs in a Ray task: Ray Train's SIGINT handler would abort
 without a checkpoint. Ours (`trainer.run.signals`) is counted here, and the watch asks the ledger to stop: the ranks agree on it
@@ -124,20 +124,16 @@ class Driver:
             cluster.start_ray(config.ray, self._stack)
         cluster.check_nodes(config)
         self.display.stage("Starting the actors, the reward fleet and the learner group")
-        fleet = cluster.Fleet(rewards, config.ray.address is not None, self._stack)
         self._parts = Parts(config, target, self.folder)
         self._stack.callback(self._parts.close)
         self._parts.create_actors(rewards)
-        if not self.resume:
-            self._parts.start_training()  # nothing was claimed yet: the ledger need not know the rewards
         check_policy(config)
-        fleet.wait()
+        cluster.start_fleet(rewards, config.ray.address is not None, self._stack)
         revisions = check_rewards(config, rewards)
         self._buffer.expect_rewards({name: revisions[name] for name in rewards.trained_names if config.uses_policy})
-        if self.resume:
-            self._parts.start_training()
         self._deaths = Deaths(self._buffer)
         self._parts.start_producers()
+        self._parts.start_training()
         self.signals.raising = False
 
     def _open_buffer(self, target: Target) -> ReplayBuffer:

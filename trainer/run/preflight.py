@@ -13,6 +13,9 @@ from typing import Any
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 
+TEXTS_READ = 5000
+"""Texts that the policy's encoder is tried on at start."""
+
 
 def check_files(config: RunConfig) -> None:
     """Raise ConfigError, naming key and file, when the run would fail for what a file holds or lacks."""
@@ -26,14 +29,39 @@ def check_files(config: RunConfig) -> None:
 
 
 def check_policy(config: RunConfig) -> None:
-    """Load the policy and fit the size to it. Raises ConfigError."""
+    """Load the policy, fit the size to it and let it read the prompts. Raises ConfigError."""
     from diffusion.checkpoint import CheckpointError, load_policy
+    from diffusion.families.conditioning import collisions
 
     try:
         policy = load_policy(config.model, seed=config.seed)
         policy.transformer.tokens((policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width)))
     except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
         raise ConfigError(f"model: {error}") from None
+    try:
+        same = collisions(policy.text_encoder, _texts(config))
+    except ValueError as error:
+        raise ConfigError(f"prompts: {error}") from None
+    if same:
+        raise ConfigError(
+            f"prompts: {' and '.join(map(repr, same[0][:2]))} are the same to the text encoder of {config.model.path} ({len(same)} such groups), so no policy "
+            "can tell them apart; use an encoder with more bins (docs/own.md), or other texts"
+        )
+
+
+def _texts(config: RunConfig) -> list[str]:
+    """Texts of one's own that the policy is given, at most `TEXTS_READ`; none of a source that draws them."""
+    from actors.sources.draws import data_source, prompt_source
+    from actors.sources.folder import FolderSource
+    from actors.sources.text import TextSource
+
+    found: dict[str, None] = {}
+    for source in (prompt_source(config.prompts, config.data), data_source(config.data)):
+        if isinstance(source, TextSource):
+            found |= dict.fromkeys(source.texts)
+        elif isinstance(source, FolderSource):
+            found |= dict.fromkeys(example.text for example in source.examples)
+    return list(found)[:TEXTS_READ]
 
 
 def _check_model(folder: Path, init: bool) -> None:

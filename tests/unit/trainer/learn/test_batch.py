@@ -29,13 +29,14 @@ GROUPS, MEMBERS, TRAINED = [3, 4, 7, 8, 9], 3, 2
 SHAPE = (3, 2, 2)
 
 
-def config_of(kernel: str = "flow_sde", **objective: Any) -> RunConfig:
+def config_of(kernel: str = "flow_sde", data: dict[str, Any] | None = None, **objective: Any) -> RunConfig:
     return parse_config(
         {
             "seed": 5,
             "sampler": {"kernel": kernel, "steps": 6, "trained_steps": TRAINED},
             "rollout": {"groups_per_step": len(GROUPS), "group_size": MEMBERS},
             "objective": objective,
+            "data": data or {},
         }
     )
 
@@ -64,7 +65,7 @@ class Ledger:
             for group in GROUPS:
                 self.payloads[f"g{group}"] = encode(self._group(config, group))
                 groups.append(ClaimedGroup(group, GroupHeader(rewards_of(group), members_of(group), 0, 0, "", scores={"ocr": rewards_of(group)}), f"g{group}"))
-        if config.uses_data:
+        if config.feeds_data:
             rows = config.data_rows
             self.payloads["d1"] = encode(DataPayload(self._numbered(rows, *SHAPE), self._numbered(rows, 4, 2), self._numbered(rows, 3)))
             data.append(ClaimedData(1, "d1", ""))
@@ -89,6 +90,9 @@ class Ledger:
             prompt_embeds=torch.full((4, 2), float(group)),
             pooled=torch.full((3,), float(group)),
             previous=x - 0.5 if kernel_of(config).uses_previous else None,
+            x0=torch.full(SHAPE, float(group)) if config.data.pairing == "own" else None,
+            empty_embeds=torch.zeros(4, 2) if config.data.caption_dropout > 0 else None,
+            empty_pooled=torch.zeros(3) if config.data.caption_dropout > 0 else None,
         )
 
     def fetch(self, item: ClaimedGroup | ClaimedData) -> bytes:
@@ -119,6 +123,8 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"preset": "sft"},
     {"advantage_scale": "batch", "exponential_advantage": True},
     {"kernel": "edm_2ab", "data_noise": "shared"},
+    {"data": {"pairing": "own"}},
+    {"data": {"pairing": "own", "caption_dropout": 0.5}, "data_noise": "shared", "data_per": "rollout"},
 ]
 
 
@@ -322,4 +328,29 @@ def test_a_damaged_payload_stops_the_step() -> None:
     ledger = Ledger(config)
     ledger.payloads["g7"] = ledger.payloads["g7"][:-1]
     with pytest.raises(PayloadError):
+        rows_of(config, ledger=ledger)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_with_own_pairs_every_rollout_has_its_groups_example(dropout: float) -> None:
+    """No feeder takes part; a dropped caption is the empty one, and the same ones are dropped again."""
+    config = config_of(data={"pairing": "own", "caption_dropout": dropout}, data_per="rollout")
+    ledger = Ledger(config)
+    anchors = rows_of(config, ledger=ledger).anchors
+    assert anchors is not None
+    assert ledger.fetched == [f"g{group}" for group in GROUPS]
+    assert anchors.x0[:, 0, 0, 0].tolist() == [float(group) for group in GROUPS for _ in range(MEMBERS)]
+    captions = anchors.pooled[:, 0].tolist()
+    assert all(c in (0.0, x) for c, x in zip(captions, anchors.x0[:, 0, 0, 0].tolist(), strict=True))
+    assert 0 < captions.count(0.0) < len(captions) if dropout else 0.0 not in captions
+    again = rows_of(config).anchors
+    assert again is not None
+    assert again.pooled[:, 0].tolist() == captions
+
+
+def test_a_group_without_its_own_example_is_refused() -> None:
+    config = config_of(data={"pairing": "own"})
+    ledger = Ledger(config)
+    ledger.payloads["g4"] = encode(Ledger._group(config_of(), 4))
+    with pytest.raises(PayloadError, match="without its own anchor datum"):
         rows_of(config, ledger=ledger)

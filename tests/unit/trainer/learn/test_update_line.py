@@ -21,9 +21,8 @@ def claim_of(*headers: GroupHeader, step: int = 4) -> Claim:
 
 def test_totals_and_staleness_of_the_claimed_groups() -> None:
     meta: dict[str, float | int | str] = {"failed_members": 1, "sample_s": 2.0, "score_s": 0.5}
-    claim = claim_of(
-        GroupHeader([1.0, 3.0], 2, 3, 0, "", meta, {"ocr": [1.0, 3.0]}), GroupHeader([2.0, 2.0, 2.0], 3, 1, 0, "", {"sample_s": 4.0}, {"ocr": [2.0, 2.0, 2.0]})
-    )
+    first = GroupHeader([1.0, 3.0], 2, 3, 0, "", meta, {"ocr": [1.0, 3.0]})
+    claim = claim_of(first, GroupHeader([2.0, 2.0, 2.0], 3, 1, 0, "", {"sample_s": 4.0}, {"ocr": [2.0, 2.0, 2.0]}))
     record = update_record(CONFIG, claim, {"policy_loss": 0.25}, {"train": 1.23456})
     assert record == {
         "kind": "update",

@@ -74,8 +74,25 @@ def test_an_anchor_folder_that_lacks_something(tmp_path: Path) -> None:
     one = folder(tmp_path / "one", ["a"])
     assert "no example of the" in refused({"data": {"kind": "folder", "path": str(one)}, "prompts": {"kind": "glyph"}})
     many = folder(tmp_path / "many", [f"caption {i}" for i in range(80)])
-    tree = {"data": {"kind": "folder", "path": str(many)}}
+    tree = {"data": {"kind": "folder", "path": str(many)}, "prompts": {"kind": "glyph"}}
     check_files(parse_config({"model": {"path": str(BASE)}} | tree))
     with (many / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "lost.png", "text": "caption 3"}\n')
     assert "1 of 81 pictures" in refused(tree) or "lost.png cannot be read" in refused(tree)
+
+
+def test_texts_that_the_encoder_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    """The committed base hashes words into few bins: "sign" and "large" are one to it."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('a sign that says "1"\na large that says "1"\n')
+    config = parse_config({"model": {"path": str(BASE)}, "prompts": {"kind": "file", "path": str(prompts)}})
+    with pytest.raises(ConfigError, match="are the same to the text encoder"):
+        check_policy(config)
+
+
+def test_a_text_that_the_encoder_cannot_take_is_refused(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text('a sign that says "123456789"\n')
+    config = parse_config({"model": {"path": str(BASE)}, "prompts": {"kind": "file", "path": str(prompts)}})
+    with pytest.raises(ConfigError, match=r"prompts: prompt .*123456789"):
+        check_policy(config)
