@@ -69,7 +69,7 @@ def test_run_survives_kills_and_exports_what_diffusers_opens(start: Callable[...
         command("report", str(run.folder), str(run.folder), "--out", str(other)), cwd=ROOT, text=True, capture_output=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "ocr gain" in done.stdout
+    assert "gain [95 %]" in done.stdout
     assert other.stat().st_size > 0
     copied = run.folder.parent / "policy"
     subprocess.run(command("export", str(run.folder), str(copied)), cwd=ROOT, timeout=60, check=True)

@@ -60,7 +60,8 @@ def write_claim(folder: Path, name: str) -> None:
         members = [t for t in done if t.request is request][: MEMBERS - (i == 1)]
         payloads[f"g{i}"] = encode(group_payload(members, text))
         ocr, sharp = torch.rand(2, len(members), generator=g).tolist()
-        groups.append(ClaimedGroup(i, GroupHeader([float(a + b) for a, b in zip(ocr, sharp, strict=True)], len(members), 0, 0, ""), f"g{i}"))
+        totals = [float(a + b) for a, b in zip(ocr, sharp, strict=True)]
+        groups.append(ClaimedGroup(i, GroupHeader(totals, len(members), 0, 0, "", scores={"ocr": totals}), f"g{i}"))
     rows = config.data_rows
     embeds, pooled = texts[0].prompt_embeds, texts[0].pooled
     payloads["d"] = encode(DataPayload(torch.randn(rows, *SHAPE, generator=g), embeds.expand(rows, -1, -1).contiguous(), pooled.expand(rows, -1).contiguous()))
@@ -80,8 +81,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(folder: Path) -> Iterator[dict[str, Any]]:
     """What one rank makes of every scenario; its group stays for the tests."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield {name: scenario(name, folder, 0, 1) for name in SCENARIOS}
-    dist.destroy_process_group()
+    try:
+        yield {name: scenario(name, folder, 0, 1) for name in SCENARIOS}
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
