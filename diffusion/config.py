@@ -10,7 +10,7 @@ from diffusion.kernel_names import CHURN, KernelName, stochastic_steps
 
 
 class Strict(BaseModel):
-    """Base of every settings class of this room: unknown keys are errors, values do not change after reading."""
+    """Base of the settings of this room and of those above it: unknown keys are errors, values do not change after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from trainer.config.strict import Strict
+from diffusion.config import Strict
 
 
 class OptimizerConfig(Strict):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config.strict import Strict
+from diffusion.config import Strict
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DDRL: reward and data term, no reference model (DDRL §1.4; data_beta of the public configs)

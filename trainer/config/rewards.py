@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from trainer.config.strict import Strict
+from diffusion.config import Strict
 
 
 class RewardTerm(Strict):

@@ -6,14 +6,13 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig, RolloutConfig
-from diffusion.config import ModelConfig, SamplerConfig
+from diffusion.config import ModelConfig, SamplerConfig, Strict
 from replay.config import RedisConfig, ReplayConfig
 from services.config import FleetConfig, fleet_of
 from services.terms import Term
 from trainer.config.learner import LearnerConfig, OptimizerConfig
 from trainer.config.objective import ObjectiveConfig
 from trainer.config.rewards import RewardTerm
-from trainer.config.strict import Strict
 
 
 class RayConfig(Strict):
