@@ -44,7 +44,7 @@ class Stop:
     """What SIGINT and SIGTERM do: while the service starts they end it; once it serves, the first begins the draining and the second ends that."""
 
     def __init__(self) -> None:
-        self._came, self._serving = threading.Event(), False
+        self._came, self._serving, self._number = threading.Event(), False, int(signal.SIGTERM)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -61,8 +61,14 @@ class Stop:
             self._came.set()
             return
         doing = "stopping" if self._came.is_set() else "starting"
+        self._number = number
         self._came.set()
         raise Stopped(number, doing)
+
+    def check(self) -> None:
+        """Raise Stopped if a signal came whose exception was lost on the way, as in a callback that swallows what is raised."""
+        if self._came.is_set():
+            raise Stopped(self._number, "starting")
 
     def wait(self) -> None:
         """Until a signal came."""
@@ -104,6 +110,7 @@ def _serve(config: FleetConfig, starting: Callable[[], None], ready: Callable[[s
         with output_to(log):
             try:
                 url = _start(config, stack)
+                stop.check()
             except BaseException:
                 stack.pop_all().close()  # what Ray says while it ends belongs into the log too
                 raise

@@ -18,6 +18,13 @@ from rich.console import Console
 from trainer.report.display import Display, summary_table
 from trainer.report.progress import Progress, eval_line, sparkline, stage_words, update_line
 
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tests run in: a dumb terminal has no live panel."""
+    monkeypatch.setenv("TERM", "xterm")
+
+
 SUMMARY = {
     "seed": 0,
     "prompts": 256,
