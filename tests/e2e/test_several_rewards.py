@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import yaml
@@ -53,7 +55,8 @@ def path_to(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.long
-def test_two_rewards_of_which_one_is_an_own_class_and_a_third_held_out(start: Callable[..., Run], tmp_path: Path) -> None:
+def test_two_rewards_of_which_one_is_an_own_class_and_a_third_held_out(start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)  # reading the run's settings loads its classes
     rewards = {"ocr": {"weight": 1.0}, "darkness.blueness": {"weight": -0.5, "clip": [0.0, 1.0]}}
     fleet = {"rewards": {"darkness": {"kind": "night:Darkness"}}}
     run = start("run", recipe=str(recipe(tmp_path, rewards=rewards, held_out_rewards=["jpeg"], fleet=fleet)), environment=path_to(tmp_path))
@@ -83,7 +86,8 @@ def test_a_held_out_reward_of_another_service_with_a_key(start: Callable[..., Ru
 
 @pytest.mark.long
 def test_a_reward_that_cannot_judge_the_prompts_is_said_before_anything_is_trained(start: Callable[..., Run], tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join(f"a house of number {i}" for i in range(400)))
+    words = {crc32(f"house{i}".encode()) % 64: f"house{i}" for i in range(200)}.values()  # the base's encoder tells these apart
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{a} {b}" for a, b in combinations(words, 2)))
     tree = {"prompts": {"kind": "file", "path": str(tmp_path / "prompts.txt")}}
     run = start("run", recipe=str(recipe(tmp_path, **tree)))
     status, out, error = run.finish()
