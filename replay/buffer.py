@@ -284,6 +284,13 @@ class ReplayBuffer:
     def clear_stop(self) -> None:
         self._ledger.flag("stop", 0)
 
+    def allow_start(self, allowed: bool = True) -> None:
+        """Whether learners may begin: what they train on must be known first, see `expect_rewards`."""
+        self._ledger.flag("start", int(allowed))
+
+    def may_start(self) -> bool:
+        return self._ledger.flag("start")
+
     def counts(self) -> dict[str, int]:
         """Groups per state (`leased` includes `waiting`), evictions by reason, lease expiries and failures so far,
         data, bytes, version, and ages in ms: see `lua/counts.lua`."""

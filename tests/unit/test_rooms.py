@@ -51,6 +51,13 @@ def test_a_light_import_brings_nothing_heavy(module: str) -> None:
     assert result.stdout == "[]\n"
 
 
+def test_processes_that_only_hand_the_training_on_do_without_torch() -> None:
+    """The task that makes the trainer and Ray Train's controller; Ray Train brings torch, the learner's code must not bring more."""
+    code = "import sys, trainer.learn.entry, trainer.run.training; print([m for m in ('torch', 'trainer.learn.loop', 'actors.rollout') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
 @pytest.mark.parametrize(
     ("room", "forbidden"),
     [("diffusion", {"ray", "redis", "httpx", "fastapi"}), ("replay", {"ray", "torch", "httpx", "fastapi"}), ("services", {"redis", "torch", "diffusers"})],

@@ -9,22 +9,20 @@ forgot. `report` returning does not mean that a checkpoint is registered; settli
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
 import torch
 from safetensors.torch import save
 
-from actors.connect import Target
 from diffusion.device import resolve_device
 from diffusion.engine.memory import keep_freed_memory
 from replay.buffer import ReplayBuffer
 from trainer.config.run import RunConfig
 from trainer.learn.batch import step_batch
 from trainer.learn.checkpoint import Exports, Progress, checkpoint, from_rank_zero, restore
+from trainer.learn.entry import LoopSpec
 from trainer.learn.learner import Learner
 from trainer.learn.metrics import ClaimMetrics
 from trainer.learn.records import append_metrics, drop_metrics_after
@@ -32,21 +30,13 @@ from trainer.learn.selftest import self_test
 from trainer.learn.update_line import Warnings, update_record
 
 PUBLISH_DEADLINE_S = 60.0
+START_DEADLINE_S = 1800.0
+"""For the reward fleet, whose models may have to be loaded over a network."""
+START_POLL_S = 0.1
 
 
-@dataclass
-class LoopSpec:
-    """What every rank is given. `weights` is the WeightStore's actor handle."""
-
-    config: RunConfig
-    target: Target
-    run_dir: str
-    weights: Any
-
-
-def train_loop(settings: dict[str, Any]) -> None:
-    """Entry point of a rank (`train_loop_per_worker`)."""
-    spec: LoopSpec = settings["spec"]
+def run(spec: LoopSpec) -> None:
+    """The whole life of a rank."""
     config, run_dir = spec.config, Path(spec.run_dir)
     torch.set_num_threads(config.learner.threads)
     context = ray.train.get_context()
@@ -58,6 +48,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     learner = Learner(config, device)
 
     progress = restore(learner)
+    await_start(buffer)  # every rank by itself: a collective has a deadline of its own
     epoch = buffer.rollback(progress.step, progress.groups, progress.data) if rank == 0 else 0
     progress.epoch, progress.groups, progress.data = from_rank_zero(epoch, device), [], []
     if rank == 0:
@@ -102,6 +93,16 @@ def train_loop(settings: dict[str, Any]) -> None:
         exports.take(learner, progress.step)
         checkpoint(learner, progress, rank)
     exports.finish()
+
+
+def await_start(buffer: ReplayBuffer, deadline_s: float = START_DEADLINE_S) -> None:
+    """Wait until training may start: the ranks come up while the reward fleet does, and nothing may be claimed before the buffer
+    knows the fleet's revisions. Raises TimeoutError after `deadline_s`."""
+    end = time.monotonic() + deadline_s
+    while not buffer.may_start() and not buffer.stop_requested():
+        if time.monotonic() > end:
+            raise TimeoutError(f"the run's driver did not let training start within {deadline_s:.0f} s of the ranks being ready")
+        time.sleep(START_POLL_S)
 
 
 def passes_self_test(learner: Learner, step: int, run_dir: Path | None) -> bool:

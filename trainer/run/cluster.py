@@ -10,9 +10,8 @@ import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from actors.rewards import RunRewards
 from replay.buffer import BufferSettings
 from replay.config import RedisConfig
 from replay.connect import connect
@@ -22,6 +21,9 @@ from trainer.config.run import RayConfig, RunConfig
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
 from trainer.run.local_ray import free_ports, own_folder, sweep
+
+if TYPE_CHECKING:
+    from actors.rewards import RunRewards
 
 
 def start_ray(config: RayConfig, stack: ExitStack) -> None:

@@ -15,7 +15,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from actors.connect import Target
 from replay.buffer import ReplayBuffer
@@ -24,20 +25,20 @@ from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.learn.metrics import LedgerMetrics
 from trainer.report.display import Display
-from trainer.report.page import write_report
 from trainer.report.summary import summarise
 from trainer.report.tail import MetricsTail
 from trainer.run import cluster
 from trainer.run.deaths import Deaths
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
-from trainer.run.parts import Jobs, Parts, collect
 from trainer.run.preflight import check_policy
 from trainer.run.resume import registered_step
-from trainer.run.rewards import check_rewards, run_rewards
 from trainer.run.scalars import Scalars, Wandb
 from trainer.run.signals import Interrupted, StopSignals
 from trainer.run.watch import AskToStop, End, Evaluate, EvaluateFinal, Look, Watch, dead_words
+
+if TYPE_CHECKING:
+    from trainer.run.parts import Jobs, Parts
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Driver:
         self._tail = MetricsTail(folder.metrics)
         self._tail.read()
         self._sinks: list[Scalars | Wandb] = []
+        self._parts: Parts
         self._jobs: Jobs = {}
         self._watch = Watch(config.updates, config.evaluation.every, config.max_dead_groups, config.stop_deadline_s, folder.step)
 
@@ -114,33 +116,44 @@ class Driver:
         if self.resume:
             self.display.resume(self.folder.step, self._past)
         self.display.stage("Starting Redis and Ray")
-        rewards = run_rewards(config)
-        if rewards.fleet.url is not None:
-            check_rewards(config, rewards)
+        if config.fleet.url is not None:
+            self._check_rewards()
         url = cluster.start_redis(config.redis, self.folder, config.replay.max_bytes if config.replay.payloads == "redis" else 0, self._stack)
         target = Target(url, config.name, cluster.buffer_settings(config), config.replay.payloads)
         self._buffer = self._open_buffer(target)
-        with self.signals.held():
+        with self.signals.held(), _meanwhile_importing("trainer.run.parts"):
             cluster.start_ray(config.ray, self._stack)
         cluster.check_nodes(config)
+        from trainer.run.parts import Parts
+        from trainer.run.rewards import run_rewards
+
+        rewards = run_rewards(config)
         self.display.stage("Starting the actors, the reward fleet and the learner group")
         self._parts = Parts(config, target, self.folder)
         self._stack.callback(self._parts.close)
         self._parts.create_actors(rewards)
+        self._parts.start_training()
         check_policy(config)
         cluster.start_fleet(rewards, config.ray.address is not None, self._stack)
-        revisions = check_rewards(config, rewards)
+        revisions = self._check_rewards()
         self._buffer.expect_rewards({name: revisions[name] for name in rewards.trained_names if config.uses_policy})
         self._deaths = Deaths(self._buffer)
         self._parts.start_producers()
-        self._parts.start_training()
+        self._buffer.allow_start()
         self.signals.raising = False
+
+    def _check_rewards(self) -> dict[str, str]:
+        """Revisions of the run's rewards, each tried on the run's prompts. Raises ConfigError."""
+        from trainer.run.rewards import check_rewards, run_rewards
+
+        return check_rewards(self.config, run_rewards(self.config))
 
     def _open_buffer(self, target: Target) -> ReplayBuffer:
         try:
             buffer = target.buffer()
             buffer.initialise()
             buffer.clear_stop()
+            buffer.allow_start(False)
             counts = buffer.counts()
             if not self.resume and self.folder.leftover and counts.get("epoch", 0) > 0 and counts.get("settled", 0) == 0:
                 buffer.forget()  # of the start whose leftovers the folder held
@@ -188,6 +201,8 @@ class Driver:
             time.sleep(POLL_S)
 
     def _look(self, now: float) -> Look:
+        from trainer.run.parts import collect
+
         results = collect(self._jobs)
         for record in results.made.values():
             if isinstance(record, dict):
@@ -270,6 +285,8 @@ class Driver:
         """Write the report, also after a failure or Ctrl-C: what there is so far. A report that fails hides no other error."""
         if not self.folder.metrics.exists():
             return
+        from trainer.report.page import write_report
+
         try:
             write_report([self.folder.path], self.folder.path / "report.html")
         except Exception:
@@ -280,3 +297,14 @@ class Driver:
         begin = time.monotonic()
         yield
         self.wall[stage] = time.monotonic() - begin
+
+
+@contextmanager
+def _meanwhile_importing(module: str) -> Iterator[None]:
+    """Import `module`, which takes seconds, in a thread while the block waits for other processes."""
+    thread = threading.Thread(target=import_module, args=(module,))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()

@@ -1,17 +1,12 @@
-"""The moving parts of a run as Ray actors, and the learner group under Ray Train."""
+"""The moving parts of a run: Ray actors, and the learner group (`trainer.run.training`)."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import save
 
 from actors.anchor import AnchorFeeder, AnchorSpec
@@ -24,35 +19,17 @@ from diffusion.checkpoint import WEIGHTS
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from diffusion.lora import read_adapter
 from trainer.config.run import RunConfig
-from trainer.learn.loop import LoopSpec, train_loop
-from trainer.learn.settle import SettleCheckpointed
+from trainer.learn.entry import LoopSpec
 from trainer.run.errors import RunFailed, describe, root_cause
 from trainer.run.folder import RunFolder
+from trainer.run.training import LearnerGroup
 
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 60.0
-CHECKPOINTS_KEPT = 2
-
-
-def fit(trainer: TorchTrainer) -> int:
-    """Run the learner group to its end, as a Ray task; returns the step of its last registered checkpoint, 0 without one.
-
-    A task, because it can be cancelled at any time: a thread of the driver would go on calling Ray while Ray is shut down.
-    Checkpoints are named `step-000020`.
-    """
-    outcome = trainer.fit()
-    if outcome.error is not None:
-        raise outcome.error
-    return int(Path(outcome.checkpoint.path).name.removeprefix("step-")) if outcome.checkpoint is not None else 0
 
 
 Jobs = dict[str, Any]
 """References to results of actors, by the name of what they make: `test-000040-raw`, `samples-before`, `engine-0`."""
-
-
-def here() -> NodeAffinitySchedulingStrategy:
-    """Schedules a task on the driver's node."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @dataclass
@@ -96,8 +73,7 @@ class Parts:
         self.generators: list[Any] = []
         self.feeder: Any = None
         self._running: dict[Any, str] = {}
-        self._fit: Any = None
-        self._returned: tuple[int | None, str | None] | None = None
+        self._learners: LearnerGroup | None = None
 
     def create_actors(self, rewards: RunRewards) -> None:
         """Create every actor; their constructors run while the caller goes on."""
@@ -159,39 +135,12 @@ class Parts:
     # -- learner group --------------------------------------------------------------------------------------------
 
     def start_training(self) -> None:
-        """Start the learner group; Ray Train itself finds the last registered checkpoint in the run folder."""
-        config, learner = self.config, self.config.learner
-        gpu = learner.gpus > 0
-        resources = {"CPU": 1.0} | ({"GPU": learner.gpus} if gpu else {})
-        trainer = TorchTrainer(
-            train_loop,
-            train_loop_config={"spec": LoopSpec(config, self.target, str(self.folder.path), self.weights)},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(learner.collective_timeout_s)),
-            scaling_config=ScalingConfig(num_workers=learner.ranks, use_gpu=gpu, resources_per_worker=resources),
-            run_config=ray.train.RunConfig(
-                name=self.folder.checkpoints.name,
-                storage_path=str(self.folder.path),
-                failure_config=FailureConfig(max_failures=learner.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
-                callbacks=[SettleCheckpointed(self.target)],  # type: ignore[list-item]  # UserCallback is what Ray documents
-            ),
-        )
-
-        options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": here()}
-        if config.ray.address is not None:  # a local cluster has the driver's environment; another one costs its own kind of worker
-            options["runtime_env"] = {"env_vars": {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}}
-        self._fit = ray.remote(fit).options(**options).remote(trainer)
+        """Start the learner group; its ranks wait until the buffer says that training may begin."""
+        self._learners = LearnerGroup(LoopSpec(self.config, self.target, str(self.folder.path), self.weights), self.folder.checkpoints.name)
 
     def training_result(self) -> tuple[int | None, str | None]:
-        """(step of the last registered checkpoint, None) once the learner group has returned, (None, why) once it failed."""
-        if self._returned is None:
-            if not ray.wait([self._fit], timeout=0)[0]:
-                return None, None
-            try:
-                self._returned = ray.get(self._fit), None
-            except Exception as error:
-                self._returned = None, describe(error)
-        return self._returned
+        """See `LearnerGroup.result`."""
+        return self._learners.result() if self._learners is not None else (None, None)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -231,8 +180,8 @@ class Parts:
 
     def close(self) -> None:
         """End the learner group and kill the actors; safe at any time."""
-        if self._fit is not None:
-            ray.cancel(self._fit, force=True)  # Ray Train's controller and the ranks go with their owner
+        if self._learners is not None:
+            self._learners.cancel()
         for actor in [*self.producers.values(), self.evaluator, self.weights]:
             if actor is not None:
                 ray.kill(actor)

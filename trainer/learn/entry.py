@@ -1,0 +1,26 @@
+"""What a rank is started with. Processes that only hand it on (the driver, Ray Train's controller) import nothing of torch for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from actors.connect import Target
+from trainer.config.run import RunConfig
+
+
+@dataclass
+class LoopSpec:
+    """What every rank is given. `weights` is the WeightStore's actor handle."""
+
+    config: RunConfig
+    target: Target
+    run_dir: str
+    weights: Any
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """Entry point of a rank (`train_loop_per_worker`); `settings["spec"]` is a `LoopSpec`."""
+    from trainer.learn.loop import run
+
+    run(settings["spec"])
