@@ -44,6 +44,11 @@ class RunRewards:
         """Rewards to ask in an evaluation, each once."""
         return list(dict.fromkeys(term.reward for term in self.terms))
 
+    @property
+    def own_needs(self) -> dict[str, float]:
+        """Ray resources of the run's own fleet; none where a service was given."""
+        return {} if self.fleet.url is not None or not self.names else {str(kind): need for kind, need in self.fleet.needs(http=False).items()}
+
     def connect(self) -> RewardClient:
         """A client; opens nothing yet."""
         return connect(self.fleet, self.app)

@@ -18,7 +18,8 @@ from safetensors.torch import save
 
 from diffusion.device import resolve_device
 from diffusion.engine.memory import keep_freed_memory
-from replay.buffer import ReplayBuffer
+from replay.buffer import Claim, ReplayBuffer
+from replay.errors import ClaimTimeout
 from trainer.config.run import RunConfig
 from trainer.learn.batch import step_batch
 from trainer.learn.checkpoint import Exports, Progress, checkpoint, from_rank_zero, restore
@@ -33,6 +34,8 @@ PUBLISH_DEADLINE_S = 60.0
 START_DEADLINE_S = 1800.0
 """For the reward fleet, whose models may have to be loaded over a network."""
 START_POLL_S = 0.1
+CLAIM_SLICE_S = 2.0
+WAITING, CLAIMED, STOPPED = range(3)
 
 
 def run(spec: LoopSpec) -> None:
@@ -61,11 +64,10 @@ def run(spec: LoopSpec) -> None:
 
     skipped, claims, warnings = 0, ClaimMetrics(config.name), Warnings()
     while progress.step < config.updates:
-        stop = from_rank_zero(int(buffer.stop_requested()) if rank == 0 else 0, device)
-        if stop:
-            break
         step, started = progress.step + 1, time.monotonic()
-        claim = buffer.claim(step, progress.epoch, config.replay.claim_timeout_s)
+        claim = next_claim(buffer, step, progress.epoch, config.replay.claim_timeout_s, rank, device)
+        if claim is None:
+            break
         claimed = time.monotonic()
         batch = step_batch(config, learner.process, learner.kernel, buffer, claim, rank, world)
         stats = learner.update(batch, step)
@@ -103,6 +105,32 @@ def await_start(buffer: ReplayBuffer, deadline_s: float = START_DEADLINE_S) -> N
         if time.monotonic() > end:
             raise TimeoutError(f"the run's driver did not let training start within {deadline_s:.0f} s of the ranks being ready")
         time.sleep(START_POLL_S)
+
+
+def next_claim(buffer: ReplayBuffer, step: int, epoch: int, timeout_s: float, rank: int, device: torch.device) -> Claim | None:
+    """The claim of `step`, or None on every rank when the run was asked to stop, also while it waits for groups. Collective.
+
+    Rank 0 waits, in slices far below the deadline of a collective, and tells the others; a claim is the same whoever asks.
+    Raises ClaimTimeout after `timeout_s`.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        state = from_rank_zero(_look(buffer, step, epoch, end) if rank == 0 else 0, device)
+        if state != WAITING:
+            return None if state == STOPPED else buffer.claim(step, epoch, timeout_s)
+
+
+def _look(buffer: ReplayBuffer, step: int, epoch: int, end: float) -> int:
+    if buffer.stop_requested():
+        return STOPPED
+    left = end - time.monotonic()
+    try:
+        buffer.claim(step, epoch, max(0.0, min(CLAIM_SLICE_S, left)))
+    except ClaimTimeout:
+        if left <= CLAIM_SLICE_S:
+            raise
+        return WAITING
+    return CLAIMED
 
 
 def passes_self_test(learner: Learner, step: int, run_dir: Path | None) -> bool:

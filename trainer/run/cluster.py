@@ -21,6 +21,7 @@ from trainer.config.run import RayConfig, RunConfig
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
 from trainer.run.local_ray import free_ports, own_folder, sweep
+from trainer.run.resources import check_resources
 
 if TYPE_CHECKING:
     from actors.rewards import RunRewards
@@ -70,12 +71,18 @@ def start_redis(config: RedisConfig, folder: RunFolder, max_bytes: int, stack: E
     return config.url
 
 
-def check_nodes(config: RunConfig) -> None:
-    """Refuse an embedded Redis on several nodes. Raises RunFailed. Ray must be up."""
-    if config.redis.url != "embedded":
-        return
+def check_nodes(config: RunConfig, rewards: RunRewards) -> None:
+    """Refuse an embedded Redis on several nodes, and a local cluster that can never hold the run. Ray must be up.
+
+    Raises RunFailed, ConfigError. A cluster that was joined may grow, so what it lacks is waited for.
+    """
     import ray
 
+    if config.ray.address is None:
+        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        check_resources(config, rewards.own_needs, total)
+    if config.redis.url != "embedded":
+        return
     try:
         refuse_several_nodes(len([node for node in ray.nodes() if node["Alive"]]))
     except ReplayError as error:

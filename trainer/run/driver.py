@@ -123,11 +123,11 @@ class Driver:
         self._buffer = self._open_buffer(target)
         with self.signals.held(), _meanwhile_importing("trainer.run.parts"):
             cluster.start_ray(config.ray, self._stack)
-        cluster.check_nodes(config)
         from trainer.run.parts import Parts
         from trainer.run.rewards import run_rewards
 
         rewards = run_rewards(config)
+        cluster.check_nodes(config, rewards)
         self.display.stage("Starting the actors, the reward fleet and the learner group")
         self._parts = Parts(config, target, self.folder)
         self._stack.callback(self._parts.close)

@@ -22,6 +22,7 @@ from trainer.config.run import RunConfig
 from trainer.learn.entry import LoopSpec
 from trainer.run.errors import RunFailed, describe, root_cause
 from trainer.run.folder import RunFolder
+from trainer.run.resources import CPUS
 from trainer.run.training import LearnerGroup
 
 START_DEADLINE_S = 180.0
@@ -80,17 +81,17 @@ class Parts:
         config = self.config
         # Methods are safe to run again (named by version, lease or step), so Ray may retry them after a restart.
         forever = {"max_restarts": -1, "max_task_retries": -1}
-        self.weights = ray.remote(WeightStore).options(num_cpus=0.1, **forever).remote(str(self.folder.weights))
+        self.weights = ray.remote(WeightStore).options(num_cpus=CPUS["weight store"], **forever).remote(str(self.folder.weights))
         spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, rewards, str(self.folder.path), config.seed)
-        self.evaluator = ray.remote(Evaluator).options(num_cpus=1, max_restarts=3, max_task_retries=3).remote(spec)
+        self.evaluator = ray.remote(Evaluator).options(num_cpus=CPUS["evaluator"], max_restarts=3, max_task_retries=3).remote(spec)
         if config.uses_policy:
             own = config.uses_data and not config.feeds_data
             rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own)
-            generator = ray.remote(RolloutGenerator).options(num_cpus=1, num_gpus=config.rollout.gpus, max_concurrency=4, **forever)
+            generator = ray.remote(RolloutGenerator).options(num_cpus=CPUS["generator"], num_gpus=config.rollout.gpus, max_concurrency=4, **forever)
             self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
         if config.feeds_data:
             anchor = AnchorSpec(config.seed, config.model, config.sampler, config.data, config.data_rows, self.target)
-            self.feeder = ray.remote(AnchorFeeder).options(num_cpus=0.5, max_concurrency=4, **forever).remote(anchor)
+            self.feeder = ray.remote(AnchorFeeder).options(num_cpus=CPUS["anchor feeder"], max_concurrency=4, **forever).remote(anchor)
 
     @property
     def producers(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainer.learn.entry import LoopSpec, train_loop
 from trainer.run.errors import describe
+from trainer.run.resources import CPUS
 
 CHECKPOINTS_KEPT = 2
 
@@ -32,7 +33,7 @@ def fit(spec: LoopSpec, checkpoints: str) -> int:
 
     learner = spec.config.learner
     gpu = learner.gpus > 0
-    resources = {"CPU": 1.0} | ({"GPU": learner.gpus} if gpu else {})
+    resources = {"CPU": CPUS["rank"]} | ({"GPU": learner.gpus} if gpu else {})
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"spec": spec},
