@@ -23,10 +23,10 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 class Head:
-    """A running head node."""
+    """A running head node. `jobs`: where `ray job …` reaches it, '' without a dashboard."""
 
-    def __init__(self, address: str, process: subprocess.Popen[bytes]) -> None:
-        self.address, self.process = address, process
+    def __init__(self, address: str, process: subprocess.Popen[bytes], jobs: str = "") -> None:
+        self.address, self.process, self.jobs = address, process, jobs
 
     def answers(self) -> bool:
         status = subprocess.run([RAY, "status", "--address", self.address], env=os.environ | ENVIRONMENT, capture_output=True, timeout=60, check=False)
@@ -38,19 +38,33 @@ class Head:
         return [title for title in titles if title.startswith("ray::")]
 
 
-@contextmanager
-def head_node(cpus: int = 16) -> Iterator[Head]:
-    """Start a head on free ports in a folder of its own: in the default one it leaves its address behind for every later `ray.init()`."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def head_node(cpus: int = 16, dashboard: bool = False) -> Iterator[Head]:
+    """Start a head on free ports in a folder of its own: in the default one it leaves its address behind for every later `ray.init()`."""
+    port, jobs = free_port(), ""
     folder = tempfile.mkdtemp(prefix="ray")
-    options = [f"--temp-dir={folder}", f"--num-cpus={cpus}", "--include-dashboard=false", f"--port={address.split(':')[1]}", "--object-store-memory=200000000"]
+    options = [
+        f"--temp-dir={folder}",
+        f"--num-cpus={cpus}",
+        f"--include-dashboard={str(dashboard).lower()}",
+        f"--port={port}",
+        "--object-store-memory=200000000",
+    ]
+    if dashboard:
+        web = free_port()
+        jobs = f"http://127.0.0.1:{web}"
+        options += [f"--dashboard-port={web}", f"--dashboard-agent-listen-port={free_port()}"]
     process = subprocess.Popen(
         [RAY, "start", "--head", "--block", *options], env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        head = Head(address, process)
+        head = Head(f"127.0.0.1:{port}", process, jobs)
         wait_until(head.answers, "the cluster")
         yield head
     finally:

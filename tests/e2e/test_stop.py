@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.pipeline import Run
+from replay.embedded import EmbeddedRedis
+from tests.head import ENVIRONMENT, RAY, head_node, wait_until
+from tests.pipeline import REDUCED, ROOT, Run, settings
 from trainer.run.resume import registered_step
 
 DEADLINE_S = 30.0
@@ -87,3 +91,35 @@ def test_sigterm_in_the_last_evaluation(start: Callable[..., Run]) -> None:
     assert registered_step(run.folder / "checkpoints") == 1
     assert not (run.folder / "summary.json").exists()
     assert run.leftovers() == []
+
+
+@pytest.mark.long
+def test_ray_job_stop_leaves_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with head_node(dashboard=True) as head, EmbeddedRedis.start(tmp_path / "redis") as server:
+
+        def job(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+            command = [RAY, "job", verb, "--address", head.jobs, *arguments]
+            return subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+
+        # a busy machine may take longer for an update than the 20 and 40 seconds of docs/pitfalls.md
+        variables = ENVIRONMENT | {"RAY_JOB_STOP_WAIT_TIME_S": "150"}
+        changed = (
+            f"redis.url={server.url}",
+            f"model.path={ROOT / 'recipes/glyph-base'}",
+            "checkpoint_every=100",
+            "evaluation.every=0",
+            "updates=100",
+            "stop_deadline_s=120",
+        )
+        train = ["train", str(ROOT / "recipes/glyph-ocr.yaml"), "--ray-address", "auto", "--run-dir", str(folder), *settings(*REDUCED, *changed)]
+        submit = ["--no-wait", "--submission-id", "mine", "--runtime-env-json", json.dumps({"env_vars": variables}), "--"]
+        # the agent that takes jobs comes up after the head answers
+        wait_until(lambda: job("submit", *submit, sys.executable, "-m", "trainer", *train).returncode == 0, "the agent for jobs")
+        metrics = folder / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and '"kind": "update"' in metrics.read_text(), "an update", 300)
+        job("stop", "--no-wait", "mine")
+        wait_until(lambda: "stopped" in job("status", "mine").stdout.lower(), "the end of the job", 180)
+        done = metrics.read_text().count('"kind": "update"')
+        assert registered_step(folder / "checkpoints") == done
+        assert state(folder) | {"state": "interrupted", "exit": 143, "step": done} == state(folder)
