@@ -80,14 +80,6 @@ def test_reward_url_that_answers_500(start: Callable[..., Run], broken_rewards: 
     refuse(start("run", "--set", f"fleet.url={broken_rewards}"), 1, broken_rewards, "500")
 
 
-@pytest.mark.long
-def test_a_reward_that_cannot_take_the_prompts_is_said_at_start(start: Callable[..., Run], tmp_path: Path) -> None:
-    """Not when every group has died of it; and the mended command may use the folder."""
-    file = tmp_path / "prompts.txt"
-    file.write_text("".join(f"a red circle, number {i}\n" for i in range(400)))
-    refuse(start("run", "--set", "prompts.kind=file", "--set", f"prompts.path={file}"), 1, "ocr cannot score the prompt 'a red circle", "double quotes")
-
-
 def test_full_disk(tmp_path: Path) -> None:
     """A real file system that is full: 8 MB of memory, mounted for this test."""
     disk = tmp_path / "disk"
