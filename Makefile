@@ -55,13 +55,13 @@ test: setup-dev  ## the tests: unit, integration and whole runs (about 12 minute
 	@$(PYTEST) $(PARALLEL) -m "not long and not chaos"
 
 test-long: WORKERS := 2
-test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in the middle of a run
+test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in the middle of a run (about an hour on 2 cores)
 	@$(PYTEST) $(PARALLEL) -m long
 
 test-chaos: setup-dev  ## a seeded storm of 50 kills over the whole pipeline, then the audit (about 15 minutes)
 	@$(PYTEST) -m chaos -s
 
-test-mutation: setup-dev  ## break the ledger on purpose, one place at a time: the tests must notice (about 15 minutes)
+test-mutation: setup-dev  ## break ledger, learner and driver on purpose, one place at a time: the tests must notice (about 45 minutes)
 	@$(BIN)/python -m tests.mutation.run
 
 benchmark-replay: setup-dev  ## the figures of docs/benchmarks.md (about 8 minutes on a quiet machine)

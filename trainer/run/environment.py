@@ -23,6 +23,10 @@ PATIENT = {
     # Serve gives its HTTP proxy 5 s to come up and then starts it anew, which on a busy machine it may do for ever
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
+ALONE = {
+    # it watches for nodes that are taken away; a local cluster is one machine, and every process more delays the start
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 
 
 def prepare(ray_address: str | None) -> None:
@@ -30,6 +34,8 @@ def prepare(ray_address: str | None) -> None:
     for name, value in (QUIET | EXACT | PATIENT).items():
         os.environ.setdefault(name, value)
     if ray_address is None:
+        for name, value in ALONE.items():
+            os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if os.environ["RAY_AUTH_MODE"] == "token":
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
