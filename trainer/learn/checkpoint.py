@@ -13,6 +13,7 @@ missing (the writer was killed) makes it again.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -29,6 +30,7 @@ from diffusion.checkpoint import save_policy
 from diffusion.config import ModelConfig
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from diffusion.lora import adapter_bytes, merged_state
+from trainer.learn.entry import FOLDER_VARIABLE
 from trainer.learn.learner import Learner
 
 EXPORTS_KEPT = 2
@@ -68,7 +70,7 @@ def restore(learner: Learner) -> Progress:
 
 def checkpoint(learner: Learner, progress: Progress, rank: int) -> None:
     """Save the shards and report; collective. Every rank uploads its own folder, Ray merges them."""
-    folder = Path(tempfile.mkdtemp(prefix=f"ddrl-step{progress.step}-"))
+    folder = scratch_folder(progress.step)
     try:
         write(folder, learner, progress, rank)
         saved = ray.train.Checkpoint.from_directory(str(folder))
@@ -77,6 +79,12 @@ def checkpoint(learner: Learner, progress: Progress, rank: int) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     progress.saved, progress.groups, progress.data = progress.step, [], []
+
+
+def scratch_folder(step: int) -> Path:
+    """A new folder for this rank's shards until they are uploaded. It lies in the local cluster's folder where there is one, so that
+    what a killed rank leaves, which may be gigabytes, goes with the cluster."""
+    return Path(tempfile.mkdtemp(prefix=f"ddrl-step{step}-", dir=os.environ.get(FOLDER_VARIABLE)))
 
 
 def write(folder: Path, learner: Learner, progress: Progress, rank: int) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 from actors.connect import Target
 from trainer.config.run import RunConfig
 
+FOLDER_VARIABLE = "DDRL_RAY_FOLDER"
+"""Environment variable of every process of a local cluster: the folder that goes with it, see `trainer.run.local_ray`."""
+
 
 @dataclass
 class LoopSpec:

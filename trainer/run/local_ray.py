@@ -19,8 +19,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from trainer.learn.entry import FOLDER_VARIABLE
+
 PREFIX = "ddrl-ray-"
-VARIABLE = "DDRL_RAY_FOLDER"
 LONGEST_ROOT = 30
 """Unix sockets lie some 75 characters below the folder, and their paths end at 107."""
 
@@ -37,11 +38,11 @@ def own_folder(stack: ExitStack) -> Path:
     lock = (folder / "lock.partial").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     (folder / "lock.partial").rename(folder / "lock")  # a sweep never sees one that is free
-    os.environ[VARIABLE] = str(folder)
+    os.environ[FOLDER_VARIABLE] = str(folder)
 
     def remove() -> None:
         end_processes(folder)
-        os.environ.pop(VARIABLE, None)
+        os.environ.pop(FOLDER_VARIABLE, None)
         shutil.rmtree(folder, ignore_errors=True)
         lock.close()
 
@@ -101,7 +102,7 @@ def end_processes(folder: Path, patience_s: float = 5.0) -> None:
 
 
 def _processes(folder: Path) -> list[int]:
-    needle = f"{VARIABLE}={folder}".encode()
+    needle = f"{FOLDER_VARIABLE}={folder}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 import trainer.learn.checkpoint
 from diffusion.config import ModelConfig
-from trainer.learn.checkpoint import Exports
+from trainer.learn.checkpoint import Exports, scratch_folder
 
 
 class Gathered:
@@ -61,3 +62,13 @@ def test_the_newest_two_are_kept_and_other_ranks_write_none(policy_folder: Path,
     other.take(learner, 11)
     other.finish()
     assert sorted(f.name for f in (tmp_path / "exports").iterdir()) == ["step-000002", "step-000010"]
+
+
+def test_shards_on_their_way_lie_in_the_clusters_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed rank leaves them behind; elsewhere they would pile up in the temporary folder."""
+    monkeypatch.setenv("DDRL_RAY_FOLDER", str(tmp_path))
+    assert scratch_folder(3).parent == tmp_path
+    monkeypatch.delenv("DDRL_RAY_FOLDER")
+    elsewhere = scratch_folder(3)
+    assert elsewhere.parent == Path(tempfile.gettempdir())
+    elsewhere.rmdir()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from trainer.learn.entry import FOLDER_VARIABLE
 from trainer.run import local_ray
-from trainer.run.local_ray import VARIABLE, own_folder, sweep
+from trainer.run.local_ray import own_folder, sweep
 
 DRIVER = """
 import os, subprocess, sys
@@ -37,12 +38,12 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_folder_goes_with_its_driver(root: Path) -> None:
     with ExitStack() as stack:
         folder = own_folder(stack)
-        assert os.environ[VARIABLE] == str(folder)
+        assert os.environ[FOLDER_VARIABLE] == str(folder)
         assert sweep() == []
         child = subprocess.Popen(["sleep", "100"])
     assert child.wait(10) == -9
     assert list(root.iterdir()) == []
-    assert VARIABLE not in os.environ
+    assert FOLDER_VARIABLE not in os.environ
 
 
 def test_a_killed_driver_is_swept_and_a_living_one_is_not(root: Path) -> None:
