@@ -29,6 +29,7 @@ def trained(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return tested, updates
 
 
+@pytest.mark.long
 def test_the_public_ddrl_sampler(start: Callable[..., Run]) -> None:
     """Churn with the two-step solver in sigma space, anchors at the rollouts' own noise and times, unscaled log-probabilities."""
     sampler = settings("sampler.kernel=edm_2ab", "sampler.noise_level=1.0", "sampler.steps=8", "sampler.trained_steps=[0, 2, 4]")
