@@ -152,15 +152,17 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
 
 
 def _encoder_class(folder: Path) -> str:
-    return str(_json(folder / "text_encoder" / "config.json").get("_class_name"))
+    """Class of a folder's `text_encoder`: ours and diffusers' say `_class_name`, transformers' `architectures`."""
+    values = _json(folder / "text_encoder" / "config.json")
+    return str(values.get("_class_name") or next(iter(values.get("architectures") or []), None))
 
 
 def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
     """The policy of `config.path`: `load_network` and everything around it.
 
     Raises:
-        CheckpointError: what `load_network` and `load_codec` raise, and parts this build does not have: T5 and CLIP text
-            encoders, video codecs.
+        CheckpointError: what `load_network` and `load_codec` raise, text encoders that do not fit, and parts this build does
+            not have: video codecs.
     """
     folder = Path(config.path)
     if folder.is_dir():
@@ -183,7 +185,7 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {error}") from None
     try:
-        encoder = TEXT_ENCODERS[_encoder_class(folder)](folder / "text_encoder")
+        encoder = TEXT_ENCODERS[_encoder_class(folder)](folder, config, torch.device(device))
     except Exception as error:  # safetensors raises its own class for every kind of damage
         raise CheckpointError(f"{folder}/text_encoder (config.json, model.safetensors) cannot be read: {error}") from None
     return Policy(model, encoder, codec, process, provider)
