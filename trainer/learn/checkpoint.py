@@ -29,6 +29,7 @@ from diffusion.checkpoint import save_policy
 from diffusion.config import ModelConfig
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from diffusion.lora import adapter_bytes, merged_state
+from diffusion.source import locate
 from trainer.learn.learner import Learner
 
 EXPORTS_KEPT = 2
@@ -172,7 +173,8 @@ class Exports:
         for suffix, state in (("", raw), ("-ema", average)):
             if state is not None:
                 extra = {LORA_WEIGHTS: adapter_bytes(state, lora)} if lora.rank else {}
-                save_policy(self._path(step, suffix), Path(self._model.path), merged_state(state, lora), extra)
+                source = locate(self._model.path, self._model.revision).folder
+                save_policy(self._path(step, suffix), source, merged_state(state, lora), extra)
         steps = sorted({f.name.split("-")[1] for f in self._folder.glob("step-*") if f.suffix != ".partial"})
         for old in steps[:-EXPORTS_KEPT]:
             for folder in self._folder.glob(f"step-{old}*"):
