@@ -137,7 +137,7 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
         raise CheckpointError(f"{folder}: the network takes latents of {model.config.in_channels} channels, its codec makes {codec.channels}")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     try:
-        process = process_from_scheduler(scheduler)
+        process = process_from_scheduler(scheduler, config.grid)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {error}") from None
     try:

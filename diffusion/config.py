@@ -45,6 +45,11 @@ class ModelConfig(Strict):
     base_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="type that the network's own weights are held in; bfloat16 beside an adapter alone (lora.rank > 0), which stays float32"
     )
+    grid: Literal["even", "diffusers"] = Field(
+        "even",
+        description="times of a flow's steps, before the shift: even = N even steps from 1 to 0; diffusers = as its FlowMatchEulerDiscreteScheduler "
+        "(Flow-GRPO), whose last but one time is near 0",
+    )
     text_dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen CLIP and T5 text encoders (T5-XXL: 19 or 9.5 GB)")
     t5_tokens: int = Field(256, ge=1, le=512, description="tokens of T5 in a prompt of SD3; padding counts and is attended (diffusers: 256, Flow-GRPO: 128)")
 
