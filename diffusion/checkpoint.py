@@ -9,8 +9,10 @@ Written: one file. Everything is checked: a missing, unexpected or misshapen ten
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,11 @@ from diffusion.families.registry import FAMILIES, TEXT_ENCODERS, Family
 from diffusion.lora import add_lora
 from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
-from diffusion.source import CheckpointError, Source, locate
+from diffusion.source import INDEX, CheckpointError, Source, belongs, locate
 from diffusion.weights import WEIGHTS, load_weights, read_json
 
-FROZEN = ("model_index.json", "scheduler", "text_encoder", "vae")
-"""What training never changes: copied from the starting policy to everything written."""
+PARTS = ("scheduler", "text_encoder", "vae")
+"""Components that a policy has even where no model_index.json names them."""
 
 
 @dataclass
@@ -117,8 +119,8 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     """The policy of `config.path`: `load_network` and everything around it.
 
     Raises:
-        CheckpointError: what `load_network` and `load_codec` raise, text encoders that do not fit, and parts this build does
-            not have: video codecs.
+        CheckpointError: what `load_network` and `load_codec` raise, text encoders that do not fit, components that are not there,
+            and parts this build does not have: video codecs.
     """
     source = locate(config.path, config.revision)
     folder = source.folder
@@ -144,24 +146,54 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
         encoder = TEXT_ENCODERS[encoder_class](folder, config, torch.device(device))
     except Exception as error:  # safetensors raises its own class for every kind of damage
         raise CheckpointError(f"{folder}/text_encoder (config.json, model.safetensors) cannot be read: {error}") from None
+    _components(folder)  # what is not needed here is needed by an export
     return Policy(model, encoder, codec, process, provider, source)
 
 
-def save_policy(folder: Path, source: Path, state: dict[str, Tensor], extra: Mapping[str, bytes] | None = None) -> None:
-    """Write `state` as a policy folder, with `extra` files; all other parts are copied from `source`. Visible only when
-    complete (rename)."""
+def _components(folder: Path) -> set[str]:
+    """Folders of a policy's components: those that its model_index.json names, and `PARTS`.
+
+    Raises:
+        CheckpointError: one that is named is not there, so that no pipeline could be opened here or from an export.
+    """
+    index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+    named = {name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]}
+    absent = sorted(name for name in named if not (folder / name).is_dir())
+    if absent:
+        raise CheckpointError(f"{folder / INDEX} names {', '.join(absent)}, and there is no such folder; download the folder again")
+    return named | {name for name in PARTS if (folder / name).is_dir()}
+
+
+def _place(path: Path, target: Path, earlier: Path | None) -> None:
+    """Put a frozen file in its place: as a link to an earlier export's where one can be made, else as a copy."""
+    target.parent.mkdir(exist_ok=True)
+    if earlier is not None and path.suffix == ".safetensors":
+        with suppress(OSError):  # the export is gone, or the file system has no links
+            os.link(earlier, target)
+            return
+    shutil.copyfile(path, target)  # its own mode: the hub's cache has others
+
+
+def save_policy(folder: Path, source: Path, state: dict[str, Tensor], extra: Mapping[str, bytes] | None = None, earlier: Path | None = None) -> None:
+    """Write `state` as a policy folder, which opens as whatever `source` opens as; visible only when complete (rename).
+
+    Args:
+        source: the policy that training started from. What training never changes (`diffusion.source.belongs`) is copied from it.
+        extra: other files, by name.
+        earlier: an export of the same source, written by this function, whose frozen weights are linked instead of copied again.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "transformer").mkdir(parents=True)
-    for name in FROZEN:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, partial / name, copy_function=shutil.copyfile)
-        elif (source / name).exists():
-            shutil.copy(source / name, partial / name)
-    shutil.copy(source / "transformer" / "config.json", partial / "transformer" / "config.json")
+    frozen = [source / INDEX, source / "transformer" / "config.json"]
+    frozen += [path for name in sorted(_components(source) - {"transformer"}) for path in sorted((source / name).iterdir())]
+    for path in frozen:
+        name = path.relative_to(source)
+        if path.exists() and belongs(name.as_posix()):
+            _place(path, partial / name, earlier / name if earlier is not None else None)
     data = save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata={"format": "pt"})
     (partial / "transformer" / WEIGHTS).write_bytes(data)  # save_file makes files that only their owner may read
-    for name, content in (extra or {}).items():
-        (partial / name).write_bytes(content)
+    for extra_name, content in (extra or {}).items():
+        (partial / extra_name).write_bytes(content)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

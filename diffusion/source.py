@@ -13,8 +13,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 EXAMPLE = "stabilityai/stable-diffusion-3.5-medium"
+INDEX = "model_index.json"
 FILES = (
-    "model_index.json",
+    INDEX,
     "*/*.json",
     "*/*.txt",
     "*/*.model",
