@@ -3,22 +3,23 @@
     model_index.json  transformer/{config.json, diffusion_pytorch_model.safetensors}  scheduler/scheduler_config.json
     text_encoder/{config.json, model.safetensors}  vae/{config.json, diffusion_pytorch_model.safetensors} (none: pixel space)
 
-Read: one safetensors file or a sharded set with its index. Written: one file. Everything is checked: a missing,
-unexpected or misshapen tensor is an error, never a silent re-initialisation.
+Read: from a folder or a hub id (`diffusion.source`), one safetensors file or a sharded set with its index (`diffusion.weights`).
+Written: one file. Everything is checked: a missing, unexpected or misshapen tensor is an error, never a silent re-initialisation.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
 
 from diffusion.attention import Provider, resolve_provider
 from diffusion.codecs import Codec, IdentityCodec, VAECodec
@@ -29,21 +30,18 @@ from diffusion.families.registry import FAMILIES, TEXT_ENCODERS, Family
 from diffusion.lora import add_lora
 from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
+from diffusion.source import INDEX, CheckpointError, Source, belongs, locate
+from diffusion.weights import WEIGHTS, load_weights, read_json
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-FROZEN = ("model_index.json", "scheduler", "text_encoder", "vae")
-"""What training never changes: copied from the starting policy to everything written."""
-
-
-class CheckpointError(Exception):
-    """A policy folder that cannot be used; the message names the file and the remedy."""
+PARTS = ("scheduler", "text_encoder", "vae")
+"""Components that a policy has even where no model_index.json names them."""
 
 
 @dataclass
 class Policy:
     """A policy with everything around it: network, frozen text encoder, latent codec, forward process.
 
-    `attention` is the provider in use, with a line for the log that says why.
+    `attention` is the provider in use, with a line for the log that says why; `source` says which files it was read from.
     """
 
     transformer: PackedModel
@@ -51,87 +49,47 @@ class Policy:
     codec: Codec
     process: ForwardProcess
     attention: Provider
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; model.path must name a folder in diffusers' layout") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
+    source: Source | None = None
 
 
 def _network_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     """Architecture of a policy folder's network and the keys of its config.json."""
-    values = _json(folder / "transformer" / "config.json")
+    values = read_json(folder / "transformer" / "config.json")
     name = values.get("_class_name")
     if name not in FAMILIES:
         raise CheckpointError(f"{folder}/transformer is a {name}; this build knows {', '.join(FAMILIES)}")
     return FAMILIES[name], values
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors raises its own class for every kind of damage
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
-def read_weights(folder: Path, remedy: str = "download the folder again") -> dict[str, Tensor]:
-    """State dict of `folder`, from one file or from shards with an index. Raises CheckpointError; `remedy` is for weights that are not there."""
-    single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
-    if single.exists():
-        return _tensors(single)
-    if index.exists():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
-        return {k: v for name in names for k, v in _tensors(folder / name).items()}
-    raise CheckpointError(f"{folder} holds no {WEIGHTS}; {remedy}")
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """Load every tensor or refuse. Raises CheckpointError listing what differs."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if missing or extra or shapes:
-        raise CheckpointError(
-            f"weights of {origin} do not fit the model: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
-            f"{len(shapes)} of another shape {sorted(shapes)[:3]}"
-        )
-    model.load_state_dict(state)
-
-
 def load_network(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> tuple[PackedModel, Provider]:
-    """The network of `config.path` alone, fp32 on `device`, and its attention provider. With `config.init`, weights are drawn from `seed`.
+    """The network of `config.path` alone, in `config.base_dtype` on `device`, and its attention provider. With `config.init`, weights
+    are drawn from `seed`.
 
     A provider without CPU kernels gives way to `sdpa` on the CPU, where evaluators and feeders of a GPU run live.
 
     Raises:
         CheckpointError: a missing or unreadable folder, an unknown architecture, weights that do not fit.
     """
-    folder, device = Path(config.path), torch.device(device)
-    if not folder.is_dir():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist; set model.path to a folder in diffusers' layout")
+    device, dtype = torch.device(device), getattr(torch, config.base_dtype)
+    folder = locate(config.path, config.revision).folder
     provider = resolve_provider("auto" if device.type == "cpu" else config.attention, device, getattr(torch, config.dtype))
     family, values = _network_config(folder)
     try:
-        model = family.build(values, provider.name)
+        with torch.device("cpu" if config.init else "meta"):
+            model = family.build(values, provider.name)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/transformer/config.json: {error}") from None
     if config.init:
         model.init_weights(generator(seed, "init"))
+        model.to(device, dtype)
     else:
-        load_state(model, read_weights(folder / "transformer", "set model.init=true to start from random weights"), str(folder))
+        load_weights(model, folder / "transformer", dtype, device, str(folder), "set model.init=true to start from random weights")
     if config.lora.rank:
         try:
             add_lora(model, config.lora, generator(seed, "lora"))
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-    return model.to(device), provider
+    return model, provider
 
 
 def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
@@ -143,67 +101,99 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
     if not (folder / "vae").exists():
         return IdentityCodec()
     try:
-        codec = VAECodec.build(_json(folder / "vae" / "config.json"))
+        with torch.device("meta"):
+            codec = VAECodec.build(read_json(folder / "vae" / "config.json"))
     except ValueError as error:
         raise CheckpointError(f"{folder}/vae/config.json: {error}") from None
-    load_state(codec.vae, read_weights(folder / "vae"), f"{folder}/vae")
-    codec.vae.to(device)
+    load_weights(codec.vae, folder / "vae", torch.float32, device)
     return codec
 
 
 def _encoder_class(folder: Path) -> str:
-    return str(_json(folder / "text_encoder" / "config.json").get("_class_name"))
+    """Class of a folder's `text_encoder`: ours and diffusers' say `_class_name`, transformers' `architectures`."""
+    values = read_json(folder / "text_encoder" / "config.json")
+    return str(values.get("_class_name") or next(iter(values.get("architectures") or []), None))
 
 
 def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
     """The policy of `config.path`: `load_network` and everything around it.
 
     Raises:
-        CheckpointError: what `load_network` and `load_codec` raise, and parts this build does not have: T5 and CLIP text
-            encoders, video codecs.
+        CheckpointError: what `load_network` and `load_codec` raise, text encoders that do not fit, components that are not there,
+            and parts this build does not have: video codecs.
     """
-    folder = Path(config.path)
-    if folder.is_dir():
-        family, values = _network_config(folder)
-        if family.video:
-            raise CheckpointError(
-                f"{folder}/transformer is a {values['_class_name']}, which samples video; this build has its network (diffusion.checkpoint.load_network) "
-                "but no video codec and no T5 encoder, so that it cannot be trained"
-            )
-        encoder_class = _encoder_class(folder)
-        if encoder_class not in TEXT_ENCODERS:
-            raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {', '.join(TEXT_ENCODERS)}")
-    model, provider = load_network(config, device, seed)
+    source = locate(config.path, config.revision)
+    folder = source.folder
+    family, values = _network_config(folder)
+    if family.video:
+        raise CheckpointError(
+            f"{folder}/transformer is a {values['_class_name']}, which samples video; this build has its network (diffusion.checkpoint.load_network) "
+            "but no video codec and no T5 encoder, so that it cannot be trained"
+        )
+    encoder_class = _encoder_class(folder)
+    if encoder_class not in TEXT_ENCODERS:
+        raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {', '.join(TEXT_ENCODERS)}")
+    model, provider = load_network(config.model_copy(update={"path": str(folder), "revision": None}), device, seed)
     codec = load_codec(folder, device)
     if codec.channels != model.config.in_channels:
         raise CheckpointError(f"{folder}: the network takes latents of {model.config.in_channels} channels, its codec makes {codec.channels}")
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     try:
-        process = process_from_scheduler(scheduler)
+        process = process_from_scheduler(scheduler, config.grid)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {error}") from None
     try:
-        encoder = TEXT_ENCODERS[_encoder_class(folder)](folder / "text_encoder")
+        encoder = TEXT_ENCODERS[encoder_class](folder, config, torch.device(device))
     except Exception as error:  # safetensors raises its own class for every kind of damage
         raise CheckpointError(f"{folder}/text_encoder (config.json, model.safetensors) cannot be read: {error}") from None
-    return Policy(model, encoder, codec, process, provider)
+    _components(folder)  # what is not needed here is needed by an export
+    return Policy(model, encoder, codec, process, provider, source)
 
 
-def save_policy(folder: Path, source: Path, state: dict[str, Tensor], extra: Mapping[str, bytes] | None = None) -> None:
-    """Write `state` as a policy folder, with `extra` files; all other parts are copied from `source`. Visible only when
-    complete (rename)."""
+def _components(folder: Path) -> set[str]:
+    """Folders of a policy's components: those that its model_index.json names, and `PARTS`.
+
+    Raises:
+        CheckpointError: one that is named is not there, so that no pipeline could be opened here or from an export.
+    """
+    index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+    named = {name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]}
+    absent = sorted(name for name in named if not (folder / name).is_dir())
+    if absent:
+        raise CheckpointError(f"{folder / INDEX} names {', '.join(absent)}, and there is no such folder; download the folder again")
+    return named | {name for name in PARTS if (folder / name).is_dir()}
+
+
+def _place(path: Path, target: Path, earlier: Path | None) -> None:
+    """Put a frozen file in its place: as a link to an earlier export's where one can be made, else as a copy."""
+    target.parent.mkdir(exist_ok=True)
+    if earlier is not None and path.suffix == ".safetensors":
+        with suppress(OSError):  # the export is gone, or the file system has no links
+            os.link(earlier, target)
+            return
+    shutil.copyfile(path, target)  # its own mode: the hub's cache has others
+
+
+def save_policy(folder: Path, source: Path, state: dict[str, Tensor], extra: Mapping[str, bytes] | None = None, earlier: Path | None = None) -> None:
+    """Write `state` as a policy folder, which opens as whatever `source` opens as; visible only when complete (rename).
+
+    Args:
+        source: the policy that training started from. What training never changes (`diffusion.source.belongs`) is copied from it.
+        extra: other files, by name.
+        earlier: an export of the same source, written by this function, whose frozen weights are linked instead of copied again.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "transformer").mkdir(parents=True)
-    for name in FROZEN:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, partial / name, copy_function=shutil.copyfile)
-        elif (source / name).exists():
-            shutil.copy(source / name, partial / name)
-    shutil.copy(source / "transformer" / "config.json", partial / "transformer" / "config.json")
+    frozen = [source / INDEX, source / "transformer" / "config.json"]
+    frozen += [path for name in sorted(_components(source) - {"transformer"}) for path in sorted((source / name).iterdir())]
+    for path in frozen:
+        name = path.relative_to(source)
+        if path.exists() and belongs(name.as_posix()):
+            _place(path, partial / name, earlier / name if earlier is not None else None)
     data = save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata={"format": "pt"})
     (partial / "transformer" / WEIGHTS).write_bytes(data)  # save_file makes files that only their owner may read
-    for name, content in (extra or {}).items():
-        (partial / name).write_bytes(content)
+    for extra_name, content in (extra or {}).items():
+        (partial / extra_name).write_bytes(content)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,14 +20,19 @@ class LoRAConfig(Strict):
 
     rank: int = Field(0, ge=0, description="rank r; 0 = no adapter, all weights are trained (DiffusionNFT on SD3.5: 32)")
     alpha: float = Field(64.0, gt=0, description="the adapter's output is scaled by alpha / rank (DiffusionNFT on SD3.5: 64)")
-    targets: tuple[str, ...] = Field((), description="linear layers that get one, by the end of their name; none named = every projection of attention")
+    targets: Literal["attention", "flow_grpo"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "attention",
+        description="linear layers that get one: attention = every projection of attention (verl-omni); flow_grpo = those of attn, not of "
+        "SD3.5's second attention attn2 (Flow-GRPO, DiffusionNFT); or a list of ends of their names",
+    )
     merge: bool = Field(False, description="rollouts: merge the adapter into the weights; needs objective.old_log_prob=learner, because merging rounds")
 
 
 class ModelConfig(Strict):
     """Which policy is trained and how its forward pass runs."""
 
-    path: str = Field("recipes/glyph-base", description="policy to start from: a folder in diffusers' layout (transformer/, text_encoder/)")
+    path: str = Field("recipes/glyph-base", description="policy to start from: a folder in diffusers' layout (transformer/, text_encoder/), or a hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id; a run keeps the commit that it found")
     init: bool = Field(False, description="true: read only the folder's config files and start from random weights")
     attention: Literal["auto", "sdpa", "xformers", "torch_varlen"] = Field(
         "auto", description="attention provider; auto = xformers on a GPU that has it, else sdpa"
@@ -37,6 +42,24 @@ class ModelConfig(Strict):
     )
     lora: LoRAConfig = Field(default_factory=lambda: LoRAConfig(), description="low-rank adapter")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="autocast type inside the network, same for sampling and training")
+    base_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type that the network's own weights are held in; bfloat16 beside an adapter alone (lora.rank > 0), which stays float32"
+    )
+    grid: Literal["even", "diffusers"] = Field(
+        "even",
+        description="times of a flow's steps, before the shift: even = N even steps from 1 to 0; diffusers = as its FlowMatchEulerDiscreteScheduler "
+        "(Flow-GRPO), whose last but one time is near 0",
+    )
+    text_dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen CLIP and T5 text encoders (T5-XXL: 19 or 9.5 GB)")
+    t5_tokens: int = Field(256, ge=1, le=512, description="tokens of T5 in a prompt of SD3; padding counts and is attended (diffusers: 256, Flow-GRPO: 128)")
+
+    @model_validator(mode="after")
+    def _base_fits(self) -> ModelConfig:
+        if self.base_dtype != "float32" and (self.lora.rank == 0 or self.dtype != self.base_dtype):
+            raise ValueError(
+                f"base_dtype={self.base_dtype} is for frozen weights beside an adapter: set lora.rank > 0 and dtype={self.base_dtype}, or base_dtype=float32"
+            )
+        return self
 
 
 class SamplerConfig(Strict):

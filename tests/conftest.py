@@ -35,6 +35,8 @@ LONG = (
     "integration/replay/test_replay_cluster.py",
     "integration/replay/test_replay_ledger.py",
     "e2e/test_add_a_reward.py",
+    "integration/diffusion/test_sd3_export.py",
+    "integration/diffusion/test_sd3_pipeline.py",
     "integration/diffusion/test_pipeline_parity.py",
     "integration/services/test_generated_requests.py",
 )

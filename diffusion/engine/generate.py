@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -81,9 +81,11 @@ class DiffusionEngine:
         self._decoder = Decoder(policy.codec, self.engine.runner.device)
 
     @classmethod
-    def from_pretrained(cls, path: str, device: str = "cpu", max_tokens: int = MAX_TOKENS, dtype: str = "float32") -> Self:
-        """From a folder in diffusers' layout. Raises CheckpointError."""
-        return cls(load_policy(ModelConfig(path=path), device), max_tokens, dtype)
+    def from_pretrained(
+        cls, path: str, revision: str | None = None, device: str = "cpu", max_tokens: int = MAX_TOKENS, dtype: str = "float32", **settings: Any
+    ) -> Self:
+        """From a folder in diffusers' layout or a hub id; `settings` are others of `ModelConfig`. Raises CheckpointError."""
+        return cls(load_policy(ModelConfig(path=path, revision=revision, **settings), device), max_tokens, dtype)
 
     def request(self, prompt: str, params: SamplingParams, group: int) -> SampleRequest:
         """The request that draws `params.n` samples of a prompt. Raises ValueError for a size the codec cannot make."""

@@ -42,8 +42,20 @@ class TextEncoder(Protocol):
     """Frozen encoder of prompts."""
 
     def encode(self, prompts: list[str]) -> TextConditioning:
-        """Encode prompts. Raises ValueError naming a prompt that does not fit."""
+        """Encode prompts; fp32 on the CPU. Raises ValueError naming a prompt that does not fit."""
         ...
+
+    def signature(self, prompt: str) -> bytes:
+        """Equal for prompts that become the same conditioning, to the bit; cheap enough for every prompt of a run. Raises as `encode`."""
+        ...
+
+
+def digest_of(conditioning: Conditioning) -> bytes:
+    """Digest of an encoded prompt's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (conditioning.prompt_embeds, conditioning.pooled):
+        digest.update(part.cpu().contiguous().numpy().tobytes())
+    return digest.digest()
 
 
 def collisions(encoder: TextEncoder, prompts: Iterable[str]) -> list[list[str]]:
@@ -54,9 +66,5 @@ def collisions(encoder: TextEncoder, prompts: Iterable[str]) -> list[list[str]]:
     """
     groups: dict[bytes, list[str]] = {}
     for prompt in dict.fromkeys(prompts):
-        encoded = encoder.encode([prompt])[0]
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (encoded.prompt_embeds, encoded.pooled):
-            digest.update(part.cpu().contiguous().numpy().tobytes())
-        groups.setdefault(digest.digest(), []).append(prompt)
+        groups.setdefault(encoder.signature(prompt), []).append(prompt)
     return [group for group in groups.values() if len(group) > 1]

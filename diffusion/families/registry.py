@@ -1,4 +1,4 @@
-"""Which networks and text encoders exist, by the `_class_name` of their config.json."""
+"""Which networks and text encoders exist, by the class that their config.json names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from diffusion.config import ModelConfig
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
 from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
+from diffusion.families.sd3.text import CLIP_CLASS, SD3TextEncoder
 from diffusion.families.wan.network import WanConfig, WanTransformer
 
 
@@ -33,5 +37,14 @@ FAMILIES = {
     "WanTransformer3DModel": Family(lambda values, provider: WanTransformer(WanConfig.from_dict(values), provider), video=True),
 }
 
-TEXT_ENCODERS: dict[str, Callable[[Path], TextEncoder]] = {CLASS_NAME: GlyphTextEncoder.load}
-"""Reads an encoder from its folder. Raises ValueError for a config it does not know, and what reading files raises."""
+
+def _sd3_text(folder: Path, config: ModelConfig, device: torch.device) -> TextEncoder:
+    return SD3TextEncoder.load(folder, getattr(torch, config.text_dtype), device, config.t5_tokens)
+
+
+TEXT_ENCODERS: dict[str, Callable[[Path, ModelConfig, torch.device], TextEncoder]] = {
+    CLASS_NAME: lambda folder, config, device: GlyphTextEncoder.load(folder / "text_encoder"),
+    CLIP_CLASS: _sd3_text,
+}
+"""Reads the encoder of a policy's folder, by the class of its `text_encoder`. Raises ValueError for a config it does not know, and what
+reading files raises."""

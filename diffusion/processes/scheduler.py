@@ -1,7 +1,7 @@
 """From `scheduler/scheduler_config.json` of a diffusers folder to a forward process.
 
 Only what defines the policy is read: the process and the meaning of the network's output. Which solver diffusers would use,
-its spacing of timesteps and its clipping of predictions are not: sampling is the step kernels' business.
+its spacing of timesteps (but for a flow's, on demand) and its clipping of predictions are not: sampling is the step kernels' business.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Any
 
 from diffusion.processes.base import ForwardProcess
 from diffusion.processes.edm import EDM
-from diffusion.processes.rectified_flow import RectifiedFlow
+from diffusion.processes.rectified_flow import Grid, RectifiedFlow
 from diffusion.processes.variance_preserving import VariancePreserving
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
 EULER_EDM = "EDMEulerScheduler"
 UNIPC = "UniPCMultistepScheduler"
+OTHER_GRIDS = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
+"""Settings of `FLOW` that would make its grid another one."""
 DISCRETE = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
 
 
@@ -25,16 +27,24 @@ def _refuse(values: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> No
         raise ValueError(f"{key}={values[key]!r} is not supported; supported: {', '.join(map(repr, allowed))}")
 
 
-def process_from_scheduler(values: Mapping[str, Any]) -> ForwardProcess:
+def process_from_scheduler(values: Mapping[str, Any], grid: Grid = "even") -> ForwardProcess:
     """Forward process of a scheduler configuration; without `_class_name` it is a rectified flow.
 
+    Args:
+        grid: `diffusers`: the sampling grid that the scheduler itself would make, of a `FlowMatchEulerDiscreteScheduler`.
+
     Raises:
-        ValueError, TypeError: an unknown scheduler, or a setting that would change the process and is not implemented.
+        ValueError, TypeError: an unknown scheduler, or a setting that would change the process, or the grid asked for, and is
+            not implemented.
     """
     name = str(values.get("_class_name", FLOW))
     if name == FLOW:
         _refuse(values, "use_dynamic_shifting", (False,))
-        return RectifiedFlow(float(values.get("shift", 1.0)))
+        for key in OTHER_GRIDS if grid == "diffusers" else ():
+            _refuse(values, key, (None, False))
+        return RectifiedFlow(float(values.get("shift", 1.0)), grid, int(values.get("num_train_timesteps", 1000)))
+    if grid != "even":
+        raise ValueError(f"model.grid={grid} is that of a {FLOW}, this is a {name}; set model.grid=even")
     if name == UNIPC:
         if not values.get("use_flow_sigmas") or values.get("prediction_type") != "flow_prediction":
             raise ValueError(f"{UNIPC} is supported for flow policies only (use_flow_sigmas=true, prediction_type=flow_prediction)")

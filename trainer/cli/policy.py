@@ -73,7 +73,7 @@ def newest_export(run: Path, ema: bool) -> Path:
 
 def _of(config: RunConfig, policy: Path) -> PolicySource:
     lora = config.model.lora.model_copy(update={"rank": 0, "merge": False})  # exports hold the adapter merged
-    model = config.model.model_copy(update={"path": str(policy), "init": False, "lora": lora})
+    model = config.model.model_copy(update={"path": str(policy), "revision": None, "init": False, "base_dtype": "float32", "lora": lora})
     made = policy / "provenance.json"
     known = json.loads(made.read_text()) if made.exists() else {}
     parts = policy.name.split("-")

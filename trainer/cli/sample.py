@@ -90,11 +90,12 @@ def _draw(
     import torch
 
     from actors.sources.text import prompt_lines
-    from diffusion.checkpoint import CheckpointError, load_policy
+    from diffusion.checkpoint import load_policy
     from diffusion.engine.engine import StepFailed
     from diffusion.engine.generate import DiffusionEngine, SamplingParams
     from diffusion.engine.request import SamplingFailed
     from diffusion.engine.runner import compile_for_batches
+    from diffusion.source import CheckpointError
 
     config, s = source.config, source.config.sampler
     try:

@@ -30,6 +30,7 @@ from diffusion.checkpoint import save_policy
 from diffusion.config import ModelConfig
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from diffusion.lora import adapter_bytes, merged_state
+from diffusion.source import locate
 from trainer.learn.entry import FOLDER_VARIABLE
 from trainer.learn.learner import Learner
 
@@ -118,6 +119,7 @@ class Exports:
         self._waiting: tuple[int, State, State | None] | None = None
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
+        self._written: Path | None = None  # the newest, for the weights of frozen parts, which all exports share
 
     def take(self, learner: Learner, step: int) -> None:
         """Gather the policy of `step` and have it written; collective, returns before it is on disk.
@@ -180,7 +182,10 @@ class Exports:
         for suffix, state in (("", raw), ("-ema", average)):
             if state is not None:
                 extra = {LORA_WEIGHTS: adapter_bytes(state, lora)} if lora.rank else {}
-                save_policy(self._path(step, suffix), Path(self._model.path), merged_state(state, lora), extra)
+                source = locate(self._model.path, self._model.revision).folder
+                path = self._path(step, suffix)
+                save_policy(path, source, merged_state(state, lora), extra, self._written)
+                self._written = path
         steps = sorted({f.name.split("-")[1] for f in self._folder.glob("step-*") if f.suffix != ".partial"})
         for old in steps[:-EXPORTS_KEPT]:
             for folder in self._folder.glob(f"step-{old}*"):

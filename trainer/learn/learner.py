@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from actors.sources.draws import prompt_source, training_example
-from diffusion.checkpoint import Policy, load_policy
+from diffusion.checkpoint import Policy, load_network, load_policy
 from diffusion.families.base import PackedModel
 from diffusion.kernels import make_kernel
 from diffusion.lora import trained_weights, without_lora
@@ -112,7 +112,7 @@ class Learner:
             return None
         if config.model.lora.rank:
             return self.model
-        return load_policy(config.model, device, config.seed).transformer.eval().requires_grad_(False)
+        return load_network(config.model, device, config.seed)[0].eval().requires_grad_(False)
 
     def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
         """One optimiser update. A non-finite gradient skips it on all ranks alike (the norm is global).

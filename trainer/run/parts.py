@@ -15,9 +15,9 @@ from actors.evaluator import Evaluator, EvaluatorSpec
 from actors.rewards import RunRewards
 from actors.rollout import RolloutGenerator, RolloutSpec
 from actors.weights import VersionGone, Weights, WeightStore
-from diffusion.checkpoint import WEIGHTS
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from diffusion.lora import read_adapter
+from diffusion.weights import WEIGHTS
 from trainer.config.run import RunConfig
 from trainer.learn.entry import LoopSpec
 from trainer.run.errors import RunFailed, describe, root_cause

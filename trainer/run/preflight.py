@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diffusion.source import CheckpointError, is_hub_id, locate
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 
@@ -19,9 +20,10 @@ TEXTS_READ = 5000
 
 def check_files(config: RunConfig) -> None:
     """Raise ConfigError, naming key and file, when the run would fail for what a file holds or lacks."""
-    folder = Path(config.model.path)
-    _check_model(folder, config.model.init)
-    _check_size(folder, config)
+    folder = _policy_folder(config.model.path, config.model.revision)
+    if folder is not None:
+        _check_model(folder, config.model.init)
+        _check_size(folder, config)
     if (config.data.kind if config.prompts.kind == "data" else config.prompts.kind) != "glyph":
         _check_prompts(config)
     if config.data.kind != "glyph":
@@ -30,7 +32,7 @@ def check_files(config: RunConfig) -> None:
 
 def check_policy(config: RunConfig) -> None:
     """Load the policy, fit the size to it and let it read the prompts. Raises ConfigError."""
-    from diffusion.checkpoint import CheckpointError, load_policy
+    from diffusion.checkpoint import load_policy
     from diffusion.families.conditioning import collisions
 
     try:
@@ -64,9 +66,17 @@ def _texts(config: RunConfig) -> list[str]:
     return list(found)[:TEXTS_READ]
 
 
+def _policy_folder(path: str, revision: str | None) -> Path | None:
+    """The policy's files, None for those of a hub id that are not here yet. Raises ConfigError."""
+    try:
+        return locate(path, revision, download=False).folder
+    except CheckpointError as error:
+        if is_hub_id(path):
+            return None
+        raise ConfigError(f"model.path: {error}") from None
+
+
 def _check_model(folder: Path, init: bool) -> None:
-    if not folder.is_dir():
-        raise ConfigError(f"model.path: checkpoint folder {folder} does not exist; give a folder in diffusers' layout")
     for name in ("transformer/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
         if not isinstance(_json(folder / name), dict):
             raise ConfigError(f"model.path: {folder / name} is missing or no JSON object; give a folder in diffusers' layout")
@@ -130,14 +140,23 @@ def _json(path: Path) -> Any:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """Paths of the configuration made absolute: actors and ranks run in other folders."""
+    """Paths of the configuration made absolute, because actors and ranks run in other folders; a hub id is downloaded, and stays one,
+    with the commit found as its revision. Raises ConfigError."""
 
     def path(value: str | None) -> str | None:
         return str(Path(value).resolve()) if value else value
 
+    model = config.model
+    if is_hub_id(model.path):
+        try:
+            update = {"revision": locate(model.path, model.revision).revision}
+        except CheckpointError as error:
+            raise ConfigError(f"model: {error}") from None
+    else:
+        update = {"path": path(model.path)}
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"path": path(config.model.path)}),
+            "model": model.model_copy(update=update),
             "prompts": config.prompts.model_copy(update={"path": path(config.prompts.path)}),
             "data": config.data.model_copy(update={"path": path(config.data.path)}),
             "replay": config.replay if config.replay.payloads == "redis" else config.replay.model_copy(update={"payloads": path(config.replay.payloads)}),

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffusion.families.conditioning import TextConditioning
+from diffusion.families.conditioning import TextConditioning, digest_of
 
 PRINTABLE = [chr(c) for c in range(32, 127)]
 FREQUENCIES = 8
@@ -115,3 +115,6 @@ class GlyphTextEncoder:
     def encode(self, prompts: list[str]) -> TextConditioning:
         embeds, pooled = zip(*(self._one(p) for p in prompts), strict=True)
         return TextConditioning(torch.stack(embeds), torch.stack(pooled))
+
+    def signature(self, prompt: str) -> bytes:
+        return digest_of(self.encode([prompt])[0])

@@ -13,12 +13,14 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from diffusion.checkpoint import WEIGHTS, CheckpointError, Policy, load_codec, load_network, load_policy, read_weights, save_policy
+from diffusion.checkpoint import Policy, load_codec, load_network, load_policy, save_policy
 from diffusion.codecs import VAECodec
 from diffusion.config import ModelConfig
 from diffusion.families.glyph.policy import CONFIG, SHIFT, write_skeleton
 from diffusion.families.glyph.text import GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Transformer
+from diffusion.source import CheckpointError
+from diffusion.weights import WEIGHTS
 
 COMMITTED = Path(__file__).resolve().parents[3] / "recipes" / "glyph-base"
 
@@ -120,10 +122,9 @@ def test_shards_with_an_index_load_like_one_file(complete: Path, tmp_path: Path)
     SD3Transformer2DModel.from_pretrained(complete, subfolder="transformer").save_pretrained(sharded / "transformer", max_shard_size="40KB")
     assert (sharded / "transformer" / f"{WEIGHTS}.index.json").exists()
     assert len(list((sharded / "transformer").glob("*.safetensors"))) > 1
-    whole, parts = read_weights(complete / "transformer"), read_weights(sharded / "transformer")
+    whole, parts = (load(f).transformer.state_dict() for f in (complete, sharded))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
-    load(sharded)
 
 
 def test_saving_replaces_a_folder_and_leaves_nothing_beside_it(complete: Path, tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_saving_replaces_a_folder_and_leaves_nothing_beside_it(complete: Path, t
     (tmp_path / "exports" / "step-1.partial").mkdir()  # left by a crash
     save_policy(target, complete, {k: v + 1 for k, v in state.items()})
     assert [p.name for p in target.parent.iterdir()] == ["step-1"]
-    assert all(torch.equal(v, state[k] + 1) for k, v in read_weights(target / "transformer").items())
+    assert all(torch.equal(v, state[k] + 1) for k, v in load_file(target / "transformer" / WEIGHTS).items())
 
 
 # -- latent codec and other networks ----------------------------------------------------------------------------------

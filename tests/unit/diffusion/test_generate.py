@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.checkpoint import CheckpointError, load_policy
+from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig
 from diffusion.engine.generate import DiffusionEngine, SamplingParams
 from diffusion.engine.request import SamplingFailed
+from diffusion.source import CheckpointError
 
 SMALL = SamplingParams(16, 48, steps=3)
 

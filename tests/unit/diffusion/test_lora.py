@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from diffusion.checkpoint import load_policy, save_policy
 from diffusion.config import LoRAConfig, ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
 from diffusion.families.conditioning import Conditioning
-from diffusion.families.sd3.network import SD3Transformer
+from diffusion.families.sd3.network import SD3Config, SD3Transformer
 from diffusion.lora import WEIGHTS, adapter_bytes, add_lora, merge_lora, merged_state, read_adapter, trained_weights, without_lora
 from diffusion.processes import RectifiedFlow
 
@@ -140,6 +142,62 @@ def test_a_folder_with_an_adapter_loads_in_diffusers_both_ways(tmp_path: Path, p
     data = (tmp_path / "out" / WEIGHTS).read_bytes()
     own = trained_weights(model)
     assert {n: torch.equal(t, own[n]) for n, t in read_adapter(data).items()} == dict.fromkeys(own, True)
+
+
+SD35_MEDIUM: dict[str, Any] = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+"""The published transformer/config.json, where it differs from the class's defaults."""
+
+
+@pytest.mark.parametrize(("targets", "layers", "parameters"), [("attention", 243, 23_887_872), ("flow_grpo", 191, 18_776_064)])
+def test_published_sets_of_layers_have_their_published_size(targets: Any, layers: int, parameters: int) -> None:
+    """On SD3.5-medium; Flow-GRPO reports 18.8 M, leaving out the second attention of the first 13 blocks."""
+    with torch.device("meta"):
+        model = SD3Transformer(SD3Config(**SD35_MEDIUM))
+    assert sum(p.numel() for p in model.parameters()) == 2_243_171_520
+    assert len(model.state_dict()) == 909
+    add_lora(model, LoRAConfig(rank=32, targets=targets), torch.Generator())
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * layers
+    assert sum(p.numel() for p in trained.values()) == parameters
+    assert any(".attn2." in n for n in trained) == (targets == "attention")
+
+
+def test_adapters_are_fp32_beside_a_bf16_base(tiny_model: Build) -> None:
+    """And train there: the base computes in its own type, the adapter in fp32, as near to fp32 as bf16 comes."""
+    exact = adapted(tiny_model)
+    model = tiny_model().to(torch.bfloat16)
+    add_lora(model, CONFIG, torch.Generator())
+    assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {torch.float32}
+    model.load_state_dict(trained_weights(exact), strict=False)
+    x, t, embeds, pooled = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, t, embeds, pooled)
+        out.float().square().mean().backward()
+    torch.testing.assert_close(out.float(), exact(x, t, embeds, pooled), atol=0.1, rtol=0.05)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.dtype == parameter.dtype == torch.float32, name
+    merged = merged_state({n: p.detach() for n, p in model.state_dict().items()}, CONFIG)
+    assert {v.dtype for v in merged.values()} == {torch.bfloat16}
+    layer = model.transformer_blocks[0].attn.to_q
+    low = layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
+    torch.testing.assert_close(merged["transformer_blocks.0.attn.to_q.weight"], (layer.weight + low).bfloat16(), atol=0, rtol=0)
+    plain = layer(x := torch.randn(4, 16).bfloat16())  # without autocast too
+    assert plain.dtype == torch.bfloat16
+    torch.testing.assert_close(plain.float(), exact.transformer_blocks[0].attn.to_q(x.float()), atol=0.05, rtol=0.05)
+
+
+def test_a_set_of_layers_has_a_known_name_or_names_some() -> None:
+    for wrong in ("attn", ()):
+        with pytest.raises(ValidationError, match="targets"):
+            LoRAConfig(targets=wrong)
+    assert LoRAConfig().targets == "attention"
 
 
 def test_an_unknown_target_is_refused_before_anything_changes(tiny_model: Build) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -222,6 +222,39 @@ def test_processes_of_scheduler_files(values: dict[str, Any], kind: type[Forward
 def test_schedulers_that_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         process_from_scheduler(values)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("steps", [1, 2, 10, 28, 40])
+@pytest.mark.parametrize("levels", [1000, 100])
+def test_the_grid_of_diffusers_is_its_schedulers(shift: float, steps: int, levels: int) -> None:
+    theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=levels, shift=shift)
+    theirs.set_timesteps(steps)
+    process = process_from_scheduler(dict(theirs.config), "diffusers")
+    found = process.time_grid(steps)
+    torch.testing.assert_close(found, theirs.sigmas, atol=1e-6, rtol=0)
+    assert found[0] == 1
+    assert found[-1] == 0
+    default = process_from_scheduler(dict(theirs.config))
+    assert isinstance(default, RectifiedFlow)
+    assert default.grid == "even"
+    assert steps == 1 or not torch.allclose(default.time_grid(steps), found, atol=1e-3)
+
+
+def test_the_published_grid_of_sd3() -> None:
+    """Shift 3, 10 steps: the lower end is shifted twice."""
+    found = RectifiedFlow(3.0, "diffusers").time_grid(10)
+    torch.testing.assert_close(found[[0, 1, 2, 3, -4, -3, -2, -1]], torch.tensor([1, 0.9601, 0.9133, 0.8577, 0.4649, 0.2780, 0.0089, 0]), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("key", ["shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"])
+def test_a_grid_that_is_asked_for_and_not_there_is_refused(key: str) -> None:
+    values = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, key: 0.1 if key == "shift_terminal" else True}
+    process_from_scheduler(values)
+    with pytest.raises(ValueError, match=f"{key}=.* is not supported"):
+        process_from_scheduler(values, "diffusers")
+    with pytest.raises(ValueError, match=r"model\.grid=diffusers is that of a FlowMatchEuler.*, this is a DDPMScheduler"):
+        process_from_scheduler({"_class_name": "DDPMScheduler"}, "diffusers")
 
 
 def test_more_steps_than_noise_levels_are_refused() -> None:

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from actors.groups import group_payload, group_request
 from actors.payload import DataPayload, encode
-from diffusion.checkpoint import load_policy, read_weights, save_policy
+from diffusion.checkpoint import load_policy, save_policy
 from diffusion.config import ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.families.glyph.policy import write_skeleton
+from diffusion.weights import WEIGHTS
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
 from tests.unit.trainer.learn.ranks import DEADLINE_S, GROUPS, MEMBERS, SAVED, SCENARIOS, SHAPE, UPDATES, resumed, scenario
 
@@ -180,6 +182,6 @@ def test_ranks_do_not_wait_for_a_slow_export(folder: Path, two: list[dict[str, A
     of step 8 gave way to that of step 9; a restart that found step 11 missing made it."""
     seen, exports = two[0]["slow export"], folder / "exports"
     assert sorted(f.name for f in exports.iterdir()) == ["step-000009", "step-000009-ema", "step-000011", "step-000011-ema"]
-    assert_same(read_weights(exports / "step-000009" / "transformer"), seen["last"]["model"], rtol=0)
-    assert_same(read_weights(exports / "step-000009-ema" / "transformer"), seen["last"]["average"], rtol=0)
-    assert_same(read_weights(exports / "step-000011" / "transformer"), seen["exported"]["model"], rtol=0)
+    assert_same(load_file(exports / "step-000009" / "transformer" / WEIGHTS), seen["last"]["model"], rtol=0)
+    assert_same(load_file(exports / "step-000009-ema" / "transformer" / WEIGHTS), seen["last"]["average"], rtol=0)
+    assert_same(load_file(exports / "step-000011" / "transformer" / WEIGHTS), seen["exported"]["model"], rtol=0)

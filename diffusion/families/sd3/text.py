@@ -1,0 +1,135 @@
+"""The text encoders of SD3 and SD3.5: CLIP-L, CLIP-G and T5-XXL, as diffusers' `StableDiffusion3Pipeline.encode_prompt` uses them.
+
+    CLIP L, G   77 tokens, padded and cut, no mask; second last hidden states without the final norm   [77, L + G]
+    T5          `t5_tokens` tokens, padded and cut, no mask: the network attends to padding             [t5_tokens, D]
+    joined      channels of L and G side by side, zeros up to D, then T5's rows behind                  [77 + t5_tokens, D]
+    pooled      the projected end-of-text of L and G side by side                                       [P]
+
+Where a folder has no `text_encoder_3`, its rows are zeros. No prompt is cleaned; what a tokenizer cuts off is not an error, as in
+the pipeline. Sources: diffusers `pipeline_stable_diffusion_3.py`; 256 T5 tokens are its default, flow_grpo uses 128.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.families.conditioning import TextConditioning
+
+CLIP_CLASS, T5_CLASS = "CLIPTextModelWithProjection", "T5EncoderModel"
+COMPUTED = ("embeddings.position_ids",)
+"""Buffers that old files store and today's models compute."""
+
+
+def _model(folder: Path, name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """The class `name` of transformers from the safetensors of `folder`, frozen. Raises ValueError unless every tensor finds its place."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(f"{folder} is a {name}, which needs transformers: pip install 'ddrl[models]'") from None
+    loading: Any = transformers.utils.logging
+    verbosity = loading.get_verbosity()
+    loading.set_verbosity_error()  # what a load leaves out is refused below, in one line
+    loading.disable_progress_bar()
+    options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, found = getattr(transformers, name).from_pretrained(folder, **options)
+    except Exception as error:  # each kind of damage has its own class, of several libraries
+        raise ValueError(f"{folder} cannot be loaded as a {name}: {error}") from None
+    finally:
+        loading.set_verbosity(verbosity)
+    unexpected = [key for key in found["unexpected_keys"] if not key.endswith(COMPUTED)]
+    wrong = {"missing": found["missing_keys"], "unexpected": unexpected, "of another shape": found["mismatched_keys"]}
+    lists = [f"{len(keys)} {what} ({', '.join(sorted(map(str, keys))[:3])})" for what, keys in wrong.items() if keys]
+    if lists:
+        raise ValueError(f"weights of {folder} do not fit a {name}: {'; '.join(lists)}")
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _tokenizer(folder: Path, name: str) -> Any:
+    import transformers
+
+    if not (folder / "tokenizer_config.json").exists():
+        raise ValueError(f"{folder} holds no tokenizer_config.json; download the folder again")
+    try:
+        return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be loaded as a {name}: {error}") from None
+
+
+class SD3TextEncoder:
+    """See the module's docstring.
+
+    Args:
+        clips: (tokenizer, model) of CLIP-L and of CLIP-G.
+        t5: (tokenizer, model) of T5, None without.
+        width: channels D of the joined embeddings, the network's `joint_attention_dim`.
+        t5_tokens: T5's rows.
+
+    Raises:
+        ValueError: the encoders' widths do not fit `width`.
+    """
+
+    def __init__(self, clips: tuple[tuple[Any, Any], tuple[Any, Any]], t5: tuple[Any, Any] | None, width: int, t5_tokens: int = 256) -> None:
+        self.clips, self.t5, self.width, self.t5_tokens = clips, t5, width, t5_tokens
+        self.pooled_width = sum(model.config.projection_dim for _, model in clips)
+        joined = sum(model.config.hidden_size for _, model in clips)
+        if joined > width or (t5 is not None and t5[1].config.d_model != width):
+            found = f"CLIP {joined}" + (f", T5 {t5[1].config.d_model}" if t5 is not None else "")
+            raise ValueError(f"channels of the text encoders ({found}) do not fit the network's joint_attention_dim={width}")
+        self.clip_tokens: int = clips[0][0].model_max_length
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", t5_tokens: int = 256) -> Self:
+        """From a pipeline's folder: `text_encoder`, `text_encoder_2`, `text_encoder_3` (may be absent), each with its `tokenizer`.
+
+        Raises:
+            ValueError: a part that is missing, damaged or does not fit, with its folder named.
+        """
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+        large, giant = (
+            (_tokenizer(folder / f"tokenizer{n}", "CLIPTokenizer"), _model(folder / f"text_encoder{n}", CLIP_CLASS, dtype, device)) for n in ("", "_2")
+        )
+        t5 = None
+        if (folder / "text_encoder_3").is_dir():
+            t5 = _tokenizer(folder / "tokenizer_3", "T5Tokenizer"), _model(folder / "text_encoder_3", T5_CLASS, dtype, device)
+        encoder = cls((large, giant), t5, config["joint_attention_dim"], t5_tokens)
+        if encoder.pooled_width != config["pooled_projection_dim"]:
+            pooled = config["pooled_projection_dim"]
+            raise ValueError(f"{folder}: pooled vectors of {encoder.pooled_width} channels do not fit the network's pooled_projection_dim={pooled}")
+        return encoder
+
+    def _ids(self, tokenizer: Any, prompts: list[str], length: int) -> Tensor:
+        ids: Tensor = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        return ids
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> TextConditioning:
+        """Encode prompts in the encoders' own type; embeddings `[B, 77 + t5_tokens, D]` and pooled `[B, P]` are fp32 on the CPU."""
+        hidden, pooled = [], []
+        for tokenizer, model in self.clips:
+            out = model(self._ids(tokenizer, prompts, self.clip_tokens).to(model.device), output_hidden_states=True)
+            hidden.append(out.hidden_states[-2])
+            pooled.append(out.text_embeds)
+        clip = torch.cat(hidden, -1)
+        if self.t5 is None:
+            rows = clip.new_zeros(len(prompts), self.t5_tokens, self.width)
+        else:
+            tokenizer, model = self.t5
+            rows = model(self._ids(tokenizer, prompts, self.t5_tokens).to(model.device)).last_hidden_state
+        embeds = torch.cat([F.pad(clip, (0, self.width - clip.shape[-1])), rows], 1)
+        return TextConditioning(embeds.float().cpu(), torch.cat(pooled, -1).float().cpu())
+
+    def signature(self, prompt: str) -> bytes:
+        """See `TextEncoder.signature`: the token ids, which need no forward pass."""
+        lengths = [(tokenizer, self.clip_tokens) for tokenizer, _ in self.clips] + ([(self.t5[0], self.t5_tokens)] if self.t5 is not None else [])
+        digest = hashlib.blake2b(digest_size=16)
+        for tokenizer, length in lengths:
+            digest.update(self._ids(tokenizer, [prompt], length).numpy().tobytes())
+        return digest.digest()

@@ -1,0 +1,119 @@
+"""A component's tensors, from one safetensors file or from shards with an index, into a model: all of them or none.
+
+Names and shapes are compared first, from the files' headers. Then tensors go one by one from file to their place, in the type and on
+the device they are wanted in: the peak is the model and one tensor beside it, not the model and the files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from diffusion.source import CheckpointError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; model.path must name a folder in diffusers' layout") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors raises its own class for every kind of damage
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def shapes_of(folder: Path, remedy: str = "download the folder again") -> dict[Path, dict[str, tuple[int, ...]]]:
+    """Shapes of the tensors in `folder`, by file and name, from the headers. Variants beside them (`….fp16.safetensors`) are not looked at.
+
+    Raises:
+        CheckpointError: no weights (`remedy` says what to do then), a damaged or missing shard, an index that disagrees with its shards.
+    """
+    single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
+    if single.exists():
+        files, listed = [single], None
+    elif index.exists():
+        listed = read_json(index).get("weight_map", {})
+        files = [folder / name for name in sorted(set(listed.values()))]
+    else:
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}; {remedy}")
+    found: dict[Path, dict[str, tuple[int, ...]]] = {}
+    for path in files:
+        with _opened(path) as file:
+            found[path] = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no mapping
+    if listed is not None:
+        stored = {name: path.name for path, tensors in found.items() for name in tensors}
+        wrong = sorted(name for name in listed.keys() | stored.keys() if listed.get(name) != stored.get(name))
+        if wrong:
+            raise CheckpointError(f"{index} and its shards disagree on {len(wrong)} tensors {wrong[:3]}; download the folder again")
+    return found
+
+
+def load_weights(
+    model: nn.Module,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    origin: str | None = None,
+    remedy: str = "download the folder again",
+) -> None:
+    """Put the tensors of `folder` in the place of `model`'s, which may be on the meta device.
+
+    Args:
+        dtype, device: of the model afterwards; integers keep their type.
+        origin: what messages call the folder.
+        remedy: see `shapes_of`.
+
+    Raises:
+        CheckpointError: what `shapes_of` raises, or tensors that are missing, unexpected or misshapen; the model is as it was then.
+    """
+    files = shapes_of(folder, remedy)
+    stored = {name: shape for tensors in files.values() for name, shape in tensors.items()}
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+    shapes = [f"{k} {stored[k]} instead of {own[k]}" for k in own.keys() & stored.keys() if own[k] != stored[k]]
+    if missing or extra or shapes:
+        raise CheckpointError(
+            f"weights of {origin or folder} do not fit the model: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
+            f"{len(shapes)} of another shape {sorted(shapes)[:3]}"
+        )
+    for path, names in files.items():
+        with _opened(path) as file:
+            for name in names:
+                _put(model, name, file.get_tensor(name), dtype, device)
+
+
+@torch.no_grad()
+def _put(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> None:
+    parent, _, last = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    # a copy even where nothing changes: what safetensors gives is the file itself, mapped into memory
+    own = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    if last in owner._parameters:
+        old = owner._parameters[last]
+        assert old is not None
+        owner._parameters[last] = nn.Parameter(own, requires_grad=old.requires_grad)
+    else:
+        owner._buffers[last] = own
