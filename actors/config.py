@@ -12,10 +12,12 @@ from diffusion.config import Strict
 class PromptConfig(Strict):
     """Where prompts come from. They are split into train, dev and test by a hash of the example's id."""
 
-    kind: Literal["data", "glyph", "file", "folder"] = Field(
+    kind: Literal["data", "glyph", "ocr_scenes", "file", "folder"] = Field(
         "data",
-        description="data = captions of the anchor data; glyph = signs with 2 to 4 digits; file = one prompt a line; folder = captions of pictures",
+        description="data = captions of the anchor data; glyph = signs with 2 to 4 digits; ocr_scenes = sentences with a text to be written in quotes; "
+        "file = one prompt a line; folder = captions of pictures",
     )
+    seed: int = Field(0, ge=0, description="kind: ocr_scenes: which of its endless collections; another seed has other prompts")
     path: str | None = Field(None, description="file of prompts (kind: file) or image folder (kind: folder)")
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from actors.config import DataConfig, PromptConfig
 from actors.sources.example import DRAWS, Example, Source, SourceError, draw_of
 from actors.sources.folder import FolderSource
 from actors.sources.glyph import GlyphSource
+from actors.sources.ocr_scenes import OCRScenesSource
 from actors.sources.text import TextSource
 from diffusion.seeds import key
 
@@ -18,21 +19,28 @@ Batch = tuple[list[str], NDArray[np.uint8]]
 """Captions and uint8 pixels `[rows, H, W, 3]` (clips: `[rows, T, H, W, 3]`)."""
 
 
-def make_source(kind: str, path: str | None) -> Source:
+def make_source(kind: str, path: str | None, seed: int = 0) -> Source:
     """A source by its kind. Raises SourceError for a file or folder that cannot be used."""
     if kind == "glyph":
         return GlyphSource()
+    if kind == "ocr_scenes":
+        return OCRScenesSource(seed)
     return TextSource(str(path)) if kind == "file" else FolderSource(str(path))
 
 
 def prompt_source(prompts: PromptConfig, data: DataConfig) -> Source:
     """Where prompts come from; `prompts.kind: data` means from the anchor data's examples."""
-    return data_source(data) if prompts.kind == "data" else make_source(prompts.kind, prompts.path)
+    return data_source(data) if prompts.kind == "data" else make_source(prompts.kind, prompts.path, prompts.seed)
 
 
 def data_source(data: DataConfig) -> Source:
     """Where anchor data comes from."""
     return make_source(data.kind, data.path)
+
+
+def listed(source: Source) -> tuple[Example, ...] | None:
+    """Every example of a source that has a list of them; None of one that draws without end."""
+    return source.examples if isinstance(source, TextSource | FolderSource) else None
 
 
 def training_example(source: Source, seed: int, group: int) -> Example:

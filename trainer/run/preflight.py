@@ -15,6 +15,8 @@ from trainer.config.run import RunConfig
 
 TEXTS_READ = 5000
 """Texts that the policy's encoder is tried on at start."""
+SCENES_READ = 200
+"""Of scenes, which have no end."""
 
 
 def check_files(config: RunConfig) -> None:
@@ -50,17 +52,14 @@ def check_policy(config: RunConfig) -> None:
 
 
 def _texts(config: RunConfig) -> list[str]:
-    """Texts of one's own that the policy is given, at most `TEXTS_READ`; none of a source that draws them."""
-    from actors.sources.draws import data_source, prompt_source
-    from actors.sources.folder import FolderSource
-    from actors.sources.text import TextSource
+    """Texts that the policy is given, at most `TEXTS_READ`: all that are listed, a few of scenes; none of the glyph world's own."""
+    from actors.sources.draws import data_source, held_out_examples, listed, prompt_source
+    from actors.sources.ocr_scenes import OCRScenesSource
 
     found: dict[str, None] = {}
     for source in (prompt_source(config.prompts, config.data), data_source(config.data)):
-        if isinstance(source, TextSource):
-            found |= dict.fromkeys(source.texts)
-        elif isinstance(source, FolderSource):
-            found |= dict.fromkeys(example.text for example in source.examples)
+        examples = held_out_examples(source, "test", SCENES_READ) if isinstance(source, OCRScenesSource) else listed(source) or ()
+        found |= dict.fromkeys(example.text for example in examples[:TEXTS_READ])
     return list(found)[:TEXTS_READ]
 
 

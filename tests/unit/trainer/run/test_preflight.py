@@ -96,3 +96,10 @@ def test_a_text_that_the_encoder_cannot_take_is_refused(tmp_path: Path) -> None:
     config = parse_config({"model": {"path": str(BASE)}, "prompts": {"kind": "file", "path": str(prompts)}})
     with pytest.raises(ConfigError, match=r"prompts: prompt .*123456789"):
         check_policy(config)
+
+
+def test_scenes_need_an_encoder_that_holds_a_sentence() -> None:
+    config = parse_config({"model": {"path": str(BASE)}, "prompts": {"kind": "ocr_scenes"}})
+    check_files(config)
+    with pytest.raises(ConfigError, match=r"prompts: prompt .* this text encoder holds 10 tokens"):
+        check_policy(config)
