@@ -30,8 +30,12 @@ class PromptConfig(Strict):
 class DataConfig(Strict):
     """Anchor data: the distribution that the data term holds the policy to."""
 
-    kind: Literal["glyph", "folder"] = Field("glyph", description="glyph = rendered signs; folder = images or clips with a metadata.jsonl (file_name, text)")
-    path: str | None = Field(None, description="image folder (kind: folder)")
+    kind: Literal["glyph", "folder", "prepared"] = Field(
+        "glyph",
+        description="glyph = rendered signs; folder = images or clips with a metadata.jsonl (file_name, text); "
+        "prepared = latents that ddrl prepare-data or ddrl presample made",
+    )
+    path: str | None = Field(None, description="image folder (kind: folder) or prepared set (kind: prepared)")
     pairing: Literal["free", "own"] = Field(
         "free", description="free = anchor data is drawn apart from the prompts; own = each rollout's own example is its datum (public DDRL code)"
     )
@@ -40,8 +44,8 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _path_given(self) -> DataConfig:
-        if self.kind == "folder" and not self.path:
-            raise ValueError("data.kind=folder needs data.path")
+        if self.kind != "glyph" and not self.path:
+            raise ValueError(f"data.kind={self.kind} needs data.path")
         return self
 
 
