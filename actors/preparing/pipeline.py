@@ -7,6 +7,7 @@ made again. This module alone imports `ray.data`, which costs a second.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -163,6 +164,7 @@ def _run(p: Preparation, reader: Reader, slices: Sequence[Slice], todo: Sequence
         return
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
 

@@ -65,11 +65,15 @@ class _TableReader:
 
     def read(self, piece: Slice) -> Iterator[Record | Broken]:
         names = self._names(piece.file, self._opened(piece.file)[0])
-        end = piece.first + piece.rows
-        for start, batch in self._batches(piece, names):
-            low, high = max(piece.first, start), min(end, start + batch.num_rows)
-            for number in range(low, high):
-                yield self._record(f"{piece.file} row {number}", {name: batch.column(name)[number - start].as_py() for name in names}, *names[:2])
+        number, end = piece.first, piece.first + piece.rows
+        try:
+            for start, batch in self._batches(piece, names):
+                while number < min(end, start + batch.num_rows):
+                    row = {name: batch.column(name)[number - start].as_py() for name in names}
+                    yield self._record(f"{piece.file} row {number}", row, *names[:2])
+                    number += 1
+        except (OSError, ValueError) as error:  # damage beyond what the plan read
+            yield from (Broken(f"{piece.file} row {lost}", str(error)) for lost in range(number, end))
 
     def _record(self, name: str, row: dict[str, Any], image: str, text: str) -> Record | Broken:
         value = row[image]
@@ -101,10 +105,10 @@ class ParquetReader(_TableReader):
                 start += table.metadata.row_group(group).num_rows
                 group += 1
             for batch in table.iter_batches(piece.rows, row_groups=[group], columns=names):
-                if start >= piece.first + piece.rows:
-                    return
                 yield start, batch
                 start += batch.num_rows
+                if start >= piece.first + piece.rows:
+                    return
 
 
 class ArrowReader(_TableReader):
@@ -122,8 +126,8 @@ class ArrowReader(_TableReader):
     def _batches(self, piece: Slice, names: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
         start = 0
         for batch in self._stream(piece.file):
-            if start >= piece.first + piece.rows:
-                return
             if start + batch.num_rows > piece.first:
                 yield start, batch
             start += batch.num_rows
+            if start >= piece.first + piece.rows:  # what comes after may be damaged
+                return

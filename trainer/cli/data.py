@@ -1,7 +1,7 @@
 """`ddrl prepare-data` and `ddrl data inspect`: anchor data made from pictures as teams keep them, and looked at.
 
-A person's mistake is one line and exit status 2; a preparation that failed or found too much broken, 1; stopped by Ctrl-C, 130. The same
-command goes on where it was.
+What Ray prints is in OUT.log. A person's mistake is one line and exit status 2; a preparation that failed or found too much broken, 1;
+stopped by Ctrl-C, 130. The same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def prepare_data(
     from diffusion.checkpoint import CheckpointError
     from trainer.run.cluster import start_ray
     from trainer.run.errors import RunFailed
+    from trainer.run.quiet import output_to
 
     try:
         (height, width), *more = parse_sizes(size)
@@ -67,9 +68,10 @@ def prepare_data(
         slices = shard_rows * height * width * 3 * (workers + STORE_SLICES) >> 20
         ray = RayConfig(address=ray_address, cpus=(os.cpu_count() or 1) + workers, object_store_mb=max(256, slices))
         job = Preparation(source.resolve(), out.resolve(), model.resolve(), height, width, shard_rows, max_broken, Columns(image, text))
-        with ExitStack() as stack:
+        log = out.with_name(out.name + ".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with progress("shards") as told, output_to(log), ExitStack() as stack:
             start_ray(ray, stack)
-            told = stack.enter_context(progress("shards"))
             manifest = prepare(job, workers, where, told)
     except (SourceError, CheckpointError, ValueError) as error:
         fail(str(error), 2)
