@@ -79,7 +79,7 @@ def grid(folder: Path, n: int, model: Path | None = None) -> Image.Image:
     from actors.pictures import caption, contact_sheet
     from actors.sources.prepared import PreparedSource
     from diffusion.checkpoint import load_codec
-    from diffusion.codec_digest import codec_digest
+    from diffusion.digests import codec_digest
 
     source = PreparedSource(str(folder))
     where = model or Path(source.manifest.model)

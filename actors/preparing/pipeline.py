@@ -1,4 +1,4 @@
-"""`prepare`: a source of pictures to a prepared set, as a Ray Data pipeline: slice → pixels (tasks) → latents (codec actors) → shard.
+"""A source of pictures to a prepared set, as a Ray Data pipeline: slice → pixels (tasks) → latents (codec actors) → shard.
 
 A row of the pipeline is a slice, so memory is bounded by slices in flight, which Ray Data holds back. Shards that are there are not
 made again. This module alone imports `ray.data`, which costs a second.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from actors.preparing.cropping import BrokenPictureError, decode, fitted
 from actors.preparing.readers import Columns, Reader, Slice, fingerprint, make_reader
 from actors.sources.example import SourceError
 from diffusion.checkpoint import load_codec
-from diffusion.codec_digest import codec_digest
+from diffusion.digests import codec_digest
 
 BLOCKS = 512
 """Tasks that a source is divided into, at most."""
@@ -98,58 +98,73 @@ class ShardWriter:
         return {"number": batch["number"], "broken": found}
 
 
-def prepare(p: Preparation, workers: int = 1, device: str = "cpu", progress: Callable[[int, int], None] | None = None) -> Manifest:
-    """Make the set, or what is missing of it. Ray must be up.
+@dataclass(frozen=True)
+class Work:
+    """A preparation that was begun: its slices, which of their shards are missing, and what could not even be sliced.
 
-    Args:
-        workers: codec actors; on `cuda` each has a GPU.
-        progress: told how many shards there are, and of how many.
+    `about` is what the manifest says of codec and size.
+    """
+
+    preparation: Preparation
+    reader: Reader
+    slices: list[Slice]
+    unread: list[Broken]
+    missing: list[int]
+    about: dict[str, Any]
+
+
+def begun(p: Preparation) -> Work:
+    """Look the source through and begin the set, or go on with it. Needs no Ray.
 
     Raises:
         SourceError: a source, a size or an `out` that cannot be used.
         CheckpointError: a policy folder without a codec that can be read.
-        TooManyBroken: see there; broken.jsonl lists them, and what was made is kept.
     """
     codec = load_codec(p.model)
     try:
         latent = (codec.channels, *codec.latent_size(p.height, p.width))
     except ValueError as error:
         raise SourceError(str(error)) from None
-    digest = codec_digest(p.model)
     reader = make_reader(p.source, p.columns)
     pieces = list(reader.plan(p.shard_rows))
     slices = [piece for piece in pieces if isinstance(piece, Slice)]
     unread = [piece for piece in pieces if isinstance(piece, Broken)]
     if not slices:
         raise SourceError(f"{p.source} holds no pictures" + (f"; {unread[0].name}: {unread[0].reason}" if unread else ""))
-    folder = p.source if p.source.is_dir() else p.source.parent
-    columns = {"image": p.columns.image, "text": p.columns.text}
-    plan = {
-        "format": FORMAT,
-        "source": fingerprint(folder, pieces),
-        "codec": digest,
-        "height": p.height,
-        "width": p.width,
-        "shard_rows": p.shard_rows,
-        **columns,
-    }
-    begin(p.out, plan)
-    todo = [number for number in range(len(slices)) if not shard_file(p.out, number).exists()]
-    total, broken = sum(piece.rows for piece in slices) + len(unread), len(unread) + sum(1 for _ in broken_of(p.out, len(slices)))
-    _check(p, broken, total, len(slices), unread)
-    for done, found in enumerate(_run(p, reader, slices, todo, workers, device), len(slices) - len(todo) + 1):
+    about = {"codec": codec_digest(p.model), "height": p.height, "width": p.width}
+    origin = fingerprint(p.source if p.source.is_dir() else p.source.parent, pieces)
+    begin(p.out, {"format": FORMAT, "source": origin, **about, "shard_rows": p.shard_rows, "image": p.columns.image, "text": p.columns.text})
+    missing = [number for number in range(len(slices)) if not shard_file(p.out, number).exists()]
+    return Work(p, reader, slices, unread, missing, about | {"model": str(p.model.resolve()), "latent": latent})
+
+
+def prepare(work: Work, workers: int = 1, device: str = "cpu", progress: Callable[[int, int], None] | None = None) -> Manifest:
+    """Make what is missing, and finish the set. Ray must be up where something is.
+
+    Args:
+        workers: codec actors; on `cuda` each has a GPU.
+        progress: told how many shards there are, and of how many.
+
+    Raises:
+        TooManyBroken: see there; broken.jsonl lists them, and what was made is kept.
+    """
+    shards = len(work.slices)
+    broken = len(work.unread) + sum(1 for _ in broken_of(work.preparation.out, shards))
+    _check(work, broken)
+    for done, found in enumerate(_run(work, workers, device), shards - len(work.missing) + 1):
         broken += found
-        _check(p, broken, total, len(slices), unread)
+        _check(work, broken)
         if progress is not None:
-            progress(done, len(slices))
-    return finish(p.out, len(slices), unread, codec=digest, model=str(p.model.resolve()), height=p.height, width=p.width, latent=latent)
+            progress(done, shards)
+    return finish(work.preparation.out, shards, work.unread, **work.about)
 
 
-def _check(p: Preparation, broken: int, total: int, shards: int, unread: list[Broken]) -> None:
+def _check(work: Work, broken: int) -> None:
     """Nothing that comes later can mend a share that is too large already."""
+    p, total = work.preparation, sum(piece.rows for piece in work.slices) + len(work.unread)
     if broken <= p.max_broken * total:
         return
-    known = [*unread, *broken_of(p.out, shards)]
+    known = [*work.unread, *broken_of(p.out, len(work.slices))]
     write_broken(p.out, known)
     first = "; ".join(f"{one.name}: {one.reason}" for one in known[:3])
     raise TooManyBroken(
@@ -158,27 +173,27 @@ def _check(p: Preparation, broken: int, total: int, shards: int, unread: list[Br
     )
 
 
-def _run(p: Preparation, reader: Reader, slices: Sequence[Slice], todo: Sequence[int], workers: int, device: str) -> Iterator[int]:
-    """Make the shards `todo`, in whatever order; yields how many inputs of each are broken."""
-    if not todo:
+def _run(work: Work, workers: int, device: str) -> Iterator[int]:
+    """Make the missing shards, in whatever order; yields how many inputs of each are broken."""
+    if not work.missing:
         return
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
+    p, reader, items = work.preparation, work.reader, [asdict(work.slices[number]) | {"number": number} for number in work.missing]
 
     def pixels(row: dict[str, Any]) -> dict[str, Any]:
         picture, rows, broken = read_slice(reader, Slice(row["file"], row["first"], row["rows"], row["at"]), p.height, p.width)
         about = json.dumps({"rows": [asdict(one) for one in rows], "broken": [asdict(one) for one in broken]})
         return {"number": row["number"], "pixels": picture.tobytes(), "about": about}
 
-    items = [asdict(slices[number]) | {"number": number} for number in todo]
-    shards = ray.data.from_items(items, override_num_blocks=min(len(todo), BLOCKS)).map(pixels)
+    shards = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map(pixels)
     written = shards.map_batches(
         ShardWriter,
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(workers, len(todo))),
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
         fn_constructor_kwargs={"preparation": p, "device": device},
         num_gpus=1 if device != "cpu" else 0,
     )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from actors.prepared import INDEX, Manifest, PreparedError, read_manifest, shard_file
+from actors.prepared import INDEX, PreparedError, read_manifest, shard_file
 from actors.sources.example import Example
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ class StoredLatent:
 
 
 @lru_cache(maxsize=4)
-def _index(folder: Path) -> tuple[Manifest, pa.Table]:
+def _index(folder: Path, digest: str) -> pa.Table:
+    """The index of a set, and of no other that stood in the same folder."""
     from pyarrow import parquet
 
-    manifest = read_manifest(folder)
     try:
-        return manifest, parquet.read_table(folder / INDEX, columns=["id", "text", "shard", "row"]).combine_chunks()
+        return parquet.read_table(folder / INDEX, columns=["id", "text", "shard", "row"]).combine_chunks()
     except (OSError, ValueError) as error:
         raise PreparedError(f"{folder / INDEX} cannot be read ({error}); run the command that makes the set once more") from None
 
@@ -58,7 +58,8 @@ class PreparedSource(Sequence[Example]):
 
     def __init__(self, path: str) -> None:
         self.folder = Path(path)
-        self.manifest, self._table = _index(self.folder)
+        self.manifest = read_manifest(self.folder)
+        self._table = _index(self.folder, self.manifest.digest)
         if not len(self):
             raise PreparedError(f"prepared set {path} holds no examples")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer.cli.device import Device, usable
 from trainer.cli.exits import fail
 from trainer.cli.sample import parse_sizes
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 data = typer.Typer(no_args_is_help=True, help="Look at prepared anchor data.")
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, … [default: cuda where there is one]", show_default=False)]
 STORE_SLICES = 8
 """Slices of decoded pictures for which the object store of a local cluster has room, beside those of a codec each."""
 
@@ -50,9 +50,7 @@ def prepare_data(
     from trainer.run.environment import prepare as prepare_environment
 
     prepare_environment(ray_address)
-    import torch
-
-    from actors.preparing.pipeline import Preparation, TooManyBroken, prepare
+    from actors.preparing.pipeline import Preparation, TooManyBroken, begun, prepare
     from actors.preparing.readers import Columns
     from actors.sources.example import SourceError
     from diffusion.checkpoint import CheckpointError
@@ -64,15 +62,15 @@ def prepare_data(
         (height, width), *more = parse_sizes(size)
         if more:
             raise ValueError(f"--size {size}: a set has one size")
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        where = str(usable(device))
         slices = shard_rows * height * width * 3 * (workers + STORE_SLICES) >> 20
         ray = RayConfig(address=ray_address, cpus=(os.cpu_count() or 1) + workers, object_store_mb=max(256, slices))
         job = Preparation(source.resolve(), out.resolve(), model.resolve(), height, width, shard_rows, max_broken, Columns(image, text))
-        log = out.with_name(out.name + ".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with progress("shards") as told, output_to(log), ExitStack() as stack:
-            start_ray(ray, stack)
-            manifest = prepare(job, workers, where, told)
+        work = begun(job)
+        with progress("shards") as told, output_to(out.with_name(out.name + ".log")), ExitStack() as stack:
+            if work.missing:
+                start_ray(ray, stack)
+            manifest = prepare(work, workers, where, told)
     except (SourceError, CheckpointError, ValueError) as error:
         fail(str(error), 2)
     except (RunFailed, TooManyBroken) as error:

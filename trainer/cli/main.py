@@ -11,6 +11,7 @@ import typer
 from trainer.cli.clean import clean
 from trainer.cli.data import data, prepare_data
 from trainer.cli.exits import fail as _fail
+from trainer.cli.presample import presample
 from trainer.cli.replay import app as replay
 from trainer.cli.rewards import add_to
 from trainer.cli.sample import sample
@@ -90,6 +91,7 @@ def export(
 app.command()(train)
 app.command()(sample)
 app.command()(prepare_data)
+app.command()(presample)
 app.command()(clean)
 add_to(app)
 

@@ -133,7 +133,7 @@ def _check_data(config: RunConfig) -> None:
 def _check_prepared(source: PreparedSource, config: RunConfig) -> None:
     """A prepared set must be of the policy's codec and of the run's size, and whole. Raises ValueError."""
     from actors.prepared import shard_file
-    from diffusion.codec_digest import codec_digest
+    from diffusion.digests import codec_digest
 
     there, model, size = source.manifest, config.model.path, (config.sampler.height, config.sampler.width)
     try:

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from pyarrow import parquet
 
-from actors.preparing.pipeline import Preparation, TooManyBroken, prepare
+from actors.preparing.pipeline import Preparation, TooManyBroken, begun, prepare
 from actors.sources.example import SourceError
 from actors.sources.prepared import PreparedSource
 from diffusion.checkpoint import load_codec
@@ -36,7 +36,7 @@ def write_vae(folder: Path) -> Path:
 
 def test_latents_are_the_codecs_of_cropped_pictures(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", 40)
-    manifest = prepare(Preparation(source, tmp_path / "set", write_vae(tmp_path / "policy"), 16, 24, shard_rows=8, max_broken=0.2), workers=2)
+    manifest = prepare(begun(Preparation(source, tmp_path / "set", write_vae(tmp_path / "policy"), 16, 24, shard_rows=8, max_broken=0.2)), workers=2)
     assert (manifest.rows, manifest.broken, manifest.shards, manifest.latent) == (33, 7, 5, (4, 8, 12))
     broken = {line["name"]: line["reason"] for line in map(json.loads, (tmp_path / "set" / "broken.jsonl").read_text().splitlines())}
     assert broken.keys() == BROKEN.keys()
@@ -81,7 +81,7 @@ def test_the_same_pictures_in_every_form_give_the_same_latents(tmp_path: Path) -
     made = {}
     for form in (source, tars, tables, saved):
         out = tmp_path / f"{form.name}-set"
-        prepare(Preparation(form, out, BASE, 16, 48, shard_rows=10))
+        prepare(begun(Preparation(form, out, BASE, 16, 48, shard_rows=10)))
         made[form.name] = [(e.id, e.text, e.latent.load().tobytes()) for e in PreparedSource(str(out)) if e.latent]
     assert [text for _, text, _ in made["folder"]] == [text for _, text in pictures]
     assert all(found == made["folder"] for found in made.values())
@@ -89,25 +89,25 @@ def test_the_same_pictures_in_every_form_give_the_same_latents(tmp_path: Path) -
 
 def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
     job = Preparation(write_folder(tmp_path / "source", 60), tmp_path / "set", BASE, 16, 48, shard_rows=8, max_broken=0.2)
-    first = prepare(job)
+    first = prepare(begun(job))
     shards = sorted((tmp_path / "set" / "shards").iterdir())
     kept = shards[3].stat().st_mtime_ns
     (tmp_path / "set" / "prepared.json").unlink()
     shards[1].unlink()
     told: list[tuple[int, int]] = []
-    assert prepare(job, progress=lambda done, total: told.append((done, total))) == first
+    assert prepare(begun(job), progress=lambda done, total: told.append((done, total))) == first
     assert told == [(8, 8)]
     assert shards[3].stat().st_mtime_ns == kept
     with pytest.raises(SourceError, match="begun otherwise: height is 16 there and 32 now"):
-        prepare(replace(job, height=32))
+        begun(replace(job, height=32))
 
 
 def test_too_much_broken_is_an_error_that_can_be_allowed(tmp_path: Path) -> None:
     job = Preparation(write_folder(tmp_path / "source", 60), tmp_path / "set", BASE, 16, 48, shard_rows=8)
     with pytest.raises(TooManyBroken, match=r"of 60 inputs are broken already, more than --max-broken 0\.05 allows \(.*; all are in .*broken\.jsonl"):
-        prepare(job)
+        prepare(begun(job))
     assert (tmp_path / "set" / "broken.jsonl").exists()
     assert not (tmp_path / "set" / "prepared.json").exists()
-    assert prepare(replace(job, max_broken=0.2)).broken == 7
+    assert prepare(begun(replace(job, max_broken=0.2))).broken == 7
     with pytest.raises(SourceError, match="not a multiple of 2"):
-        prepare(Preparation(job.source, tmp_path / "other", write_vae(tmp_path / "policy"), 15, 24))
+        begun(Preparation(job.source, tmp_path / "other", write_vae(tmp_path / "policy"), 15, 24))
