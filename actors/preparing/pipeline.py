@@ -28,7 +28,11 @@ BLOCKS = 512
 """Tasks that a source is divided into, at most."""
 
 
-class TooManyBroken(Exception):
+class PreparationFailed(Exception):
+    """A fault while pictures were read or encoded, which is its cause. What was made is kept."""
+
+
+class TooManyBroken(PreparationFailed):
     """More inputs are broken than was allowed; the message counts them and says where they are listed."""
 
 
@@ -146,6 +150,7 @@ def prepare(work: Work, workers: int = 1, device: str = "cpu", progress: Callabl
         progress: told how many shards there are, and of how many.
 
     Raises:
+        PreparationFailed: a worker failed.
         TooManyBroken: see there; broken.jsonl lists them, and what was made is kept.
     """
     shards = len(work.slices)
@@ -197,5 +202,8 @@ def _run(work: Work, workers: int, device: str) -> Iterator[int]:
         fn_constructor_kwargs={"preparation": p, "device": device},
         num_gpus=1 if device != "cpu" else 0,
     )
-    for row in written.iter_rows():
-        yield int(row["broken"])
+    try:
+        for row in written.iter_rows():
+            yield int(row["broken"])
+    except ray.exceptions.RayError as error:
+        raise PreparationFailed("a worker failed") from error

@@ -63,7 +63,7 @@ class Columns:
 
 def make_reader(source: Path, columns: Columns) -> Reader:
     """The reader of a source, by what the folder or file holds. Raises SourceError where it is none of those known."""
-    from actors.preparing.tables import ArrowReader, ParquetReader
+    from actors.preparing.tables import ArrowReader, ParquetReader, saved_files
     from actors.preparing.tars import TarReader
 
     folder = source if source.is_dir() else source.parent
@@ -77,7 +77,7 @@ def make_reader(source: Path, columns: Columns) -> Reader:
     if (source / "metadata.jsonl").is_file():
         return FolderReader(folder)
     if (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
-        return ArrowReader(folder, files(".arrow"), columns)
+        return ArrowReader(folder, saved_files(folder, files("state.json")), columns)
     if tars := files(".tar"):
         return TarReader(folder, tars)
     if tables := files(".parquet"):

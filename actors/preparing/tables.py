@@ -6,6 +6,7 @@ A picture is its encoded bytes, or `datasets`' pair of `bytes` and `path`. Parqu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,18 @@ class ParquetReader(_TableReader):
                 start += batch.num_rows
                 if start >= piece.first + piece.rows:
                     return
+
+
+def saved_files(folder: Path, states: list[str]) -> list[str]:
+    """The arrow files that the `state.json`s of a saved folder name; others beside them are caches. Raises SourceError."""
+    found = []
+    for state in states:
+        try:
+            named = [str(entry["filename"]) for entry in json.loads((folder / state).read_text())["_data_files"]]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise SourceError(f"{folder / state} does not name its data files as datasets' save_to_disk does: {error!r}") from None
+        found += [str(Path(state).with_name(name)) for name in named]
+    return found
 
 
 class ArrowReader(_TableReader):

@@ -68,20 +68,3 @@ def test_killed_in_the_middle_it_makes_the_same_set(tmp_path: Path) -> None:
     assert f"digest {manifests[0]['digest']}" in shown.stdout
     assert "broken inputs: 7" in shown.stdout
     assert grid.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["none", "--size", "16x48"], "none does not exist"),
-        ([".", "--size", "16"], "--size 16: give HEIGHTxWIDTH"),
-        ([".", "--size", "16x48,8x8"], "a set has one size"),
-    ],
-)
-def test_mistakes_are_one_line_and_status_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    source, *options = arguments
-    line = command("prepare-data", str(tmp_path / source), str(tmp_path / "set"), "--model", str(ROOT / "recipes" / "glyph-base"), *options)
-    done = subprocess.run(line, text=True, capture_output=True, timeout=180, check=False)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert message in done.stderr
-    assert not (tmp_path / "set").exists()

@@ -46,16 +46,14 @@ def prepare_data(
     ray_address: Annotated[str | None, typer.Option(help="cluster to join; SOURCE and OUT must be where its nodes see them", show_default=False)] = None,
 ) -> None:
     """Make a prepared set, latents and captions, of a source of pictures. Run again after a stop, it goes on."""
-    from trainer.config.run import RayConfig
-    from trainer.run.environment import prepare as prepare_environment
-
-    prepare_environment(ray_address)
-    from actors.preparing.pipeline import Preparation, TooManyBroken, begun, prepare
+    from actors.preparing.pipeline import Preparation, PreparationFailed, begun, prepare
     from actors.preparing.readers import Columns
     from actors.sources.example import SourceError
     from diffusion.checkpoint import CheckpointError
+    from trainer.config.run import RayConfig
     from trainer.run.cluster import start_ray
-    from trainer.run.errors import RunFailed
+    from trainer.run.environment import prepare as prepare_environment
+    from trainer.run.errors import RunFailed, describe
     from trainer.run.quiet import output_to
 
     try:
@@ -69,12 +67,15 @@ def prepare_data(
         work = begun(job)
         with progress("shards") as told, output_to(out.with_name(out.name + ".log")), ExitStack() as stack:
             if work.missing:
+                prepare_environment(ray_address)
                 start_ray(ray, stack)
             manifest = prepare(work, workers, where, told)
     except (SourceError, CheckpointError, ValueError) as error:
         fail(str(error), 2)
-    except (RunFailed, TooManyBroken) as error:
+    except RunFailed as error:
         fail(str(error), 1)
+    except PreparationFailed as error:
+        fail(describe(error), 1)
     except OSError as error:
         fail(f"{error.filename or out}: {error.strerror or error}", 1)
     except KeyboardInterrupt:

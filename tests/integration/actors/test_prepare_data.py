@@ -16,11 +16,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from pyarrow import parquet
 
-from actors.preparing.pipeline import Preparation, TooManyBroken, begun, prepare
+from actors.preparing.pipeline import Preparation, PreparationFailed, TooManyBroken, begun, prepare
 from actors.sources.example import SourceError
 from actors.sources.prepared import PreparedSource
 from diffusion.checkpoint import load_codec
 from tests.mixed_pictures import BROKEN, write_folder
+from trainer.run.errors import describe
 
 BASE = Path(__file__).parents[3] / "recipes" / "glyph-base"
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -77,7 +78,7 @@ def test_the_same_pictures_in_every_form_give_the_same_latents(tmp_path: Path) -
     parquet.write_table(table, tables / "a.parquet", row_group_size=10)
     with pa.ipc.new_stream(str(saved / "data-00000-of-00001.arrow"), table.schema) as stream:
         stream.write_table(table, max_chunksize=10)
-    (saved / "state.json").write_text("{}")
+    (saved / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
     made = {}
     for form in (source, tars, tables, saved):
         out = tmp_path / f"{form.name}-set"
@@ -109,5 +110,10 @@ def test_too_much_broken_is_an_error_that_can_be_allowed(tmp_path: Path) -> None
     assert (tmp_path / "set" / "broken.jsonl").exists()
     assert not (tmp_path / "set" / "prepared.json").exists()
     assert prepare(begun(replace(job, max_broken=0.2))).broken == 7
+    work = begun(replace(job, out=tmp_path / "lost"))
+    (job.source / "metadata.jsonl").unlink()
+    with pytest.raises(PreparationFailed) as error:
+        prepare(work)
+    assert describe(error.value).startswith("FileNotFoundError: ")
     with pytest.raises(SourceError, match="not a multiple of 2"):
-        begun(Preparation(job.source, tmp_path / "other", write_vae(tmp_path / "policy"), 15, 24))
+        begun(Preparation(write_folder(tmp_path / "again", 10), tmp_path / "other", write_vae(tmp_path / "policy"), 15, 24))

@@ -66,6 +66,7 @@ def as_arrow(path: Path) -> Path:
         file = path / split / "data-00000-of-00001.arrow"
         with pa.ipc.new_stream(str(file), table.schema) as stream:
             stream.write_table(table, max_chunksize=4)
+        (path / split / "cache-0123456789abcdef.arrow").write_bytes(file.read_bytes())  # as a `map` leaves it
         (path / split / "state.json").write_text(json.dumps({"_data_files": [{"filename": file.name}], "_fingerprint": "x"}))
     (path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     return path
@@ -233,6 +234,9 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         make_reader(tmp_path / "none", Columns())
     with pytest.raises(SourceError, match="is no source of pictures: give a folder"):
+        make_reader(tmp_path, Columns())
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(SourceError, match="does not name its data files"):
         make_reader(tmp_path, Columns())
 
 
