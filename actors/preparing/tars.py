@@ -24,6 +24,11 @@ def _key(member: tarfile.TarInfo) -> str:
     return folder + slash + name.partition(".")[0]
 
 
+def _kind(member: tarfile.TarInfo) -> str:
+    """What follows the first dot: a sample's `seg.png` is not its `png`."""
+    return member.name.rpartition("/")[2].partition(".")[2].lower()
+
+
 def _samples(tar: tarfile.TarFile) -> Iterator[Sample]:
     for key, members in groupby((member for member in tar if member.isfile()), _key):
         yield key, list(members)
@@ -56,7 +61,7 @@ class TarReader:
             data.seek(piece.at)
             with tarfile.open(fileobj=data, mode="r:") as tar:
                 for key, members in islice(_samples(tar), piece.rows):
-                    yield _record(f"{piece.file}:{key}", tar, {member.name.rpartition(".")[2].lower(): member for member in members})
+                    yield _record(f"{piece.file}:{key}", tar, {_kind(member): member for member in members})
 
 
 def _damage(data: IO[bytes], end: int) -> str | None:

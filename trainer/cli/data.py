@@ -60,7 +60,7 @@ def prepare_data(
         (height, width), *more = parse_sizes(size)
         if more:
             raise ValueError(f"--size {size}: a set has one size")
-        where = str(usable(device))
+        where = device if ray_address and device else usable(device).type  # a cluster may have what this machine lacks
         slices = shard_rows * height * width * 3 * (workers + STORE_SLICES) >> 20
         ray = RayConfig(address=ray_address, cpus=(os.cpu_count() or 1) + workers, object_store_mb=max(256, slices))
         job = Preparation(source.resolve(), out.resolve(), model.resolve(), height, width, shard_rows, max_broken, Columns(image, text))

@@ -43,6 +43,7 @@ def as_tars(path: Path, folder: str = "") -> Path:
         with tarfile.open(path / f"shard-{start:04d}.tar", "w") as tar:
             for number, row in list(enumerate(ROWS))[start : start + 9]:
                 add(tar, f"{folder}{number:06d}.png", row["data"])
+                add(tar, f"{folder}{number:06d}.seg.png", b"a mask")
                 if number % 2:
                     add(tar, f"{folder}{number:06d}.txt", row["text"].encode() + b"\n")
                 else:
@@ -181,7 +182,7 @@ def test_a_damaged_tar_gives_what_it_can_and_is_named(damage: str, tmp_path: Pat
     file = as_tars(tmp_path / "tars") / "shard-0009.tar"
     data = bytearray(file.read_bytes())
     with tarfile.open(file) as tar:
-        sixth = [member for member in tar.getmembers() if member.name.endswith("png")][5]
+        sixth = [member for member in tar.getmembers() if member.name.endswith("png") and "seg" not in member.name][5]
     if damage == "a header overwritten":
         data[sixth.offset : sixth.offset + 512] = b"\x55" * 512
     file.write_bytes(
