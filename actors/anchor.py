@@ -11,7 +11,8 @@ import torch
 from actors.config import DataConfig
 from actors.connect import Target
 from actors.payload import DataPayload, encode
-from actors.sources.draws import data_source, training_batch
+from actors.sources.draws import data_source, training_rows
+from actors.sources.latents import clean_latents
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 
@@ -52,9 +53,10 @@ class AnchorFeeder:
     def make(self, batch: int) -> DataPayload:
         """Anchor batch `batch`: clean latents and their own captions, encoded."""
         sampler = self.spec.sampler
-        captions, pixels = training_batch(self.source, self.spec.data.caption_dropout, self.spec.seed, batch, self.spec.rows, sampler.height, sampler.width)
-        text = self.policy.text_encoder.encode(captions)
-        return DataPayload(self.policy.codec.encode(pixels), text.prompt_embeds, text.pooled)
+        rows = training_rows(self.source, self.spec.data.caption_dropout, self.spec.seed, batch, self.spec.rows)
+        text = self.policy.text_encoder.encode([caption for caption, _ in rows])
+        x0 = clean_latents([example for _, example in rows], self.policy.codec, sampler.height, sampler.width)
+        return DataPayload(x0, text.prompt_embeds, text.pooled)
 
     def run(self) -> int:
         """Feed until stopped; returns how many batches were committed."""

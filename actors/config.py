@@ -12,10 +12,12 @@ from diffusion.config import Strict
 class PromptConfig(Strict):
     """Where prompts come from. They are split into train, dev and test by a hash of the example's id."""
 
-    kind: Literal["data", "glyph", "file", "folder"] = Field(
+    kind: Literal["data", "glyph", "ocr_scenes", "file", "folder"] = Field(
         "data",
-        description="data = captions of the anchor data; glyph = signs with 2 to 4 digits; file = one prompt a line; folder = captions of pictures",
+        description="data = captions of the anchor data; glyph = signs with 2 to 4 digits; ocr_scenes = sentences with a text to be written in quotes; "
+        "file = one prompt a line; folder = captions of pictures",
     )
+    seed: int = Field(0, ge=0, description="kind: ocr_scenes: which of its endless collections; another seed has other prompts")
     path: str | None = Field(None, description="file of prompts (kind: file) or image folder (kind: folder)")
 
     @model_validator(mode="after")
@@ -28,8 +30,12 @@ class PromptConfig(Strict):
 class DataConfig(Strict):
     """Anchor data: the distribution that the data term holds the policy to."""
 
-    kind: Literal["glyph", "folder"] = Field("glyph", description="glyph = rendered signs; folder = images or clips with a metadata.jsonl (file_name, text)")
-    path: str | None = Field(None, description="image folder (kind: folder)")
+    kind: Literal["glyph", "folder", "prepared"] = Field(
+        "glyph",
+        description="glyph = rendered signs; folder = images or clips with a metadata.jsonl (file_name, text); "
+        "prepared = latents that ddrl prepare-data or ddrl presample made",
+    )
+    path: str | None = Field(None, description="image folder (kind: folder) or prepared set (kind: prepared)")
     pairing: Literal["free", "own"] = Field(
         "free", description="free = anchor data is drawn apart from the prompts; own = each rollout's own example is its datum (public DDRL code)"
     )
@@ -38,8 +44,8 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _path_given(self) -> DataConfig:
-        if self.kind == "folder" and not self.path:
-            raise ValueError("data.kind=folder needs data.path")
+        if self.kind != "glyph" and not self.path:
+            raise ValueError(f"data.kind={self.kind} needs data.path")
         return self
 
 

@@ -21,7 +21,9 @@ from safetensors.torch import save
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.pictures import caption, contact_sheet
 from actors.rewards import RunRewards
-from actors.sources.draws import data_source, held_out_batch, held_out_prompts, prompt_source
+from actors.sources.draws import data_source, held_out_prompts, held_out_rows, prompt_source
+from actors.sources.latents import clean_latents
+from actors.sources.prepared import PreparedSource
 from actors.weights import Weights
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
@@ -139,8 +141,8 @@ class Evaluator:
 
     def _losses(self, split: str, points: int) -> tuple[list[str], NDArray[np.float32]]:
         """Captions, and diffusion loss at `points` fixed (sample, time, noise) points; times are spread evenly over the process's range."""
-        captions, pixels = held_out_batch(self.data, split, points, self.spec.sampler.height, self.spec.sampler.width)
-        x0 = self.policy.codec.encode(pixels)
+        captions, examples = map(list, zip(*held_out_rows(self.data, split, points), strict=True))
+        x0 = clean_latents(examples, self.policy.codec, self.spec.sampler.height, self.spec.sampler.width)
         text = self.policy.text_encoder.encode(captions)
         g = generator("evaluation", "loss", split)
         t = (torch.arange(points) + torch.rand(points, generator=g)) / points
@@ -153,7 +155,8 @@ class Evaluator:
         """Digest of what an evaluation is made on: numbers of two runs are paired only where it is the same."""
         sampler, settings = self.spec.sampler, self.spec.evaluation
         sizes = [sampler.eval_steps, sampler.height, sampler.width, settings.diversity_prompts, settings.diversity_samples]
-        drawn = [split, list(prompts), list(captions), *sizes]
+        prepared = [self.data.manifest.digest] if isinstance(self.data, PreparedSource) else []  # other latents may have the same captions
+        drawn = [split, list(prompts), list(captions), *sizes, *prepared]
         return hashlib.blake2b(json.dumps(drawn).encode(), digest_size=8).hexdigest()
 
     def evaluate(self, weights: Weights | None, split: str, step: int, kind: str = "raw", full: bool = True) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from actors.payload import encode
 from actors.rewards import RunRewards
 from actors.sources.draws import prompt_source, training_example
 from actors.sources.example import Example
+from actors.sources.latents import clean_latents
 from actors.weights import pull
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
@@ -258,9 +259,8 @@ class RolloutGenerator:
         if not self.spec.own_data:
             return None
         sampler = self.spec.sampler
-        pixels = example.pixels(sampler.height, sampler.width)
         empty = self.text.get([""])[0] if self.spec.data.caption_dropout > 0 else None
-        return OwnDatum(self.policy.codec.encode(pixels[None])[0], empty)
+        return OwnDatum(clean_latents([example], self.policy.codec, sampler.height, sampler.width)[0], empty)
 
 
 def _reason(stage: str, error: Exception) -> str:

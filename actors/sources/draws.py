@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,28 +11,43 @@ from actors.config import DataConfig, PromptConfig
 from actors.sources.example import DRAWS, Example, Source, SourceError, draw_of
 from actors.sources.folder import FolderSource
 from actors.sources.glyph import GlyphSource
+from actors.sources.ocr_scenes import OCRScenesSource
+from actors.sources.prepared import PreparedSource
 from actors.sources.text import TextSource
 from diffusion.seeds import key
 
+Row = tuple[str, Example]
+"""A caption as the policy is shown it, and the example it is of."""
 Batch = tuple[list[str], NDArray[np.uint8]]
 """Captions and uint8 pixels `[rows, H, W, 3]` (clips: `[rows, T, H, W, 3]`)."""
 
 
-def make_source(kind: str, path: str | None) -> Source:
+def make_source(kind: str, path: str | None, seed: int = 0) -> Source:
     """A source by its kind. Raises SourceError for a file or folder that cannot be used."""
     if kind == "glyph":
         return GlyphSource()
+    if kind == "ocr_scenes":
+        return OCRScenesSource(seed)
+    if kind == "prepared":
+        return PreparedSource(str(path))
     return TextSource(str(path)) if kind == "file" else FolderSource(str(path))
 
 
 def prompt_source(prompts: PromptConfig, data: DataConfig) -> Source:
     """Where prompts come from; `prompts.kind: data` means from the anchor data's examples."""
-    return data_source(data) if prompts.kind == "data" else make_source(prompts.kind, prompts.path)
+    return data_source(data) if prompts.kind == "data" else make_source(prompts.kind, prompts.path, prompts.seed)
 
 
 def data_source(data: DataConfig) -> Source:
     """Where anchor data comes from."""
     return make_source(data.kind, data.path)
+
+
+def listed(source: Source) -> Sequence[Example] | None:
+    """Every example of a source that has a list of them; None of one that draws without end."""
+    if isinstance(source, PreparedSource):
+        return source
+    return source.examples if isinstance(source, TextSource | FolderSource) else None
 
 
 def training_example(source: Source, seed: int, group: int) -> Example:
@@ -58,27 +73,43 @@ def held_out_prompts(source: Source, split: str, n: int) -> list[str]:
     return [example.text for example in held_out_examples(source, split, n)]
 
 
-def training_batch(source: Source, dropout: float, seed: int, batch: int, rows: int, height: int, width: int) -> Batch:
-    """Anchor batch `batch` of the run `seed`, from the train split; a share `dropout` of the captions is empty."""
+def training_rows(source: Source, dropout: float, seed: int, batch: int, rows: int) -> list[Row]:
+    """Rows of anchor batch `batch` of the run `seed`, from the train split; a share `dropout` of the captions is empty."""
 
-    def draw(row: int) -> tuple[str, NDArray[np.uint8]]:
+    def draw(row: int) -> Row:
         rng = np.random.default_rng(key(seed, "anchor", batch, row))
         dropped = rng.uniform() < dropout
         example = draw_of(source, "train", rng)
-        return "" if dropped else example.text, example.pixels(height, width)
+        return "" if dropped else example.text, example
 
-    return _stack(draw(row) for row in range(rows))
+    return [draw(row) for row in range(rows)]
+
+
+def held_out_rows(source: Source, split: str, rows: int) -> list[Row]:
+    """`rows` rows of `split`, the same for every run."""
+    examples = (draw_of(source, split, np.random.default_rng(key("held-out", split, row))) for row in range(rows))
+    return [(example.text, example) for example in examples]
+
+
+def training_batch(source: Source, dropout: float, seed: int, batch: int, rows: int, height: int, width: int) -> Batch:
+    """`training_rows` with their pixels."""
+    return _pictured(training_rows(source, dropout, seed, batch, rows), height, width)
 
 
 def held_out_batch(source: Source, split: str, rows: int, height: int, width: int) -> Batch:
-    """`rows` examples of `split`, the same for every run."""
-    drawn = (draw_of(source, split, np.random.default_rng(key("held-out", split, row))) for row in range(rows))
-    return _stack((example.text, example.pixels(height, width)) for example in drawn)
+    """`held_out_rows` with their pixels."""
+    return _pictured(held_out_rows(source, split, rows), height, width)
 
 
-def _stack(rows: Iterable[tuple[str, NDArray[np.uint8]]]) -> Batch:
-    captions, pixels = zip(*rows, strict=True)
+def pixels_of(examples: Sequence[Example], height: int, width: int) -> NDArray[np.uint8]:
+    """Their pictures, uint8 `[rows, H, W, 3]` (clips: `[rows, T, H, W, 3]`). Raises SourceError."""
+    pixels = [example.pixels(height, width) for example in examples]
     shapes = sorted({picture.shape for picture in pixels})
     if len(shapes) > 1:
         raise SourceError(f"anchor media of different shapes {shapes} stand in one batch; give clips of equal length, or pictures only")
-    return list(captions), np.stack(pixels)
+    return np.stack(pixels)
+
+
+def _pictured(rows: Sequence[Row], height: int, width: int) -> Batch:
+    captions, examples = zip(*rows, strict=True)
+    return list(captions), pixels_of(examples, height, width)

@@ -29,13 +29,22 @@ class Media(Protocol):
         ...
 
 
+class Latent(Protocol):
+    """A clean latent that was made beforehand, in one size."""
+
+    def load(self) -> NDArray[np.float32]:
+        """fp32 `[C, h, w]`. Raises SourceError."""
+        ...
+
+
 @dataclass(frozen=True)
 class Example:
-    """A text and what it describes; `media` is None where a source has texts only. The id names the split."""
+    """A text and what it describes: `media`, or the `latent` of a prepared set, or nothing where a source has texts only. The id names the split."""
 
     id: str
     text: str
     media: Media | None = None
+    latent: Latent | None = None
 
     @property
     def split(self) -> str:
@@ -43,8 +52,10 @@ class Example:
 
     def pixels(self, height: int, width: int) -> NDArray[np.uint8]:
         """Its picture or clip in this size. Raises SourceError when there is none."""
+        if self.media is None and self.latent is not None:
+            raise SourceError(f"example {self.id!r} is of a prepared set, which holds latents and no pictures")
         if self.media is None:
-            raise SourceError(f"example {self.id!r} has a text only, and anchor data needs pictures; set data.kind to glyph or folder")
+            raise SourceError(f"example {self.id!r} has a text only, and anchor data needs pictures; set data.kind to glyph, folder or prepared")
         return self.media.load(height, width)
 
 

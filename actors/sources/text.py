@@ -28,8 +28,7 @@ class TextSource:
     """Texts without media; the text is the id. Raises SourceError for a file that cannot be used."""
 
     def __init__(self, path: str) -> None:
-        self.texts = prompt_lines(path)
+        self.examples = tuple(Example(text, text) for text in prompt_lines(path))
 
     def draw(self, rng: np.random.Generator) -> Example:
-        text = self.texts[int(rng.integers(len(self.texts)))]
-        return Example(text, text)
+        return self.examples[int(rng.integers(len(self.examples)))]

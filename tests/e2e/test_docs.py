@@ -21,6 +21,7 @@ import pytest
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis
+from tests.mixed_pictures import write_folder
 from tests.pipeline import REDUCED, ROOT, command, settings
 from trainer.config.load import load_config
 from trainer.run.folder import RunFolder
@@ -62,7 +63,8 @@ def test_command(line: str, tmp_path: Path) -> None:
 
 def check_ddrl(words: list[str]) -> None:
     """Every option is one of the command's; settings of `train` resolve with its recipe."""
-    usage = subprocess.run(command(words[0], "--help"), cwd=ROOT, text=True, capture_output=True, timeout=60, check=True).stdout
+    named = words[:2] if words[0] == "data" else words[:1]
+    usage = subprocess.run(command(*named, "--help"), cwd=ROOT, text=True, capture_output=True, timeout=60, check=True).stdout
     for option in (w for w in words if w.startswith("--")):
         assert option in usage, option
     if words[0] in ("train", "config"):
@@ -119,7 +121,7 @@ def test_example(page: Path, index: int, code: str, tmp_path: Path) -> None:
 def test_readme_use_it_section_at_reduced_size(tmp_path: Path) -> None:
     """The `ddrl` commands of the README in their order, as one would type them."""
     lines = [shlex.split(line) for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines() if line.startswith(".venv/bin/ddrl")]
-    assert [words[1] for words in lines] == ["config", "train", "train", "report", "replay", "sample"]
+    assert [words[1] for words in lines] == ["config", "train", "train", "report", "replay", "sample", "presample", "prepare-data"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('a sign that says "407"\na sign that says "22"\n')
     done = []
@@ -132,8 +134,19 @@ def test_readme_use_it_section_at_reduced_size(tmp_path: Path) -> None:
         if arguments[0] == "replay":
             arguments = [w.replace("glyph-ocr", "mine") for w in arguments]
         if arguments[0] == "sample":
-            arguments = [w.replace("prompts.txt", str(prompts)) for w in arguments] + ["--out", str(tmp_path / "pictures")]
+            arguments = [w.replace("prompts.txt", str(prompts)) for w in arguments] + ["--out", str(tmp_path / "samples")]
+        if arguments[0] == "presample":
+            arguments = [w.replace("sets/", f"{tmp_path}/").replace("400", "12") for w in arguments]
+        if arguments[0] == "prepare-data":
+            arguments = [
+                "prepare-data",
+                str(write_folder(tmp_path / "source", 20)),
+                *(w.replace("sets/", f"{tmp_path}/") for w in arguments[2:]),
+                "--max-broken",
+                "0.5",
+            ]
         done.append(subprocess.run(command(*arguments), cwd=ROOT, text=True, capture_output=True, timeout=420, check=False))
         assert done[-1].returncode == 0, done[-1].stderr
     assert (tmp_path / "mine" / "comparison.html").exists()
-    assert (tmp_path / "pictures" / "grid.png").exists()
+    assert (tmp_path / "samples" / "grid.png").exists()
+    assert [(tmp_path / name / "prepared.json").exists() for name in ("signs", "pictures")] == [True, True]

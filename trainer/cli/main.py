@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from trainer.cli.clean import clean
+from trainer.cli.data import data, prepare_data
 from trainer.cli.exits import fail as _fail
+from trainer.cli.presample import presample
 from trainer.cli.replay import app as replay
 from trainer.cli.rewards import add_to
 from trainer.cli.sample import sample
@@ -22,6 +24,7 @@ from trainer.run.preflight import check_files
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Data-regularized reinforcement learning of diffusion models.")
 
 app.add_typer(replay, name="replay")
+app.add_typer(data, name="data")
 
 
 def _show_version(wanted: bool) -> None:
@@ -87,6 +90,8 @@ def export(
 
 app.command()(train)
 app.command()(sample)
+app.command()(prepare_data)
+app.command()(presample)
 app.command()(clean)
 add_to(app)
 

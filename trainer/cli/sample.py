@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer.cli.device import Device, usable
 from trainer.cli.exits import fail
 from trainer.cli.policy import PolicySource, policy_source
 from trainer.config.errors import ConfigError
@@ -64,7 +65,7 @@ def sample(
     ema: Annotated[bool, typer.Option("--ema", help="of a run: the averaged weights")] = False,
     seed: Annotated[int, typer.Option(help="seed of every noise")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder of the pictures [default: samples/NAME]", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, … [default: cuda where there is one]", show_default=False)] = None,
+    device: Device = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)] = None,
 ) -> None:
     """Draw pictures: every mix of sizes and steps in one packed batch. Writes PNG files, samples.jsonl and grid.png."""
@@ -87,8 +88,6 @@ def sample(
 def _draw(
     source: PolicySource, file: Path, sizes: list[tuple[int, int]], counts: list[int], n: int | None, noise: bool, seed: int, folder: Path, device: str | None
 ) -> None:
-    import torch
-
     from actors.sources.text import prompt_lines
     from diffusion.checkpoint import load_policy
     from diffusion.engine.engine import StepFailed
@@ -98,11 +97,7 @@ def _draw(
     from diffusion.source import CheckpointError
 
     config, s = source.config, source.config.sampler
-    try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown; not in this build of torch; not in this machine
-        fail(f"--device {device} cannot be used here: {error}", 2)
+    where = usable(device)
     try:
         texts = prompt_lines(str(file))
         choices = [

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion.source import CheckpointError, is_hub_id, locate
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 
+if TYPE_CHECKING:
+    from actors.sources.prepared import PreparedSource
+
 TEXTS_READ = 5000
 """Texts that the policy's encoder is tried on at start."""
+SCENES_READ = 200
+"""Of scenes, which have no end."""
 
 
 def check_files(config: RunConfig) -> None:
@@ -52,17 +57,14 @@ def check_policy(config: RunConfig) -> None:
 
 
 def _texts(config: RunConfig) -> list[str]:
-    """Texts of one's own that the policy is given, at most `TEXTS_READ`; none of a source that draws them."""
-    from actors.sources.draws import data_source, prompt_source
-    from actors.sources.folder import FolderSource
-    from actors.sources.text import TextSource
+    """Texts that the policy is given, at most `TEXTS_READ`: all that are listed, a few of scenes; none of the glyph world's own."""
+    from actors.sources.draws import data_source, held_out_examples, listed, prompt_source
+    from actors.sources.ocr_scenes import OCRScenesSource
 
     found: dict[str, None] = {}
     for source in (prompt_source(config.prompts, config.data), data_source(config.data)):
-        if isinstance(source, TextSource):
-            found |= dict.fromkeys(source.texts)
-        elif isinstance(source, FolderSource):
-            found |= dict.fromkeys(example.text for example in source.examples)
+        examples = held_out_examples(source, "test", SCENES_READ) if isinstance(source, OCRScenesSource) else listed(source) or ()
+        found |= dict.fromkeys(example.text for example in examples[:TEXTS_READ])
     return list(found)[:TEXTS_READ]
 
 
@@ -114,22 +116,53 @@ def _check_prompts(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    from actors.sources.draws import data_source, held_out_batch, training_batch
+    from actors.sources.draws import data_source, held_out_rows, training_rows
+    from actors.sources.prepared import PreparedSource
 
     size = config.sampler.height, config.sampler.width
     try:
         source = data_source(config.data)
-        if config.uses_data:
-            training_batch(source, 0.0, config.seed, 0, 1, *size)
+        if isinstance(source, PreparedSource):
+            _check_prepared(source, config)
+        rows = training_rows(source, 0.0, config.seed, 0, 1) if config.uses_data else []
         for split in ["test"] + ["dev"] * (config.evaluation.every > 0):
-            held_out_batch(source, split, 1, *size)
+            rows += held_out_rows(source, split, 1)
+        for _, example in rows:
+            _ = example.latent.load() if example.latent else example.pixels(*size)
     except ValueError as error:
         raise ConfigError(f"data: {error}") from None
+    if config.data.kind == "prepared":
+        return
     root = Path(str(config.data.path))
     names = [json.loads(line)["file_name"] for line in (root / "metadata.jsonl").read_text().splitlines() if line.strip()]
     absent = [name for name in names if not (root / name).is_file()]
     if absent:
         raise ConfigError(f"data: {len(absent)} of {len(names)} pictures of {root / 'metadata.jsonl'} do not exist; the first: {absent[0]}")
+
+
+def _check_prepared(source: PreparedSource, config: RunConfig) -> None:
+    """A prepared set must be of the policy's codec and of the run's size, and whole. Raises ValueError."""
+    from actors.prepared import shard_file
+    from diffusion.digests import codec_digest
+
+    there, model, size = source.manifest, config.model.path, (config.sampler.height, config.sampler.width)
+    try:
+        codec = codec_digest(Path(model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: the codec of {model} cannot be read: {error}") from None
+    if there.codec != codec:
+        raise ValueError(
+            f"the latents of {source.folder} were made by another codec ({there.codec}, of {there.model}) than the one of {model} ({codec}), "
+            f"which would read them as other pictures; prepare the data with --model {model}"
+        )
+    if (there.height, there.width) != size:
+        raise ValueError(
+            f"{source.folder} was prepared at {there.height}x{there.width} pixels and the run samples {size[0]}x{size[1]}; "
+            "set sampler.height and sampler.width, or prepare the data at that --size"
+        )
+    absent = [number for number in range(there.shards) if not shard_file(source.folder, number).is_file()]
+    if absent:
+        raise ValueError(f"{len(absent)} of {there.shards} shards of {source.folder} are gone, the first: {shard_file(source.folder, absent[0]).name}")
 
 
 def _json(path: Path) -> Any:

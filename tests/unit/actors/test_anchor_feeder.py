@@ -11,7 +11,8 @@ import torch
 from actors.anchor import AnchorFeeder, AnchorSpec
 from actors.config import DataConfig
 from actors.payload import DataPayload, decode_data
-from actors.sources.draws import training_batch
+from actors.prepared import Row, begin, finish, write_shard
+from actors.sources.draws import training_batch, training_rows
 from actors.sources.glyph import GlyphSource
 from diffusion.config import ModelConfig, SamplerConfig
 
@@ -68,3 +69,18 @@ def test_it_feeds_until_stopped_and_a_restart_makes_the_same(policy_folder: Path
     for batch in (0, 1):
         assert torch.equal(first.committed[batch].x0, again.committed[batch].x0)
     assert not torch.equal(first.committed[0].x0, first.committed[1].x0)
+
+
+def test_batches_of_a_prepared_set_are_its_latents(policy_folder: Path, tmp_path: Path) -> None:
+    """As they were stored, without a codec; captions are encoded like any."""
+    begin(tmp_path / "set", {})
+    x0 = np.random.default_rng(0).normal(size=(40, 3, 16, 48)).astype(np.float32)
+    write_shard(tmp_path / "set", 0, x0, [Row(f"sign {i}", f"sign {i}", "", 1, 1) for i in range(40)], [])
+    finish(tmp_path / "set", 1, [], codec="pixels", model="", height=16, width=48, latent=(3, 16, 48))
+    data = DataConfig(kind="prepared", path=str(tmp_path / "set"))
+    made = AnchorFeeder(AnchorSpec(5, ModelConfig(path=str(policy_folder), init=True), SamplerConfig(), data, 4, Ledger(0)))  # type: ignore[arg-type]
+    payload = made.make(3)
+    rows = training_rows(made.source, 0.0, 5, 3, 4)
+    numbers = [int(caption.removeprefix("sign ")) for caption, _ in rows]
+    np.testing.assert_array_equal(payload.x0.numpy(), x0[numbers])
+    assert torch.equal(payload.prompt_embeds, made.policy.text_encoder.encode([caption for caption, _ in rows]).prompt_embeds)

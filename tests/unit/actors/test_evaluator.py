@@ -18,6 +18,7 @@ from safetensors.torch import save
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.evaluator import EvaluationFailed, Evaluator, EvaluatorSpec
 from actors.groups import Weighted
+from actors.prepared import Row, begin, finish, write_shard
 from actors.rewards import RunRewards
 from actors.sources.draws import held_out_prompts
 from actors.sources.glyph import GlyphSource
@@ -179,3 +180,22 @@ def test_the_sample_grid_is_fixed(policy_folder: Path, tmp_path: Path) -> None:
     assert Path(first).read_bytes() == Path(second).read_bytes()
     with Image.open(first) as image:
         assert image.size == (4 * (144 + 8), 2 * (48 + 18))  # five pictures of 48x16, three times as large
+
+
+def test_losses_on_a_prepared_set_are_paired_with_those_on_the_same_set_only(policy_folder: Path, tmp_path: Path) -> None:
+    """Sets of equal captions and other latents are other sets; sets of equal latents have equal losses."""
+    records = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = tmp_path / name
+        begin(folder, {})
+        captions = [f'a sign that says "{i}"' for i in range(100, 200)]
+        x0 = np.random.default_rng(seed).normal(size=(100, 3, 16, 48)).astype(np.float32)
+        write_shard(folder, 0, x0, [Row(text, text, "", 1, 1) for text in captions], [])
+        finish(folder, 1, [], codec="pixels", model="", height=16, width=48, latent=(3, 16, 48))
+        model, sampler = ModelConfig(path=str(policy_folder), init=True), SamplerConfig(eval_steps=2, steps=3, trained_steps=1)
+        data = DataConfig(kind="prepared", path=str(folder))
+        made = Evaluator(EvaluatorSpec(model, sampler, PromptConfig(), data, SETTINGS, REWARDS, str(tmp_path / f"run-{name}")))
+        made.client = Scorer()  # type: ignore[assignment]
+        records.append(made.evaluate(None, "dev", 0))
+    assert records[0]["set"] == records[1]["set"] != records[2]["set"]
+    assert records[0]["diffusion_loss"] == records[1]["diffusion_loss"] != records[2]["diffusion_loss"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from actors.prepared import Row, begin, finish, shard_file, write_shard
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_config
 from trainer.run.preflight import check_files, check_policy
@@ -95,4 +96,47 @@ def test_a_text_that_the_encoder_cannot_take_is_refused(tmp_path: Path) -> None:
     prompts.write_text('a sign that says "123456789"\n')
     config = parse_config({"model": {"path": str(BASE)}, "prompts": {"kind": "file", "path": str(prompts)}})
     with pytest.raises(ConfigError, match=r"prompts: prompt .*123456789"):
+        check_policy(config)
+
+
+def test_scenes_need_an_encoder_that_holds_a_sentence() -> None:
+    config = parse_config({"model": {"path": str(BASE)}, "prompts": {"kind": "ocr_scenes"}})
+    check_files(config)
+    with pytest.raises(ConfigError, match=r"prompts: prompt .* this text encoder holds 10 tokens"):
+        check_policy(config)
+
+
+def prepared(path: Path, codec: str = "pixels", size: tuple[int, int] = (16, 48), captions: int = 80) -> Path:
+    """A set of grey latents, made by a policy in pixel space."""
+    begin(path, {})
+    rows = [Row(f"caption {i}", f"caption {i}", f"{i}.png", 9, 9) for i in range(captions)]
+    write_shard(path, 0, np.zeros((captions, 3, *size), np.float32), rows, [])
+    finish(path, 1, [], codec=codec, model="made/by", height=size[0], width=size[1], latent=(3, *size))
+    return path
+
+
+def test_a_prepared_set_must_be_of_the_runs_codec_and_size(tmp_path: Path) -> None:
+    def tree(path: Path) -> dict[str, Any]:
+        return {"data": {"kind": "prepared", "path": str(path)}, "prompts": {"kind": "glyph"}}
+
+    fits = prepared(tmp_path / "fits")
+    check_files(parse_config({"model": {"path": str(BASE)}} | tree(fits)))
+    assert f"data: the latents of {tmp_path / 'other'} were made by another codec (0a0b, of made/by) than the one of {BASE} (pixels)" in refused(
+        tree(prepared(tmp_path / "other", codec="0a0b"))
+    )
+    assert "was prepared at 32x96 pixels and the run samples 16x48" in refused(tree(prepared(tmp_path / "large", size=(32, 96))))
+    assert "is no prepared set" in refused(tree(tmp_path / "none"))
+    assert "no example of the" in refused(tree(prepared(tmp_path / "one", captions=1)))
+    (fits / "prepared.json").rename(tmp_path / "kept.json")
+    assert "is unfinished" in refused(tree(fits))
+    (tmp_path / "kept.json").rename(fits / "prepared.json")
+    shard_file(fits, 0).unlink()
+    assert "1 of 1 shards of" in refused(tree(fits))
+
+
+def test_captions_of_a_prepared_set_are_prompts_the_encoder_must_take(tmp_path: Path) -> None:
+    tree = {"data": {"kind": "prepared", "path": str(prepared(tmp_path / "set"))}, "evaluation": {"test_prompts": 3, "dev_prompts": 3}}
+    config = parse_config({"model": {"path": str(BASE)}} | tree)
+    check_files(config)
+    with pytest.raises(ConfigError, match="are the same to the text encoder"):  # 80 captions of two words in 64 bins
         check_policy(config)

@@ -1,0 +1,209 @@
+"""A source of pictures to a prepared set, as a Ray Data pipeline: slice → pixels (tasks) → latents (codec actors) → shard.
+
+A row of the pipeline is a slice, so memory is bounded by slices in flight, which Ray Data holds back. Shards that are there are not
+made again. This module alone imports `ray.data`, which costs a second.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from actors.prepared import FORMAT, Broken, Manifest, Row, begin, broken_of, finish, shard_file, write_broken, write_shard
+from actors.preparing.cropping import BrokenPictureError, decode, fitted
+from actors.preparing.readers import Columns, Reader, Slice, fingerprint, make_reader
+from actors.sources.example import SourceError
+from diffusion.checkpoint import load_codec
+from diffusion.digests import codec_digest
+
+BLOCKS = 512
+"""Tasks that a source is divided into, at most."""
+
+
+class PreparationFailed(Exception):
+    """A fault while pictures were read or encoded, which is its cause. What was made is kept."""
+
+
+class TooManyBroken(PreparationFailed):
+    """More inputs are broken than was allowed; the message counts them and says where they are listed."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a set is made of.
+
+    Attributes:
+        source: folder or file of pictures.
+        out: folder of the set.
+        model: policy folder whose codec makes the latents.
+        shard_rows: inputs of a shard.
+        max_broken: share of the inputs that may be broken.
+    """
+
+    source: Path
+    out: Path
+    model: Path
+    height: int
+    width: int
+    shard_rows: int = 64
+    max_broken: float = 0.05
+    columns: Columns = field(default_factory=Columns)
+
+
+def read_slice(reader: Reader, piece: Slice, height: int, width: int) -> tuple[NDArray[np.uint8], list[Row], list[Broken]]:
+    """Pixels `[n, height, width, 3]` of a slice, who they are, and what could not be used."""
+    pixels, rows, broken = [np.empty((0, height, width, 3), np.uint8)], [], []
+    for one in reader.read(piece):
+        if isinstance(one, Broken):
+            broken.append(one)
+            continue
+        try:
+            image = decode(one.data)
+        except BrokenPictureError as error:
+            broken.append(Broken(one.name, str(error)))
+            continue
+        pixels.append(fitted(image, height, width)[None])
+        rows.append(Row(one.id, one.text, one.name, *image.size))
+    return np.concatenate(pixels), rows, broken
+
+
+class ShardWriter:
+    """Encodes the pixels of slices and writes their shards. Plain class; Ray Data makes it an actor."""
+
+    def __init__(self, preparation: Preparation, device: str) -> None:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        self.preparation, self.codec = preparation, load_codec(preparation.model, device)
+
+    def write(self, number: int, pixels: NDArray[np.uint8], rows: list[Row], broken: list[Broken]) -> int:
+        """Write shard `number`; returns how many inputs are broken. A latent that is not finite makes its input one."""
+        p = self.preparation
+        shape = (0, self.codec.channels, *self.codec.latent_size(p.height, p.width))
+        x0 = self.codec.encode(pixels).numpy() if len(pixels) else np.empty(shape, np.float32)
+        finite = [bool(np.isfinite(latent).all()) for latent in x0]
+        broken = broken + [Broken(row.name, "the codec makes a latent of it that is not finite") for row, good in zip(rows, finite, strict=True) if not good]
+        write_shard(p.out, number, x0[np.array(finite, bool)], [row for row, good in zip(rows, finite, strict=True) if good], broken)
+        return len(broken)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        p, found = self.preparation, []
+        for number, data, about in zip(batch["number"], batch["pixels"], batch["about"], strict=True):
+            told = json.loads(about)
+            pixels = np.frombuffer(data, np.uint8).reshape(-1, p.height, p.width, 3)
+            found.append(self.write(int(number), pixels, [Row(**row) for row in told["rows"]], [Broken(**one) for one in told["broken"]]))
+        return {"number": batch["number"], "broken": found}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A preparation that was begun: its slices, which of their shards are missing, and what could not even be sliced.
+
+    `about` is what the manifest says of codec and size.
+    """
+
+    preparation: Preparation
+    reader: Reader
+    slices: list[Slice]
+    unread: list[Broken]
+    missing: list[int]
+    about: dict[str, Any]
+
+
+def begun(p: Preparation) -> Work:
+    """Look the source through and begin the set, or go on with it. Needs no Ray.
+
+    Raises:
+        SourceError: a source, a size or an `out` that cannot be used.
+        CheckpointError: a policy folder without a codec that can be read.
+    """
+    codec = load_codec(p.model)
+    try:
+        latent = (codec.channels, *codec.latent_size(p.height, p.width))
+    except ValueError as error:
+        raise SourceError(str(error)) from None
+    reader = make_reader(p.source, p.columns)
+    pieces = list(reader.plan(p.shard_rows))
+    slices = [piece for piece in pieces if isinstance(piece, Slice)]
+    unread = [piece for piece in pieces if isinstance(piece, Broken)]
+    if not slices:
+        raise SourceError(f"{p.source} holds no pictures" + (f"; {unread[0].name}: {unread[0].reason}" if unread else ""))
+    about = {"codec": codec_digest(p.model), "height": p.height, "width": p.width}
+    origin = fingerprint(p.source if p.source.is_dir() else p.source.parent, pieces)
+    begin(p.out, {"format": FORMAT, "source": origin, **about, "shard_rows": p.shard_rows, "image": p.columns.image, "text": p.columns.text})
+    missing = [number for number in range(len(slices)) if not shard_file(p.out, number).exists()]
+    return Work(p, reader, slices, unread, missing, about | {"model": str(p.model.resolve()), "latent": latent})
+
+
+def prepare(work: Work, workers: int = 1, device: str = "cpu", progress: Callable[[int, int], None] | None = None) -> Manifest:
+    """Make what is missing, and finish the set. Ray must be up where something is.
+
+    Args:
+        workers: codec actors; on `cuda` each has a GPU.
+        progress: told how many shards there are, and of how many.
+
+    Raises:
+        PreparationFailed: a worker failed.
+        TooManyBroken: see there; broken.jsonl lists them, and what was made is kept.
+    """
+    shards = len(work.slices)
+    broken = len(work.unread) + sum(1 for _ in broken_of(work.preparation.out, shards))
+    _check(work, broken)
+    for done, found in enumerate(_run(work, workers, device), shards - len(work.missing) + 1):
+        broken += found
+        _check(work, broken)
+        if progress is not None:
+            progress(done, shards)
+    return finish(work.preparation.out, shards, work.unread, **work.about)
+
+
+def _check(work: Work, broken: int) -> None:
+    """Nothing that comes later can mend a share that is too large already."""
+    p, total = work.preparation, sum(piece.rows for piece in work.slices) + len(work.unread)
+    if broken <= p.max_broken * total:
+        return
+    known = [*work.unread, *broken_of(p.out, len(work.slices))]
+    write_broken(p.out, known)
+    first = "; ".join(f"{one.name}: {one.reason}" for one in known[:3])
+    raise TooManyBroken(
+        f"{broken} of {total} inputs are broken already, more than --max-broken {p.max_broken:g} allows ({first}); all are in {p.out / 'broken.jsonl'}; "
+        "mend the source, or allow more and run the command again"
+    )
+
+
+def _run(work: Work, workers: int, device: str) -> Iterator[int]:
+    """Make the missing shards, in whatever order; yields how many inputs of each are broken."""
+    if not work.missing:
+        return
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    p, reader, items = work.preparation, work.reader, [asdict(work.slices[number]) | {"number": number} for number in work.missing]
+
+    def pixels(row: dict[str, Any]) -> dict[str, Any]:
+        picture, rows, broken = read_slice(reader, Slice(row["file"], row["first"], row["rows"], row["at"]), p.height, p.width)
+        about = json.dumps({"rows": [asdict(one) for one in rows], "broken": [asdict(one) for one in broken]})
+        return {"number": row["number"], "pixels": picture.tobytes(), "about": about}
+
+    shards = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map(pixels)
+    written = shards.map_batches(
+        ShardWriter,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
+        fn_constructor_kwargs={"preparation": p, "device": device},
+        num_gpus=1 if device != "cpu" else 0,
+    )
+    try:
+        for row in written.iter_rows():
+            yield int(row["broken"])
+    except ray.exceptions.RayError as error:
+        raise PreparationFailed("a worker failed") from error

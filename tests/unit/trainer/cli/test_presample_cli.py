@@ -1,0 +1,122 @@
+"""`ddrl presample`: exactly N of each prompt, the same set whenever it was stopped, and anchor data that a run takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from actors.prepared import read_header, shard_file
+from actors.preparing.presampling import chosen
+from actors.sources.example import SourceError, split_of
+from actors.sources.glyph import GlyphSource
+from actors.sources.prepared import PreparedSource
+from actors.sources.text import TextSource
+from diffusion.checkpoint import load_policy
+from diffusion.config import ModelConfig
+from diffusion.engine.engine import Engine
+from diffusion.engine.request import SampleRequest
+from diffusion.seeds import key
+from trainer.cli.main import app
+from trainer.config.load import parse_config
+from trainer.run.preflight import check_files
+
+ROOT = Path(__file__).parents[4]
+BASE = str(ROOT / "recipes" / "glyph-base")
+
+
+def presample(out: Path, *arguments: str, prompts: str = "10", per_prompt: str = "4") -> tuple[int, str, str]:
+    line = ["presample", str(ROOT / "recipes" / "glyph-ocr.yaml"), "--out", str(out), "--set", f"model.path={BASE}", "--steps", "2", "--shard-rows", "12"]
+    done = CliRunner().invoke(app, [*line, "--prompts", prompts, "--per-prompt", per_prompt, *arguments])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def manifest(out: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((out / "prepared.json").read_text())
+    return found
+
+
+def test_exactly_n_of_each_prompt_and_what_the_policy_draws(tmp_path: Path) -> None:
+    code, stdout, stderr = presample(tmp_path / "set")
+    assert (code, stderr) == (0, "")
+    assert "40 examples" in stdout
+    examples = PreparedSource(str(tmp_path / "set"))
+    assert set(Counter(example.text for example in examples).values()) == {4}
+    assert len({example.text for example in examples}) == 10
+    assert all(example.id == example.text for example in examples)  # so that samples of a prompt stand in one split
+    assert len(list((tmp_path / "set" / "shards").iterdir())) == 4
+    latents = [example.latent.load() for example in examples if example.latent]
+    assert len({latent.tobytes() for latent in latents}) == 40
+    policy = load_policy(ModelConfig(path=BASE))
+    request = SampleRequest((3, 16, 48), 2, prompt=examples[16].text, n=4, seed=key(0, "presample"), group=4, kernel="ddim_eta")
+    alone = Engine(policy.transformer, policy.process, 16384, "float32", policy.text_encoder).run([request])
+    torch.testing.assert_close(torch.from_numpy(np.stack(latents[16:20])), torch.stack([t.latent for t in alone]), atol=1e-5, rtol=0)
+
+
+def test_stopped_anywhere_it_makes_the_same_set(tmp_path: Path) -> None:
+    assert presample(tmp_path / "set")[0] == 0
+    shutil.copytree(tmp_path / "set", tmp_path / "stopped")
+    for name in ("prepared.json", "index.parquet", "broken.jsonl"):
+        (tmp_path / "stopped" / name).unlink()
+    kept = shard_file(tmp_path / "stopped", 0).stat().st_mtime_ns
+    for number in (1, 3):
+        shard_file(tmp_path / "stopped", number).unlink()
+    (tmp_path / "stopped" / "shards" / "00001.safetensors.77.partial").write_bytes(b"half a shard")
+    assert presample(tmp_path / "stopped")[0] == 0
+    assert manifest(tmp_path / "stopped") == manifest(tmp_path / "set")
+    assert shard_file(tmp_path / "stopped", 0).stat().st_mtime_ns == kept
+    assert not list((tmp_path / "stopped").rglob("*.partial"))
+
+
+def test_another_seed_or_policy_is_another_set(tmp_path: Path) -> None:
+    assert presample(tmp_path / "set", prompts="3")[0] == 0
+    for change, said in (
+        (("--seed", "1"), "seed is 0 there and 1 now"),
+        (("--set", "model.init=true"), "network is"),
+        (("--guidance", "3"), "guidance is 1.0 there and 3.0 now"),
+    ):
+        code, _, stderr = presample(tmp_path / "set", *change, prompts="3")
+        assert (code, said in stderr) == (2, True), stderr
+    assert presample(tmp_path / "other", "--seed", "1", prompts="3")[0] == 0
+    assert manifest(tmp_path / "other")["digest"] != manifest(tmp_path / "set")["digest"]
+    assert read_header(shard_file(tmp_path / "other", 0))[1].rows == read_header(shard_file(tmp_path / "set", 0))[1].rows
+
+
+def test_a_run_takes_the_set_as_its_anchor_data(tmp_path: Path) -> None:
+    assert presample(tmp_path / "set", prompts="60", per_prompt="1")[0] == 0
+    check_files(parse_config({"model": {"path": BASE}, "data": {"kind": "prepared", "path": str(tmp_path / "set")}, "prompts": {"kind": "glyph"}}))
+
+
+def test_prompts_are_the_sources_own(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f'a sign that says "{i}"\n' for i in range(30)))
+    listed, drawn = TextSource(str(file)), GlyphSource()
+    assert [example.text for example in chosen(listed, None)] == [example.text for example in listed.examples]
+    assert chosen(listed, 7) == list(listed.examples[:7])
+    assert [example.text for example in chosen(drawn, 40)[:9]] == [example.text for example in chosen(drawn, 9)]
+    assert {split_of(example.id) for example in chosen(drawn, 60)} == {"train", "dev", "test"}
+    with pytest.raises(SourceError, match="only 30 distinct prompts, 31 were asked for"):
+        chosen(listed, 31)
+    with pytest.raises(SourceError, match="have no end; say with --prompts"):
+        chosen(drawn, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu7"], "--device tpu7 cannot be used here"),
+        (["--set", "sampler.width=47"], "not a multiple"),
+        (["--set", "prompts.kind=ocr_scenes"], "this text encoder holds 10 tokens"),
+        (["--set", "sampler.kernal=cps"], "did you mean"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    code, _, stderr = presample(tmp_path / "set", *arguments)
+    assert (code, message in stderr) == (2, True), stderr
+    assert len(stderr.splitlines()) == 1
