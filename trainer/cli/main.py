@@ -10,6 +10,7 @@ import typer
 
 from trainer.cli.clean import clean
 from trainer.cli.exits import fail as _fail
+from trainer.cli.plan import plan
 from trainer.cli.replay import app as replay
 from trainer.cli.rewards import add_to
 from trainer.cli.sample import sample
@@ -86,6 +87,7 @@ def export(
 
 
 app.command()(train)
+app.command()(plan)
 app.command()(sample)
 app.command()(clean)
 add_to(app)

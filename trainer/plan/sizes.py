@@ -6,11 +6,13 @@ The network is built on the meta device by the code that trains it, adapters inc
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion.config import LoRAConfig
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
@@ -49,6 +51,7 @@ class Sizes:
         shape: latent of one sample.
         prompt: tokens and channels of an encoded prompt, and channels of its pooled vector.
         vae_config: keys of the VAE's config.json, {} without one.
+        encoder_classes: classes of the text encoders.
         origin: where the configuration was read.
     """
 
@@ -59,6 +62,7 @@ class Sizes:
     shape: tuple[int, ...]
     prompt: tuple[int, int, int]
     vae_config: dict[str, Any]
+    encoder_classes: tuple[str, ...]
     origin: str
 
     @property
@@ -79,6 +83,12 @@ class Sizes:
     def published_values(self) -> int:
         """Values of a version of the weights: what is trained; with the buffers where all of it is."""
         return self.transformer.trained if self.adapted else self.transformer.values
+
+    @cached_property
+    def adapted_weights(self) -> int:
+        """Values of the weights that adapters stand beside."""
+        state = dict(self.network.named_parameters())
+        return sum(state[name.replace("lora_A.", "")].numel() for name in state if name.endswith("lora_A.weight"))
 
     @property
     def latent_values(self) -> int:
@@ -127,23 +137,8 @@ def read_parts(path: str) -> tuple[Parts, str]:
 
 def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
     """The numbers of `config`'s policy. Raises ConfigError for a policy, targets or a size that do not work."""
-    import torch
-
-    from diffusion.families.registry import FAMILIES
-    from diffusion.lora import add_lora
-
     parts, origin = read_parts(config.model.path)
-    values = parts["transformer"]
-    if values.get("_class_name") not in FAMILIES:
-        raise ConfigError(f"{origin}: the network is a {values.get('_class_name')}; this build knows {', '.join(FAMILIES)}")
-    family = FAMILIES[values["_class_name"]]
-    try:
-        with torch.device("meta"):
-            network = family.build(values, "sdpa")
-        if config.model.lora.rank:
-            add_lora(network, config.model.lora, torch.Generator())
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{origin}: {error}") from None
+    network, video = _network(json.dumps(parts["transformer"], sort_keys=True), config.model.lora, origin)
     transformer = Component(
         "transformer",
         sum(p.numel() for p in network.parameters()),
@@ -152,29 +147,62 @@ def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
     )
     vae, vae_config = _vae(parts)
     encoders = tuple(Component(name, encoder_parameters(parts[name])) for name in ENCODERS if name in parts)
-    shape = _latent(config, assumptions, vae_config, network.config.in_channels, family.video)
+    shape = _latent(config, assumptions, vae_config, network.config.in_channels, video)
     try:
         network.tokens(shape)
     except ValueError as error:
         raise ConfigError(f"sampler.height, sampler.width: {error}") from None
-    channels = values.get("joint_attention_dim", values.get("text_dim", 4096))
-    tokens = assumptions.prompt_tokens or sum(prompt_tokens(parts[name]) for name in ("text_encoder", "text_encoder_3") if name in parts)
-    prompt = (tokens, channels, values.get("pooled_projection_dim", 0))
-    return Sizes(network, transformer, vae, encoders, shape, prompt, vae_config, origin)
+    values = parts["transformer"]
+    channels = int(values.get("joint_attention_dim") or values.get("text_dim") or 4096)
+    tokens: int = assumptions.prompt_tokens or sum(prompt_tokens(parts[name]) for name in ("text_encoder", "text_encoder_3") if name in parts)
+    prompt = (tokens, channels, int(values.get("pooled_projection_dim", 0)))
+    return Sizes(network, transformer, vae, encoders, shape, prompt, vae_config, tuple(_class_of(parts[name]) for name in ENCODERS if name in parts), origin)
+
+
+def _class_of(values: dict[str, Any]) -> str:
+    """Class of a part: diffusers writes it under `_class_name`, transformers under `architectures`."""
+    return str(values.get("_class_name") or next(iter(values.get("architectures", ())), "?"))
+
+
+@cache
+def _network(values: str, lora: LoRAConfig, origin: str) -> tuple[PackedModel, bool]:
+    """The network of a config.json on the meta device, and whether it samples video. Raises ConfigError."""
+    import torch
+
+    from diffusion.families.registry import FAMILIES
+    from diffusion.lora import add_lora
+
+    keys = json.loads(values)
+    if keys.get("_class_name") not in FAMILIES:
+        raise ConfigError(f"{origin}: the network is a {keys.get('_class_name')}; this build knows {', '.join(FAMILIES)}")
+    family = FAMILIES[keys["_class_name"]]
+    try:
+        with torch.device("meta"):
+            network = family.build(keys, "sdpa")
+        if lora.rank:
+            add_lora(network, lora, torch.Generator())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    return network, family.video
 
 
 def _vae(parts: Parts) -> tuple[Component | None, dict[str, Any]]:
     if "vae" not in parts:
         return None, {}
-    values = parts["vae"]
-    vae = build_vae(values)
-    return Component("vae", sum(p.numel() for p in vae.parameters())), values
+    return _vae_component(json.dumps(parts["vae"], sort_keys=True)), parts["vae"]
+
+
+@cache
+def _vae_component(values: str) -> Component:
+    return Component("vae", sum(p.numel() for p in build_vae(json.loads(values)).parameters()))
 
 
 def build_vae(values: dict[str, Any]) -> Any:
     """A diffusers autoencoder on the meta device. Raises ConfigError for a class that is none."""
-    import diffusers
     import torch
+
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # where it has no kernels for this machine, it says so at length
+    import diffusers
 
     name = values.get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderKLWan"):
