@@ -54,11 +54,12 @@ def plan(
 
 def _refusal(plan: Plan) -> str:
     """Why the recipe does not fit, and the nearest change."""
-    first = next(f for f in plan.findings if f.level == "error")
+    first, *more = (f for f in plan.findings if f.level == "error")
     nearest = plan.nearest
+    others = f" (and {len(more)} more)" if more else ""
     if nearest is not None:
-        return f"does not fit: {first.message}. Nearest change: {nearest.name} ({' '.join(nearest.keys)})"
-    return f"does not fit: {first.message}" + (". No change that is known here makes it fit" if plan.changes else "")
+        return f"does not fit: {first.message}{others}. Nearest change: {nearest.name} ({' '.join(nearest.keys)})"
+    return f"does not fit: {first.message}{others}" + (". No change that is known here makes it fit" if plan.changes else "")
 
 
 def show(plan: Plan) -> None:

@@ -30,6 +30,9 @@ SMALLEST = 256
 """Edge in pixels below which no smaller picture is proposed."""
 
 
+GPU_CHANGE = "another GPU"
+
+
 @dataclass
 class Device:
     """A GPU and what lies on it."""
@@ -201,7 +204,7 @@ def _picture(s: Setting) -> Iterator[Step]:
 def _gpu(s: Setting) -> Iterator[Step]:
     for gpu in sorted(GPUS.values(), key=lambda g: g.memory):
         if gpu.memory > s.gpu.memory:
-            yield "another GPU", (f"--gpu {gpu.name}",), True, Setting(s.config, s.assumptions, gpu, s.count)
+            yield GPU_CHANGE, (f"--gpu {gpu.name}",), True, Setting(s.config, s.assumptions, gpu, s.count)
 
 
 def _count(s: Setting) -> Iterator[Step]:
@@ -220,8 +223,8 @@ CHANGES: tuple[Callable[[Setting], Iterator[Step]], ...] = (_recompute, _adapter
 
 
 def changes(setting: Setting) -> list[Change]:
-    """Ways to make a run fit that does not: the first of each kind that suffices alone, else its furthest; where none that this build can make
-    does, all kinds one on the other until it fits."""
+    """Ways to make a run fit that does not: the first of each kind that suffices alone, else its furthest; where none on the same GPUs does that this
+    build can make, all kinds one on the other until it fits, before another GPU."""
     if setting.placement().homeless:
         return [_tried(step) for step in _count(setting)]
     found = []
@@ -229,13 +232,23 @@ def changes(setting: Setting) -> list[Change]:
         tried = [_tried(step) for step in kind(setting) if step[3] is not None]
         if tried:
             found.append(next((c for c in tried if c.fits), tried[-1]))
-    if any(c.fits and c.available for c in found):
+    if any(c.fits and c.available for c in found if c.name != GPU_CHANGE):
         return found
+    for kinds in (CHANGES[:-1], CHANGES):
+        together = _together(setting, kinds)
+        if together is not None:
+            others = [c for c in found if c.name == GPU_CHANGE]
+            return [*(c for c in found if c.name != GPU_CHANGE), together, *others]
+    return found
+
+
+def _together(setting: Setting, kinds: tuple[Callable[[Setting], Iterator[Step]], ...]) -> Change | None:
+    """Changes of these kinds that this build can make, one on the other, until the run fits; None where it never does."""
     names: list[str] = []
     keys: list[str] = []
     now = setting
-    for kind in CHANGES:
-        best = None
+    for kind in kinds:
+        best: Step | None = None
         for step in kind(now):
             if step[3] is None or not step[2]:
                 continue
@@ -249,8 +262,8 @@ def changes(setting: Setting) -> list[Change]:
         keys.extend(best[1])
         placement = now.placement()
         if placement.fits:
-            return [*found, Change(" and ".join(names), tuple(keys), True, True, placement.most)]
-    return found
+            return Change(" and ".join(names), tuple(keys), True, True, placement.most)
+    return None
 
 
 def _tried(step: Step) -> Change:

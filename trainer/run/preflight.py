@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
+from trainer.plan.published import published
 
 TEXTS_READ = 5000
 """Texts that the policy's encoder is tried on at start."""
@@ -66,7 +67,12 @@ def _texts(config: RunConfig) -> list[str]:
 
 def _check_model(folder: Path, init: bool) -> None:
     if not folder.is_dir():
-        raise ConfigError(f"model.path: checkpoint folder {folder} does not exist; give a folder in diffusers' layout")
+        remedy = "give a folder in diffusers' layout"
+        if published(str(folder)):
+            remedy = (
+                f"it is the hub id of a published policy: download that (hf download {folder} --local-dir FOLDER) and give its folder; ddrl plan works without"
+            )
+        raise ConfigError(f"model.path: checkpoint folder {folder} does not exist; {remedy}")
     for name in ("transformer/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
         if not isinstance(_json(folder / name), dict):
             raise ConfigError(f"model.path: {folder / name} is missing or no JSON object; give a folder in diffusers' layout")
