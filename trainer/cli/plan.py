@@ -84,8 +84,10 @@ def show(plan: Plan) -> None:
         colour = {"error": "red", "warning": "yellow", "note": "dim"}[finding.level]
         console.print(f"[{colour}]{finding.level}[/]: {finding.message}")
     for change in plan.changes:
-        ending = "fits" if change.fits else "does not fit alone"
-        console.print(f"  {change.name} ({' '.join(change.keys)}): {change.most / GB:.1f} GB, {ending}{'' if change.available else '; not in this build'}")
+        ending = "fits" if change.fits else "not enough alone"
+        console.print(
+            f"  {change.name} ({' '.join(change.keys)}): {change.most / GB:.1f} GB a GPU, {ending}{'' if change.available else '; not in this build'}"
+        )
     console.print("[green]fits[/]" if plan.fits else "[red]does not fit[/]")
 
 

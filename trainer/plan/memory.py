@@ -4,7 +4,8 @@ A learner rank of R, with P parameters of which T are trained (fp32 masters, as 
 
     weights 4 P / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P (reverse KL, full training)
     gradients  4 T while several passes accumulate (FSDP keeps them whole then), 4 T / R with one pass
-    gathered   with R > 1, the root and two blocks (one in use, one fetched ahead) in fp32; everything without shard_blocks
+    gathered   with R > 1, the root and three blocks in fp32 (one in use, one fetched ahead, the buffer it arrives in); everything without
+               shard_blocks
     casts      2 P under bf16 autocast, kept by autograd from a block's forward to its backward; one block's where blocks are recomputed
     activations  of the rows of one pass, as the network counts them (`PackedModel.saved`)
 
@@ -98,7 +99,7 @@ def learner_rank(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> t
     sharded = config.learner.shard_blocks
     whole = passes > 1 or ranks == 1
     gradients = trained if whole else trained / ranks + (min(trained, 2 * largest) if sharded else 0)
-    gathered = 0.0 if ranks == 1 else (min(parameters, MASTER * sizes.root + 2 * largest) if sharded else parameters)
+    gathered = 0.0 if ranks == 1 else (min(parameters, MASTER * sizes.root + 3 * largest) if sharded else parameters)
     one_block = assumptions.recompute and sizes.adapted
     casts = 0.0 if e == 4 else 2 * (max(sizes.blocks) if one_block else network.parameters)
     activations = rows * saved.peak(assumptions.recompute)
@@ -108,7 +109,11 @@ def learner_rank(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> t
         Part("optimiser", 2 * trained / ranks, "AdamW's two moments, fp32"),
         Part("average", trained / ranks if config.optimizer.ema else 0.0, "moving average of the weights, fp32"),
         Part("gradients", gradients, f"whole while {passes} passes accumulate" if whole else "of one pass, sharded"),
-        Part("gathered weights", gathered, "root and two blocks in fp32" if sharded else "the whole network in fp32: shard_blocks is false"),
+        Part(
+            "gathered weights",
+            gathered,
+            "root and three blocks in fp32: in use, fetched ahead, arriving" if sharded else "the whole network in fp32: shard_blocks is false",
+        ),
         Part("casts of weights", casts, "bf16, kept for the backward pass"),
         Part("activations", activations, f"{rows} rows a pass, {how}"),
         Part("rows of a pass", rows * (sizes.prompt_values + 4 * sizes.latent_values) * 4.0 + 6 * rows * sizes.latent_values * 8.0, "inputs; moments in fp64"),

@@ -92,7 +92,7 @@ def make_plan(config: RunConfig, gpu: GPU, count: int, assumptions: Assumptions,
         work=work,
         placement=placement,
         findings=tuple(found),
-        changes=() if placement.fits else tuple(changes(setting)),
+        changes=(*_stores(config, storage, placement), *(() if placement.fits else changes(setting))),
     )
 
 
@@ -123,6 +123,16 @@ def _stored(config: RunConfig, storage: Storage) -> list[Finding]:
             f"what is kept between checkpoints, {sums} = {storage.retained / GB:.1f} GB, exceeds replay.max_bytes ({storage.budget / GB:.1f} GB): {remedy}"
         )
         found.append(Finding("error", "budget", message))
+    return found
+
+
+def _stores(config: RunConfig, storage: Storage, placement: Placement) -> list[Change]:
+    """Changes that make payloads fit; the run then fits where its GPUs hold it."""
+    found = []
+    if config.replay.payloads == "redis" and max(storage.group, storage.data) > REDIS_VALUE:
+        found.append(Change("payloads in a shared folder", ("replay.payloads=/FOLDER",), True, placement.fits, placement.most))
+    if storage.retained > storage.budget:
+        found.append(Change("more room for payloads", (f"replay.max_bytes={_rounded(storage.retained)}",), True, placement.fits, placement.most))
     return found
 
 

@@ -41,7 +41,7 @@ def test_full_training_over_eight_ranks() -> None:
     assert found["gradients"] == P * 4  # several passes accumulate
     assert found["casts of weights"] == P * 2
     sizes = sizes_of(recipe(), Assumptions())
-    assert found["gathered weights"] == 4 * (sizes.root + 2 * max(sizes.blocks))
+    assert found["gathered weights"] == 4 * (sizes.root + 3 * max(sizes.blocks))
 
 
 def test_rows_and_passes() -> None:

@@ -51,7 +51,9 @@ def test_payloads_must_fit_their_store() -> None:
     assert budget.level == "error"
     wanted = int(budget.message.split("replay.max_bytes=")[1].split(",")[0])
     assert wanted >= plan.storage.retained
-    assert "budget" not in kinds(planned(sd35("checkpoint_every=100", f"replay.max_bytes={wanted}")))
+    assert plan.nearest is not None
+    assert plan.nearest.keys == (f"replay.max_bytes={wanted}",)
+    assert planned(sd35("checkpoint_every=100", f"replay.max_bytes={wanted}")).fits
 
 
 def test_gpus_that_nobody_uses() -> None:
