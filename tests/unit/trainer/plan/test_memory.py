@@ -82,14 +82,14 @@ def test_what_a_reference_and_one_unit_take() -> None:
 
 
 def test_loading_is_said_where_it_takes_most() -> None:
-    config = recipe(model={"path": MEDIUM, "dtype": "bfloat16", "lora": {"rank": 4}}, learner={"ranks": 8, "micro_batch": 1})
+    config = recipe(model={"path": MEDIUM, "dtype": "float32", "lora": {"rank": 4}}, learner={"ranks": 8, "micro_batch": 1})
     sizes = sizes_of(config, Assumptions())
     total = sum(part.bytes for part in learner_rank(config, sizes, Assumptions()))
     assert total == pytest.approx(4 * (sizes.transformer.values + VAE))
 
 
 def test_a_generator() -> None:
-    config = recipe(sampler={"guidance": 4.5})
+    config = recipe(sampler={"guidance": 4.5, "max_tokens": 50_000})
     sizes = sizes_of(config, Assumptions())
     vae = vae_pass(sizes, 512, 512)
     found = {part.name: part for part in generator(config, sizes, vae, Assumptions())}

@@ -59,7 +59,7 @@ def test_payloads_must_fit_their_store() -> None:
 def test_gpus_that_nobody_uses() -> None:
     assert kinds(planned(sd35(), count=8))["idle"] == "warning"
     assert kinds(planned(parse_config({}), count=1))["cpu"] == "warning"
-    assert kinds(planned(parse_config({}), count=0)) == {}
+    assert kinds(planned(parse_config({}), count=0)) == {"gradients": "note"}
 
 
 def test_gradients_of_several_passes_are_told() -> None:

@@ -36,16 +36,16 @@ def test_a_group(members: int, trained: int, steps: int, kernel: str, own: bool)
     states = torch.zeros(members, trained, *shape)
     payload = GroupPayload(
         x=states,
-        x_next=states,
+        x_next=states.clone(),
         log_prob=torch.zeros(members, trained, dtype=torch.float64),
         trained=torch.arange(trained),
         times=torch.zeros(steps + 1),
         prompt_embeds=text,
         pooled=pooled,
-        previous=states if kernel == "edm_2ab" else None,
+        previous=states.clone() if kernel == "edm_2ab" else None,
         x0=torch.zeros(shape) if own else None,
-        empty_embeds=text if own else None,
-        empty_pooled=pooled if own else None,
+        empty_embeds=text.clone() if own else None,
+        empty_pooled=pooled.clone() if own else None,
     )
     planned = group_bytes(config, sizes_of(config, Assumptions()))
     assert planned <= len(encode(payload)) <= planned + HEADER
