@@ -4,7 +4,7 @@
 
 Networks have the public sizes of SD3.5-medium and Wan 2.1 1.3B and random weights, which all sides share; a forward pass is
 one denoising step without guidance. All sides take turns in every repeat; figures are medians with their range.
-Utilisation is the forward's floating-point operations (`benchmarks/networks/flops.py`) over its time, as a share of what a
+Utilisation is the forward's floating-point operations (`PackedModel.forward_flops`) over its time, as a share of what a
 large matrix product reaches in the same repeat. `--size tiny --device cpu` checks that everything runs; it measures nothing.
 """
 

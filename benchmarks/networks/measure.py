@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.networks.flops import forward_flops
 from benchmarks.networks.workloads import Batch, Networks, Workload
 
 
@@ -109,7 +108,7 @@ def measure_batch(workload: Workload, networks: Networks, size: int, plan: Plan,
             times[name].append(timed(sides[name], count, plan.device))
 
     tokens = sum(networks.eager.packed_tokens(shape, workload.prompt) for shape in workload.shapes_of(size))
-    flops = sum(forward_flops(workload.config, shape, workload.prompt) for shape in workload.shapes_of(size))
+    flops = sum(networks.eager.forward_flops(shape, workload.prompt) for shape in workload.shapes_of(size))
     for name, seconds in times.items():
         rows[name]["seconds"] = spread_of(seconds)
         rows[name]["samples_per_s"] = spread_of([size / s for s in seconds])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any, ClassVar, Protocol, cast
 
@@ -38,6 +38,28 @@ def known_keys(config: type[Any], values: dict[str, Any], family: str) -> dict[s
     if extra:
         raise ValueError(f"{family} config has keys this model does not know: {', '.join(sorted(extra))}")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes of activations of one request that training keeps for its backward pass; weights, and copies of them, not counted.
+
+    Attributes:
+        blocks: of each block, when nothing is recomputed.
+        inputs: of each block's input, which is all that is kept of a block that is recomputed.
+        ends: of what lies before and behind the blocks.
+        gradients: most bytes of gradients of activations that live at a time beside them.
+    """
+
+    blocks: tuple[int, ...]
+    inputs: tuple[int, ...]
+    ends: int
+    gradients: int
+
+    def peak(self, recompute: bool) -> int:
+        """Most bytes at a time, with every block recomputed or none."""
+        kept = sum(self.inputs) + max(self.blocks) if recompute else sum(self.blocks)
+        return kept + self.ends + self.gradients
 
 
 class Block(nn.Module):
@@ -119,6 +141,21 @@ class PackedModel(nn.Module, ABC):
         """Bytes of activations a packed token needs at the peak of an inference forward, values of `itemsize` bytes.
 
         An upper estimate from the architecture, for batches of mixed sizes; weights, and what is per request, not counted.
+        """
+
+    @abstractmethod
+    def forward_flops(self, shape: Sequence[int], prompt_tokens: int) -> int:
+        """Operations (a multiply-add counts two) of matrix products and attention in a forward pass of one request.
+
+        Element-wise work, norms and softmax are left out, as `torch.utils.flop_counter` does. `prompt_tokens` include padding.
+        """
+
+    @abstractmethod
+    def saved(self, shape: Sequence[int], prompt_tokens: int, itemsize: int, adapted: bool) -> Saved:
+        """What a forward pass of one request keeps for its backward pass, with values of `itemsize` bytes inside the network.
+
+        Args:
+            adapted: only adapters on projections of attention are trained (their own outputs, rank channels, are not counted).
         """
 
     @abstractmethod

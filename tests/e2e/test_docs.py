@@ -2,7 +2,7 @@
 
 Python examples are executed. Shell commands are sorted by what they are: `make` targets are dry-run, `ddrl config` and
 `ddrl train` are checked against the command line and the recipe here, and run whole, at reduced size, in the long tests;
-`ddrl replay` runs on a small ledger; the options of scripts are looked up in their help.
+`ddrl plan` runs as it stands; `ddrl replay` runs on a small ledger; the options of scripts are looked up in their help.
 A command of a kind that is not listed here fails the test: add a way to run it.
 """
 
@@ -17,12 +17,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis
 from tests.mixed_pictures import write_folder
 from tests.pipeline import REDUCED, ROOT, command, settings
+from trainer.cli.main import app
 from trainer.config.load import load_config
 from trainer.run.folder import RunFolder
 
@@ -53,6 +55,9 @@ def test_command(line: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     elif words[:2] == [".venv/bin/ddrl", "replay"]:
         run_replay(words[1:], tmp_path)
+    elif words[:2] == [".venv/bin/ddrl", "plan"]:
+        result = CliRunner().invoke(app, words[1:])  # itself: it starts nothing
+        assert result.exit_code == 0, result.output
     elif words[0] == ".venv/bin/ddrl":
         check_ddrl(words[1:])
     elif words[0] == ".venv/bin/python":

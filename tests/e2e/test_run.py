@@ -20,7 +20,7 @@ from replay.embedded import EmbeddedRedis
 from tests.head import ENVIRONMENT, head_node
 from tests.pipeline import ROOT, Run, check_ledger, command, records
 from trainer.config.load import load_config
-from trainer.run.cluster import buffer_settings
+from trainer.plan.storage import buffer_settings
 
 
 def check_finished(folder: Path, updates: int, url: str | None = None) -> None:

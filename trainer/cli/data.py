@@ -49,7 +49,7 @@ def prepare_data(
     from actors.preparing.pipeline import Preparation, PreparationFailed, begun, prepare
     from actors.preparing.readers import Columns
     from actors.sources.example import SourceError
-    from diffusion.checkpoint import CheckpointError
+    from diffusion.source import CheckpointError
     from trainer.config.run import RayConfig
     from trainer.run.cluster import start_ray
     from trainer.run.environment import prepare as prepare_environment
@@ -111,7 +111,7 @@ def inspect(
     """Show what a prepared set holds, and verify its checksums: counts, sizes, captions, what was broken, a grid of pictures."""
     from actors.preparing.inspection import grid, inspection
     from actors.sources.example import SourceError
-    from diffusion.checkpoint import CheckpointError
+    from diffusion.source import CheckpointError
 
     try:
         for line in inspection(folder):

@@ -11,6 +11,7 @@ import typer
 from trainer.cli.clean import clean
 from trainer.cli.data import data, prepare_data
 from trainer.cli.exits import fail as _fail
+from trainer.cli.plan import plan
 from trainer.cli.presample import presample
 from trainer.cli.replay import app as replay
 from trainer.cli.rewards import add_to
@@ -89,6 +90,7 @@ def export(
 
 
 app.command()(train)
+app.command()(plan)
 app.command()(sample)
 app.command()(prepare_data)
 app.command()(presample)

@@ -40,9 +40,10 @@ def presample(
     from actors.preparing.presampling import Presampling, PresamplingFailed, chosen
     from actors.preparing.presampling import presample as draw
     from actors.sources.draws import prompt_source
-    from diffusion.checkpoint import CheckpointError, load_policy
+    from diffusion.checkpoint import load_policy
     from diffusion.engine.engine import StepFailed
     from diffusion.engine.request import SamplingFailed
+    from diffusion.source import CheckpointError
 
     config, s, where = policy.config, policy.config.sampler, usable(device)
     try:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from replay.buffer import BufferSettings
 from replay.config import RedisConfig
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis, refuse_several_nodes
@@ -117,21 +116,3 @@ def _quietly(action: Callable[[], object]) -> None:
     """Run a clean-up whose failure must not hide what happened before."""
     with contextlib.suppress(Exception):
         action()
-
-
-def buffer_settings(config: RunConfig) -> BufferSettings:
-    """What the run asks of the replay buffer."""
-    return BufferSettings(
-        groups_per_step=config.rollout.groups_per_step if config.uses_policy else 0,
-        data_per_step=1 if config.feeds_data else 0,
-        max_staleness=config.replay.max_staleness,
-        window=config.replay.window,
-        lease_s=config.replay.lease_s,
-        max_attempts=config.replay.max_attempts,
-        max_bytes=config.replay.max_bytes,
-        data_depth=config.replay.data_depth,
-        checkpoint_interval=config.checkpoint_every,
-        drop_zero_variance=config.replay.drop_zero_variance,
-        # a strictly ordered run must not leave holes in the sequence of prompts when it goes back to a checkpoint
-        remake_cut_off=config.replay.max_staleness == 0 and config.replay.window == 1,
-    )

@@ -24,6 +24,7 @@ from replay.errors import InUse, ReplayError
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.learn.metrics import LedgerMetrics
+from trainer.plan.storage import buffer_settings
 from trainer.report.display import Display
 from trainer.report.summary import summarise
 from trainer.report.tail import MetricsTail
@@ -119,7 +120,7 @@ class Driver:
         if config.fleet.url is not None:
             self._check_rewards()
         url = cluster.start_redis(config.redis, self.folder, config.replay.max_bytes if config.replay.payloads == "redis" else 0, self._stack)
-        target = Target(url, config.name, cluster.buffer_settings(config), config.replay.payloads)
+        target = Target(url, config.name, buffer_settings(config), config.replay.payloads)
         self._buffer = self._open_buffer(target)
         with self.signals.held(), _meanwhile_importing("trainer.run.parts"):
             cluster.start_ray(config.ray, self._stack)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.attention import varlen_attention
-from diffusion.families.base import Block, PackedModel, by_shape, feed_forward_bytes, known_keys
+from diffusion.families.base import Block, PackedModel, Saved, by_shape, feed_forward_bytes, known_keys
 from diffusion.families.layers import FeedForward, TwoLayer, norm, time_features
+from diffusion.families.sd3 import cost
 from diffusion.packing import Layout, spread
 
 
@@ -285,6 +286,12 @@ class SD3Transformer(PackedModel):
     def activation_bytes(self, itemsize: int) -> int:
         """See `PackedModel.activation_bytes`; the peak is the feed-forward of a block, on either stream."""
         return feed_forward_bytes(self.config.inner_dim, 4 * self.config.inner_dim, itemsize)
+
+    def forward_flops(self, shape: Sequence[int], prompt_tokens: int) -> int:
+        return cost.forward_flops(self.config, shape, prompt_tokens)
+
+    def saved(self, shape: Sequence[int], prompt_tokens: int, itemsize: int, adapted: bool) -> Saved:
+        return cost.saved(self.config, shape, prompt_tokens, itemsize, adapted)
 
     def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor | None) -> Tensor | list[Tensor]:
         """Velocities of a batch of requests (see `PackedModel.forward`); `pooled` is `[B, pooled_projection_dim]`."""

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.attention import constants, varlen_attention
-from diffusion.families.base import Block, PackedModel, by_shape, feed_forward_bytes, known_keys
+from diffusion.families.base import Block, PackedModel, Saved, by_shape, feed_forward_bytes, known_keys
 from diffusion.families.layers import FeedForward, TwoLayer, norm, time_features
+from diffusion.families.wan import cost
 from diffusion.packing import Layout, Stream, spread
 
 
@@ -278,6 +279,12 @@ class WanTransformer(PackedModel):
             return tables[grids[0]][None]
         each = [tables[grid].flatten(1) for grid in grids]
         return stream.pack(each).unflatten(-1, (2, -1))
+
+    def forward_flops(self, shape: Sequence[int], prompt_tokens: int) -> int:
+        return cost.forward_flops(self.config, shape, prompt_tokens)
+
+    def saved(self, shape: Sequence[int], prompt_tokens: int, itemsize: int, adapted: bool) -> Saved:
+        return cost.saved(self.config, shape, prompt_tokens, itemsize, adapted)
 
     def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor | None = None) -> Tensor | list[Tensor]:
         """Velocities of a batch of clips (see `PackedModel.forward`); latents are `[C, f, h, w]` each, `pooled` is ignored."""

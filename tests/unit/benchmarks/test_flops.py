@@ -8,10 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.networks.flops import forward_flops
 from benchmarks.networks.workloads import SD35_MEDIUM, TINY_SD3, TINY_WAN, WAN_1_3B, WORKLOADS
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
 from diffusion.families.wan.network import WanConfig, WanTransformer
+
+
+def forward_flops(config: SD3Config | WanConfig, shape: tuple[int, ...], prompt: int) -> int:
+    with torch.device("meta"):
+        model = SD3Transformer(config) if isinstance(config, SD3Config) else WanTransformer(config)
+    return model.forward_flops(shape, prompt)
 
 
 def counted(config: SD3Config | WanConfig, shape: tuple[int, ...], prompt: int) -> int:

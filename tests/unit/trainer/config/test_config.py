@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.errors import ConfigError
+from diffusion.source import is_hub_id
 from trainer.config.load import all_keys, apply_overrides, load_config, nearest_key, parse_config
 from trainer.config.objective import PRESETS
 from trainer.config.render import render_config
@@ -57,7 +58,7 @@ def test_an_empty_tree_is_the_default_run() -> None:
 def test_every_recipe_is_valid_and_named_like_its_file(recipe: Path) -> None:
     config = load_config(recipe)
     assert config.name == recipe.stem
-    assert Path(config.model.path).is_absolute() or (recipe.parents[1] / config.model.path).is_dir()
+    assert is_hub_id(config.model.path) or (recipe.parents[1] / config.model.path).is_dir()
 
 
 def test_recipes_exist() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from replay.errors import ImpossibleSettings
 from trainer.config.load import parse_config
-from trainer.run.cluster import buffer_settings, start_redis
+from trainer.plan.storage import buffer_settings
+from trainer.run.cluster import start_redis
 from trainer.run.errors import RunFailed
 from trainer.run.folder import RunFolder
 

@@ -1,0 +1,95 @@
+"""What training keeps for its backward pass, as the planner counts it, against the tensors that autograd really keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from diffusion.config import LoRAConfig
+from diffusion.families.base import PackedModel
+from diffusion.families.sd3.network import SD3Config, SD3Transformer
+from diffusion.families.wan.network import WanConfig, WanTransformer
+from diffusion.lora import add_lora
+from diffusion.precision import autocast, itemsize
+
+SD3 = SD3Config(
+    sample_size=32,
+    in_channels=4,
+    out_channels=4,
+    num_layers=4,
+    attention_head_dim=32,
+    num_attention_heads=6,
+    joint_attention_dim=40,
+    caption_projection_dim=192,
+    pooled_projection_dim=40,
+    pos_embed_max_size=24,
+)
+SD35 = replace(SD3, qk_norm="rms_norm", dual_attention_layers=(0, 1))
+WAN = WanConfig(num_attention_heads=6, attention_head_dim=32, in_channels=4, out_channels=4, text_dim=40, ffn_dim=500, num_layers=3)
+ROWS, TEXT = 2, 23
+
+
+def inputs(model: PackedModel) -> tuple[torch.Tensor, ...]:
+    video = isinstance(model, WanTransformer)
+    shape = (4, 2, 14, 18) if video else (4, 20, 22)
+    return torch.randn(ROWS, *shape), torch.rand(ROWS), torch.randn(ROWS, TEXT, 40), torch.randn(ROWS, 40)
+
+
+def kept(model: PackedModel, given: tuple[torch.Tensor, ...], dtype: str) -> int:
+    """Bytes of storages that a forward pass keeps beside its inputs, the weights and the casts of weights."""
+    shapes = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *given)}
+    alive: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        weight = tensor.dtype != torch.float32 and tuple(tensor.shape[-2:]) in shapes
+        key = tensor.untyped_storage()._cdata
+        if key not in known and not weight:
+            alive[key] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(dtype, torch.device("cpu")):
+        model(*given)
+    return sum(tensor.untyped_storage().nbytes() for tensor in alive.values())
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "adapter"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [SD3, SD35, WAN], ids=["sd3", "sd3.5", "wan"])
+def test_what_is_kept_without_recomputing(config: SD3Config | WanConfig, dtype: str, rank: int) -> None:
+    model: PackedModel = SD3Transformer(config) if isinstance(config, SD3Config) else WanTransformer(config)
+    if rank:
+        add_lora(model, LoRAConfig(rank=rank), torch.Generator())
+    given = inputs(model)
+    saved = model.saved(given[0].shape[1:], TEXT, itemsize(dtype), rank > 0)
+    planned = ROWS * (sum(saved.blocks) + saved.ends)
+    assert planned == pytest.approx(kept(model, given, dtype), rel=0.04)
+
+
+class Recomputed(nn.Module):
+    """A block that keeps its input only."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *given: object) -> object:
+        return checkpoint(self.block, *given, use_reentrant=False)
+
+
+@pytest.mark.parametrize("config", [SD35, WAN], ids=["sd3.5", "wan"])
+def test_what_is_kept_when_blocks_are_recomputed(config: SD3Config | WanConfig) -> None:
+    model: PackedModel = SD3Transformer(config) if isinstance(config, SD3Config) else WanTransformer(config)
+    given = inputs(model)
+    saved = model.saved(given[0].shape[1:], TEXT, 4, False)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = Recomputed(block)
+    planned = ROWS * (sum(saved.inputs) + saved.ends)
+    assert planned == pytest.approx(kept(model, given, "float32"), rel=0.1)

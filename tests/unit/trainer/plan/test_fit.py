@@ -1,0 +1,110 @@
+"""Which processes share a GPU, and what is proposed for a run that does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config.errors import ConfigError
+from trainer.config.load import parse_config
+from trainer.plan.assumptions import Assumptions
+from trainer.plan.fit import Setting, changes, place
+from trainer.plan.gpus import GPUS, gpu_of
+from trainer.plan.memory import Part, Process
+
+MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
+
+
+def process(name: str, count: int, gpus: float, size: float = 10.0, reserved: bool = False) -> Process:
+    return Process(name, count, gpus, (Part("all", size),), reserved)
+
+
+def setting(gpu: str = "h100-80", count: int = 1, **sections: dict[str, Any]) -> Setting:
+    base: dict[str, dict[str, Any]] = {
+        "model": {"path": MEDIUM, "dtype": "bfloat16"},
+        "sampler": {"height": 512, "width": 512},
+        "rollout": {"groups_per_step": 8, "group_size": 8, "gpus": 0.5, "generators": 1},
+        "learner": {"ranks": 1, "gpus": 0.5, "micro_batch": 4},
+    }
+    config = parse_config({name: base.get(name, {}) | sections.get(name, {}) for name in {**base, **sections}})
+    return Setting(config, Assumptions(), GPUS[gpu], count)
+
+
+def test_colocated_processes_add_up() -> None:
+    found = place([process("learner rank", 2, 0.5, 30), process("generator", 2, 0.5, 20)], 2, 100, 0.9)
+    assert [[p.name for p in d.holds] for d in found.devices] == [["learner rank", "generator"]] * 2
+    assert (found.most, found.fits, found.idle) == (50, True, 0)
+    assert not place([process("learner rank", 2, 0.5, 80), process("generator", 2, 0.5, 20)], 2, 100, 0.9).fits
+
+
+def test_two_ranks_do_not_share_a_gpu() -> None:
+    found = place([process("learner rank", 2, 0.25)], 1, 100, 0.9)
+    assert found.homeless == {"learner rank": 1}
+    assert place([process("generator", 2, 0.5)], 1, 100, 0.9).fits
+
+
+def test_shares_that_are_too_large_find_no_gpu() -> None:
+    found = place([process("learner rank", 1, 1), process("generator", 1, 0.5)], 1, 100, 0.9)
+    assert found.homeless == {"generator": 1}
+    assert place([process("learner rank", 1, 1), process("generator", 1, 2)], 3, 100, 0.9).homeless == {}
+
+
+def test_an_unknown_reward_fills_its_share() -> None:
+    found = place([process("generator", 1, 0.5, 45), process("reward clip", 1, 0.5, 0, reserved=True)], 1, 100, 0.9)
+    assert found.most == 45 + 50
+    assert not found.fits
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.sampled_from([0, 0.25, 0.5, 1, 2])), max_size=4), st.integers(0, 8))
+def test_no_gpu_is_given_away_twice(asked: list[tuple[int, float]], count: int) -> None:
+    parts = [process(f"p{i}", n, gpus) for i, (n, gpus) in enumerate(asked)]
+    found = place(parts, count, 100, 0.9)
+    assert all(sum(min(1.0, p.gpus) for p in d.holds) <= 1 + 1e-9 for d in found.devices)
+    placed = sum(len(d.holds) for d in found.devices)
+    whole = {p.name: max(1, int(p.gpus)) for p in parts}
+    asked_for = sum(p.count * whole[p.name] for p in parts if p.gpus)
+    assert placed + sum(n * whole[name] for name, n in found.homeless.items()) == asked_for
+
+
+def test_the_first_change_is_the_one_that_alters_least() -> None:
+    full = setting(learner={"ranks": 1, "gpus": 0.5, "micro_batch": 16})
+    assert not full.placement().fits
+    found = {c.name: c for c in changes(full)}
+    assert list(found)[:3] == ["activation checkpointing", "an adapter instead of all weights", "a smaller micro-batch"]
+    assert not found["activation checkpointing"].available
+    assert found["an adapter instead of all weights"].keys == ("model.lora.rank=32", "model.lora.alpha=64")
+    assert found["another GPU"].keys == ("--gpu h200-141",)
+
+
+def test_a_change_that_suffices_is_the_smallest_of_its_kind() -> None:
+    lora = setting(model={"path": MEDIUM, "dtype": "bfloat16", "lora": {"rank": 32}}, learner={"ranks": 1, "gpus": 0.5, "micro_batch": 32})
+    found = {c.name: c for c in changes(lora)}
+    assert "an adapter instead of all weights" not in found
+    smaller = found["a smaller micro-batch"]
+    assert smaller.fits
+    assert smaller.keys == ("learner.micro_batch=16",)
+    again = lora.with_keys(learner__micro_batch=16)
+    assert again is not None
+    assert again.placement().most == smaller.most
+
+
+def test_changes_are_made_together_before_another_gpu_is_bought() -> None:
+    tight = setting("l40s-48", learner={"ranks": 1, "gpus": 0.5, "micro_batch": 8})
+    found = changes(tight)
+    assert [c.name for c in found if c.fits and c.available] == ["an adapter instead of all weights and a smaller micro-batch", "another GPU"]
+    together = next(c for c in found if c.fits and c.available)
+    assert together.keys[:2] == ("model.lora.rank=32", "model.lora.alpha=64")
+
+
+def test_too_few_gpus() -> None:
+    crowded = setting(learner={"ranks": 4, "gpus": 1}, rollout={"groups_per_step": 8, "group_size": 8, "gpus": 1, "generators": 4}, count=4)
+    assert [c.keys for c in changes(crowded)] == [("--gpus 8",)]
+
+
+def test_names_of_gpus() -> None:
+    assert gpu_of("a100-40").memory == 40e9
+    with pytest.raises(ConfigError, match="h100-80"):
+        gpu_of("h100")

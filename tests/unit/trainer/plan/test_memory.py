@@ -1,0 +1,136 @@
+"""Bytes of ranks, generators and hosts as functions of the recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trainer.config.load import parse_config
+from trainer.config.run import RunConfig
+from trainer.plan.assumptions import Assumptions
+from trainer.plan.dry import VAEPass, vae_pass
+from trainer.plan.memory import generator, hosts, learner_rank, micro_rows, pass_count, processes, rank_rows
+from trainer.plan.sizes import sizes_of
+
+MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
+P, BUFFERS, VAE = 2_243_171_520, 226_492_416, 83_819_683
+
+
+def recipe(**sections: dict[str, Any]) -> RunConfig:
+    base: dict[str, dict[str, Any]] = {
+        "model": {"path": MEDIUM, "dtype": "bfloat16"},
+        "sampler": {"height": 512, "width": 512, "steps": 10, "trained_steps": 4},
+        "rollout": {"groups_per_step": 8, "group_size": 8, "gpus": 1},
+        "learner": {"ranks": 8, "micro_batch": 4, "gpus": 1},
+        "objective": {"data_per": "rollout"},
+    }
+    return parse_config({name: base.get(name, {}) | sections.get(name, {}) for name in {**base, **sections}})
+
+
+def rank(config: RunConfig, **assumed: Any) -> dict[str, float]:
+    assumptions = Assumptions(**assumed)
+    return {part.name: part.bytes for part in learner_rank(config, sizes_of(config, assumptions), assumptions)}
+
+
+def test_full_training_over_eight_ranks() -> None:
+    found = rank(recipe())
+    assert found["weights"] == P * 4 / 8 + BUFFERS * 4
+    assert found["optimiser"] == P * 8 / 8
+    assert found["average"] == P * 4 / 8
+    assert found["gradients"] == P * 4  # several passes accumulate
+    assert found["casts of weights"] == P * 2
+    sizes = sizes_of(recipe(), Assumptions())
+    assert found["gathered weights"] == 4 * (sizes.root + 3 * max(sizes.blocks))
+
+
+def test_rows_and_passes() -> None:
+    config = recipe()
+    assert rank_rows(config) == (8 * 4, 8)  # one group of 8 with 4 trained steps; an eighth of 64 anchors
+    assert (pass_count(config), micro_rows(config)) == (8 + 2, 4)
+    assert rank_rows(recipe(learner={"ranks": 3})) == (3 * 8 * 4, 22)
+    assert micro_rows(recipe(learner={"micro_batch": 20})) == 16  # 32 rows in two passes
+    assert rank_rows(recipe(objective={"preset": "sft"}, data={"batch_size": 16})) == (0, 2)
+
+
+def test_one_pass_keeps_sharded_gradients_only() -> None:
+    config = recipe(objective={"preset": "sft"}, data={"batch_size": 16})
+    sizes = sizes_of(config, Assumptions())
+    assert rank(config)["gradients"] == P * 4 / 8 + 2 * 4 * max(sizes.blocks)
+
+
+def test_an_adapter_alone_has_gradients_and_moments() -> None:
+    full, found = rank(recipe()), rank(recipe(model={"path": MEDIUM, "dtype": "bfloat16", "lora": {"rank": 32}}))
+    adapter = 23_887_872
+    assert (found["optimiser"], found["gradients"]) == (adapter, adapter * 4)
+    assert found["activations"] < 0.75 * full["activations"]
+    assert found["weights"] > full["weights"]
+
+
+def test_recomputing_trades_activations() -> None:
+    full, found = rank(recipe()), rank(recipe(), recompute=True)
+    assert found["activations"] < full["activations"] / 4
+    assert {n: b for n, b in found.items() if n != "activations"} == {n: b for n, b in full.items() if n != "activations"}
+
+
+def test_what_a_reference_and_one_unit_take() -> None:
+    assert rank(recipe(objective={"kl_weight": 0.04}))["reference"] == (P + BUFFERS) * 4
+    assert "reference" not in rank(recipe(objective={"kl_weight": 0.04}, model={"path": MEDIUM, "lora": {"rank": 4}}))
+    whole = rank(recipe(learner={"shard_blocks": False}))
+    assert whole["gathered weights"] == P * 4
+    assert "gathered weights" not in rank(recipe(learner={"ranks": 1}))
+
+
+def test_loading_is_said_where_it_takes_most() -> None:
+    config = recipe(model={"path": MEDIUM, "dtype": "float32", "lora": {"rank": 4}}, learner={"ranks": 8, "micro_batch": 1})
+    sizes = sizes_of(config, Assumptions())
+    total = sum(part.bytes for part in learner_rank(config, sizes, Assumptions()))
+    assert total == pytest.approx(4 * (sizes.transformer.values + VAE))
+
+
+def test_a_generator() -> None:
+    config = recipe(sampler={"guidance": 4.5, "max_tokens": 50_000})
+    sizes = sizes_of(config, Assumptions())
+    vae = vae_pass(sizes, 512, 512)
+    found = {part.name: part for part in generator(config, sizes, vae, Assumptions())}
+    assert found["weights"].bytes == (P + BUFFERS) * 4
+    assert found["casts of weights"].bytes == P * 2
+    assert found["activations"].bytes == 8 * 2 * 1357 * sizes.network.activation_bytes(2)
+    assert found["decoding"].bytes == 8 * vae.decode.peak
+    assert found["states"].bytes == 8 * (2 * 4 + 3) * 16 * 64 * 64 * 4
+    merged = recipe(model={"path": MEDIUM, "lora": {"rank": 32, "merge": True}}, objective={"old_log_prob": "learner"})
+    kept = {part.name: part.bytes for part in generator(merged, sizes_of(merged, Assumptions()), vae, Assumptions())}
+    assert kept["unmerged weights"] == 4 * 1536**2 * (24 * 7 + 23 + 13 * 4)  # q, k, v of both streams and out; out of the text; second attentions
+
+
+def test_a_vae_is_run_without_its_numbers() -> None:
+    found = vae_pass(sizes_of(recipe(), Assumptions()), 512, 512)
+    assert found.decode.flops == pytest.approx(2.51e12, rel=0.01)  # counted of diffusers' AutoencoderKL
+    assert found.encode.flops == pytest.approx(1.12e12, rel=0.01)
+    assert found.decode.peak == 3 * 256 * 512 * 512 * 4  # three tensors of 256 channels at full size
+    assert found.batch == 16
+    big = vae_pass(sizes_of(recipe(sampler={"height": 2048, "width": 2048}), Assumptions()), 2048, 2048)
+    assert big.decode.peak == 4 * found.decode.peak  # tiles of 1024
+    assert big.batch == 1
+
+
+def test_who_is_there() -> None:
+    found = processes(recipe(), sizes_of(recipe(), Assumptions()), VAEPass(), Assumptions())
+    assert [(p.name, p.count, p.gpus) for p in found] == [("learner rank", 8, 1), ("generator", 2, 1)]
+    assert all(p.parts[-1].name == "process" for p in found)
+    rewarded = recipe(fleet={"rewards": {"ocr": {"kind": "ocr", "device": "cuda", "gpus": 0.25}}})
+    assert [p.name for p in processes(rewarded, sizes_of(rewarded, Assumptions()), VAEPass(), Assumptions())][-1] == "reward ocr"
+    sft = recipe(objective={"preset": "sft"}, data={"batch_size": 16})
+    assert [p.name for p in processes(sft, sizes_of(sft, Assumptions()), VAEPass(), Assumptions())] == ["learner rank"]
+
+
+def test_hosts_hold_the_evaluations_of_all_ranks() -> None:
+    few, many = recipe(), recipe(objective={"data_per": "transition"})
+
+    def evaluations(config: RunConfig) -> float:
+        found = hosts(config, sizes_of(config, Assumptions()), Assumptions())[0]
+        return next(p.bytes for p in found.parts if p.name == "anchor evaluations")
+
+    row = (2 * 16 * 64 * 64 + 333 * 4096 + 2048) * 4
+    assert evaluations(few) == 2 * 64 * row
+    assert evaluations(many) == (4 + 1) * 64 * row

@@ -1,0 +1,78 @@
+"""What is said of a recipe beside its numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.config.load import load_config, parse_config
+from trainer.config.run import RunConfig
+from trainer.plan.assumptions import Assumptions
+from trainer.plan.gpus import GPUS
+from trainer.plan.planner import Plan, make_plan
+
+RECIPE = Path("recipes/sd35-medium-ocr.yaml")
+
+
+def planned(config: RunConfig, count: int = 1, gpu: str = "h100-80", **assumed: Any) -> Plan:
+    return make_plan(config, GPUS[gpu], count, Assumptions(**assumed))
+
+
+def sd35(*overrides: str) -> RunConfig:
+    return load_config(RECIPE, list(overrides))
+
+
+def kinds(plan: Plan) -> dict[str, str]:
+    return {f.kind: f.level for f in plan.findings}
+
+
+def test_the_recipe_fits_one_gpu() -> None:
+    plan = planned(sd35())
+    assert plan.fits
+    assert plan.changes == ()
+    assert plan.components[0].trained == 18_776_064  # Flow-GRPO's 191 layers at rank 32, not the second attentions
+    assert kinds(plan) == {"encoding": "warning", "evaluation": "warning", "host": "warning", "build": "warning"}
+
+
+def test_a_smaller_gpu_names_the_nearest_change() -> None:
+    plan = planned(sd35(), gpu="l40s-48")
+    assert kinds(plan)["memory"] == "error"
+    assert not plan.fits
+    assert plan.nearest is not None
+    assert plan.nearest.name == "a smaller micro-batch"
+
+
+def test_payloads_must_fit_their_store() -> None:
+    plan = planned(sd35("replay.payloads=redis", "data.batch_size=null", "rollout.group_size=24"))
+    assert kinds(plan)["payload"] == "error"  # an anchor batch of 192 rows is more than a value of Redis holds
+    plan = planned(sd35("checkpoint_every=100"))
+    budget = next(f for f in plan.findings if f.kind == "budget")
+    assert budget.level == "error"
+    wanted = int(budget.message.split("replay.max_bytes=")[1].split(",")[0])
+    assert wanted >= plan.storage.retained
+    assert plan.nearest is not None
+    assert plan.nearest.keys == (f"replay.max_bytes={wanted}",)
+    assert planned(sd35("checkpoint_every=100", f"replay.max_bytes={wanted}")).fits
+
+
+def test_gpus_that_nobody_uses() -> None:
+    assert kinds(planned(sd35(), count=8))["idle"] == "warning"
+    assert kinds(planned(parse_config({}), count=1))["cpu"] == "warning"
+    assert kinds(planned(parse_config({}), count=0)) == {"gradients": "note"}
+
+
+def test_gradients_of_several_passes_are_told() -> None:
+    plan = planned(sd35("model.lora.rank=0", "learner.ranks=8", "rollout.generators=8"), count=8)
+    assert kinds(plan)["gradients"] == "note"
+
+
+def test_the_plan_as_json() -> None:
+    plan = planned(sd35(), gpu="l40s-48")
+    found = json.loads(json.dumps(plan.json()))
+    assert found["fits"] is False
+    assert found["nearest"]["keys"] == list(plan.nearest.keys) if plan.nearest else False
+    assert found["gpu"]["name"] == "l40s-48"
+    assert found["processes"][0]["bytes"] == plan.processes[0].total
+    assert found["assumptions"]["train_utilisation"] == 0.4
+    assert found["placement"]["devices"] == [{"index": 0, "bytes": plan.placement.most, "holds": ["learner rank", "generator"]}]

@@ -1,0 +1,87 @@
+"""Bytes of payloads against the encoder's own, and what the store and the disk must hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.payload import DataPayload, GroupPayload, encode
+from replay.errors import BudgetExceeded
+from replay.policy import budget_error
+from trainer.config.load import parse_config
+from trainer.config.run import RunConfig
+from trainer.plan.assumptions import Assumptions
+from trainer.plan.sizes import sizes_of
+from trainer.plan.storage import data_bytes, group_bytes, storage_of
+
+HEADER = 1200
+"""Most bytes of a file's header: names, shapes, places."""
+
+
+def recipe(members: int = 4, trained: int = 3, steps: int = 6, **sections: dict[str, Any]) -> RunConfig:
+    sampler = {"steps": steps, "trained_steps": trained} | sections.pop("sampler", {})
+    return parse_config({"sampler": sampler, "rollout": {"group_size": members, "groups_per_step": 2}, **sections})
+
+
+@given(members=st.integers(2, 6), trained=st.integers(1, 4), steps=st.integers(6, 9), kernel=st.sampled_from(["flow_sde", "edm_2ab"]), own=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_a_group(members: int, trained: int, steps: int, kernel: str, own: bool) -> None:
+    data = {"kind": "folder", "path": "x", "pairing": "own", "caption_dropout": 0.1} if own else {}
+    config = recipe(members, trained, steps, sampler={"kernel": kernel, "noise_level": 1.0}, data=data)
+    shape, text, pooled = (3, 16, 48), torch.zeros(10, 64), torch.zeros(64)
+    states = torch.zeros(members, trained, *shape)
+    payload = GroupPayload(
+        x=states,
+        x_next=states.clone(),
+        log_prob=torch.zeros(members, trained, dtype=torch.float64),
+        trained=torch.arange(trained),
+        times=torch.zeros(steps + 1),
+        prompt_embeds=text,
+        pooled=pooled,
+        previous=states.clone() if kernel == "edm_2ab" else None,
+        x0=torch.zeros(shape) if own else None,
+        empty_embeds=text.clone() if own else None,
+        empty_pooled=pooled.clone() if own else None,
+    )
+    planned = group_bytes(config, sizes_of(config, Assumptions()))
+    assert planned <= len(encode(payload)) <= planned + HEADER
+    assert (data_bytes(config, sizes_of(config, Assumptions())) == 0) == own
+
+
+def test_an_anchor_batch() -> None:
+    config = recipe()
+    batch = DataPayload(torch.zeros(8, 3, 16, 48), torch.zeros(8, 10, 64), torch.zeros(8, 64))
+    planned = data_bytes(config, sizes_of(config, Assumptions()))
+    assert planned <= len(encode(batch)) <= planned + HEADER
+
+
+def test_the_store() -> None:
+    config = recipe()
+    found = storage_of(config, sizes_of(config, Assumptions()))
+    assert found.claim == 2 * found.group + found.data
+    assert (found.groups, found.batches) == (2 * 2 + 20 * 2, 4 + 21)
+    error = budget_error(found.group, found.data, found.groups, found.batches, found.retained)
+    assert isinstance(error, BudgetExceeded)
+    assert found.retained == found.groups * found.group + found.batches * found.data
+    assert found.store.name == "Redis"
+    folder = storage_of(recipe(replay={"payloads": "/shared", "max_bytes": 2**31}), sizes_of(config, Assumptions()))
+    assert (folder.store.name, folder.store.bytes) == ("folder", 2**31)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_disk(rank: int) -> None:
+    config = recipe(model={"lora": {"rank": rank}})
+    sizes = sizes_of(config, Assumptions())
+    kept = {part.name: part.bytes for part in storage_of(config, sizes).disk}
+    network = sizes.transformer
+    plain = 1_302_128 + 55_296
+    if rank:
+        assert kept["checkpoints"] == 2 * 16 * network.trained
+        assert kept["exports"] == 2 * 2 * 4 * (plain + network.trained)  # merged, and the adapter beside
+    else:
+        assert kept["checkpoints"] == 2 * (16 * network.trained + 4 * network.buffers)
+        assert kept["exports"] == 2 * 2 * 4 * plain

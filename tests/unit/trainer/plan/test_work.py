@@ -1,0 +1,89 @@
+"""Forwards, seconds and links of an update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trainer.config.load import parse_config
+from trainer.config.run import RunConfig
+from trainer.plan.assumptions import Assumptions
+from trainer.plan.dry import vae_pass
+from trainer.plan.gpus import GPUS
+from trainer.plan.sizes import sizes_of
+from trainer.plan.storage import storage_of
+from trainer.plan.work import Work, forwards, work_of
+
+MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
+
+
+def recipe(**sections: dict[str, Any]) -> RunConfig:
+    base: dict[str, dict[str, Any]] = {
+        "model": {"path": MEDIUM, "dtype": "bfloat16"},
+        "sampler": {"height": 512, "width": 512, "steps": 10, "trained_steps": 9, "guidance": 4.5},
+        "rollout": {"groups_per_step": 4, "group_size": 6, "generators": 2, "gpus": 1},
+        "learner": {"ranks": 2, "gpus": 1},
+        "objective": {"data_per": "rollout"},
+    }
+    return parse_config({"updates": 100, **{name: base.get(name, {}) | sections.get(name, {}) for name in {**base, **sections}}})
+
+
+def work(config: RunConfig, count: int = 4, price: float | None = None, gpu: str = "h100-80", **assumed: Any) -> Work:
+    assumptions = Assumptions(**assumed)
+    sizes = sizes_of(config, assumptions)
+    vae = vae_pass(sizes, config.sampler.height, config.sampler.width)
+    return work_of(config, sizes, vae, storage_of(config, sizes), GPUS[gpu], count, assumptions, price)
+
+
+def test_forwards_of_an_update() -> None:
+    found = forwards(recipe(), recompute=False)
+    assert found == {"sampling": 24 * 10 * 2, "policy loss": 24 * 9 * (3 + 1), "data loss": 24 * 3}  # the unconditional branch has no backward
+    assert forwards(recipe(), recompute=True)["policy loss"] == 24 * 9 * (4 + 1)
+    assert forwards(recipe(objective={"kl_weight": 0.04}), False)["policy loss"] == 24 * 9 * (3 + 1 + 2)  # the reference is guided too
+    assert forwards(recipe(objective={"data_per": "transition"}), False)["data loss"] == 24 * 9 * 3
+    sft = forwards(recipe(objective={"preset": "sft"}, data={"batch_size": 5}), False)
+    assert sft == {"sampling": 0, "policy loss": 0, "data loss": 15}
+
+
+def test_operations_and_seconds() -> None:
+    found = work(recipe())
+    assert found.forward == pytest.approx(2.4426e12, rel=0.002)  # counted of the network at 512 x 512, 333 tokens of text
+    assert found.sampling == 480 * found.forward
+    rate = 989e12 * 0.4
+    assert found.seconds["training"] == pytest.approx((24 * 36 + 72) * found.forward / (2 * rate))
+    decoding = 24 * 2.515e12 / (2 * 67e12 * 0.4)  # fp32
+    assert found.seconds["sampling"] == pytest.approx(480 * found.forward / (2 * rate) + decoding, rel=0.001)
+    assert not found.colocated
+    assert found.seconds["update"] == max(found.seconds["training"], found.seconds["sampling"])
+    assert found.hours == pytest.approx(100 * found.seconds["update"] / 3600)
+
+
+def test_two_on_a_gpu_take_turns() -> None:
+    shared = work(recipe(rollout={"gpus": 0.5}, learner={"gpus": 0.5}), count=2)
+    assert shared.colocated
+    assert shared.seconds["update"] == shared.seconds["training"] + shared.seconds["sampling"]
+    strict = work(recipe(replay={"max_staleness": 0}))
+    assert strict.seconds["update"] == strict.seconds["training"] + strict.seconds["sampling"]
+
+
+def test_utilisation_precision_and_price() -> None:
+    plain = work(recipe())
+    assert work(recipe(), train_utilisation=0.2).seconds["training"] == pytest.approx(2 * plain.seconds["training"])
+    assert work(recipe(model={"dtype": "float32"})).seconds["training"] == pytest.approx(989 / 67 * plain.seconds["training"])
+    assert work(recipe(), gpu="a100-80").seconds["training"] == pytest.approx(989 / 312 * plain.seconds["training"])
+    assert plain.cost is None
+    assert work(recipe(), price=2.5).cost == pytest.approx(plain.hours * 4 * 2.5)
+
+
+def test_links() -> None:
+    found = work(recipe(rollout={"generators": 3}))
+    version = 4 * (2_243_171_520 + 226_492_416)
+    assert found.links["weights up, ranks to store"] == version
+    assert found.links["weights down, store to generators"] == 3 * version
+    assert found.links["anchor batch, written and read by each rank"] == 3 * 24 * (65_536 + 333 * 4096 + 2048) * 4
+
+
+def test_a_run_on_cpus() -> None:
+    found = work(parse_config({}), count=0)
+    assert found.seconds["training"] == pytest.approx(found.training / (2 * 15e9))

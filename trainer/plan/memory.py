@@ -1,0 +1,212 @@
+"""Memory of a learner rank, of a generator and of the hosts, as sums of named parts. Arithmetic on `Sizes` and the recipe.
+
+A learner rank of R, with P parameters of which T are trained (fp32 masters, as the learner keeps them):
+
+    weights 4 P / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P (reverse KL, full training)
+    gradients  4 T while several passes accumulate (FSDP keeps them whole then), 4 T / R with one pass
+    gathered   with R > 1, the root and three blocks in fp32 (one in use, one fetched ahead, the buffer it arrives in); everything without
+               shard_blocks
+    casts      2 P under bf16 autocast, kept by autograd from a block's forward to its backward; one block's where blocks are recomputed
+    activations  of the rows of one pass, as the network counts them (`PackedModel.saved`)
+
+Without shard_blocks the gradients are reduced at once: three times 4 T at the end of the last pass, activations then gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from trainer.config.run import RunConfig
+from trainer.plan.assumptions import Assumptions
+from trainer.plan.dry import VAEPass
+from trainer.plan.sizes import Sizes
+
+MASTER = 4
+"""Bytes of a parameter, its gradient, its average, and of each of Adam's two moments."""
+PROMPT_CACHE = 256 * 2**20
+"""Bound of a generator's encoded prompts (`diffusion.engine.cache`)."""
+WEIGHT_VERSIONS = 4
+"""Versions that the weight store keeps in memory."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one kind, and why it is that many."""
+
+    name: str
+    bytes: float
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process and what it holds on its device at its peak.
+
+    Attributes:
+        name: what it is.
+        count: how many alike there are.
+        gpus: share of a GPU that each asks for; 0 = host memory.
+        reserved: it may fill its share of the GPU, whatever its parts are (a reward model that is not known here).
+    """
+
+    name: str
+    count: int
+    gpus: float
+    parts: tuple[Part, ...]
+    reserved: bool = False
+
+    @property
+    def total(self) -> float:
+        return sum(part.bytes for part in self.parts)
+
+
+def trained_steps(config: RunConfig) -> int:
+    """Transitions of a rollout that are trained, K."""
+    steps = config.sampler.trained_steps
+    return steps if isinstance(steps, int) else len(steps)
+
+
+def rank_rows(config: RunConfig) -> tuple[int, int]:
+    """Most transitions, and most diffusion-loss evaluations, of one rank in an update."""
+    ranks, rollout, k = config.learner.ranks, config.rollout, trained_steps(config)
+    transitions = -(-rollout.groups_per_step // ranks) * rollout.group_size * k if config.uses_policy else 0
+    repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1
+    anchors = -(-config.data_rows * repeats // ranks) if config.uses_data else 0
+    return transitions, anchors
+
+
+def pass_count(config: RunConfig) -> int:
+    """Forward and backward passes of a rank in an update."""
+    return sum(-(-rows // config.learner.micro_batch) for rows in rank_rows(config))
+
+
+def micro_rows(config: RunConfig) -> int:
+    """Rows of the largest pass: those of an update are cut into passes of almost equal size."""
+    return max(-(-rows // -(-rows // config.learner.micro_batch)) for rows in rank_rows(config) if rows)
+
+
+def itemsize(config: RunConfig) -> int:
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def learner_rank(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> tuple[Part, ...]:
+    """A rank at the peak of an update. What the process itself takes is not counted."""
+    ranks, network = config.learner.ranks, sizes.transformer
+    parameters, trained = MASTER * network.parameters, MASTER * network.trained
+    e, rows, passes = itemsize(config), micro_rows(config), pass_count(config)
+    saved = sizes.network.saved(sizes.shape, sizes.prompt[0], e, sizes.adapted)
+    largest = MASTER * max(sizes.blocks)
+    sharded = config.learner.shard_blocks
+    whole = passes > 1 or ranks == 1
+    gradients = trained if whole else trained / ranks + (min(trained, 2 * largest) if sharded else 0)
+    gathered = 0.0 if ranks == 1 else (min(parameters, MASTER * sizes.root + 3 * largest) if sharded else parameters)
+    one_block = assumptions.recompute and sizes.adapted
+    casts = 0.0 if e == 4 else 2 * (max(sizes.blocks) if one_block else network.parameters)
+    activations = rows * saved.peak(assumptions.recompute)
+    how = "blocks recomputed" if assumptions.recompute else "nothing recomputed"
+    parts = [
+        Part("weights", parameters / ranks + MASTER * network.buffers, "fp32 masters" + (f" over {ranks} ranks" if ranks > 1 else "") + ", buffers whole"),
+        Part("optimiser", 2 * trained / ranks, "AdamW's two moments, fp32"),
+        Part("average", trained / ranks if config.optimizer.ema else 0.0, "moving average of the weights, fp32"),
+        Part("gradients", gradients, f"whole while {passes} passes accumulate" if whole else "of one pass, sharded"),
+        Part(
+            "gathered weights",
+            gathered,
+            "root and three blocks in fp32: in use, fetched ahead, arriving" if sharded else "the whole network in fp32: shard_blocks is false",
+        ),
+        Part("casts of weights", casts, "bf16, kept for the backward pass"),
+        Part("activations", activations, f"{rows} rows a pass, {how}"),
+        Part("rows of a pass", rows * (sizes.prompt_values + 4 * sizes.latent_values) * 4.0 + 6 * rows * sizes.latent_values * 8.0, "inputs; moments in fp64"),
+    ]
+    if config.objective.kl_weight and not sizes.adapted:
+        parts.append(Part("reference", parameters + MASTER * network.buffers, "the starting policy for the reverse KL, whole on every rank"))
+    if not sharded:
+        reduced = trained * (1 + 1 / ranks)  # the collective's input and output, beside the gradients
+        spare = activations + casts
+        parts.append(Part("reduction", max(0.0, reduced - spare), "gradients of the whole network at once"))
+    loaded = parameters + MASTER * network.buffers + (MASTER * sizes.vae.parameters if sizes.vae else 0)
+    if any(part.name == "reference" for part in parts):
+        loaded *= 2
+    update = sum(part.bytes for part in parts)
+    parts.append(Part("loading", max(0.0, loaded - update), "at start a rank loads the whole network, then shards it; more than an update needs"))
+    return tuple(part for part in parts if part.bytes)
+
+
+def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assumptions) -> tuple[Part, ...]:
+    """A generator at its peak: the engine's largest forward pass while pictures are decoded."""
+    network, e, rollout, sampler = sizes.transformer, itemsize(config), config.rollout, config.sampler
+    weights = MASTER * network.values
+    casts = 0.0 if e == 4 else 2.0 * (max(sizes.blocks) if sizes.adapted else network.parameters)
+    merged = MASTER * sizes.adapted_weights if config.model.lora.merge else 0
+    members = rollout.concurrent_groups * rollout.group_size
+    tokens = min(sampler.max_tokens, members * sizes.tokens * (2 if sampler.guidance > 1 else 1))
+    history = 3 if sampler.kernel == "edm_2ab" else 2
+    states = members * (history * trained_steps(config) + 3) * sizes.latent_values * 4.0
+    parts = [
+        Part("weights", weights, "fp32; the network runs in them or in casts"),
+        Part("casts of weights", casts, "bf16, for the time of a forward pass"),
+        Part("unmerged weights", merged, "kept beside those that the adapter is merged into"),
+        Part("activations", tokens * sizes.network.activation_bytes(e), f"{tokens} tokens a forward pass"),
+        Part("states", states, f"{members} samples with their trained transitions, fp32"),
+        Part("encoded prompts", min(PROMPT_CACHE, config.updates * rollout.groups_per_step * sizes.prompt_values * 4.0), "cache of at most 256 MiB"),
+    ]
+    if sizes.vae is not None:
+        parts.append(Part("VAE", MASTER * sizes.vae.parameters, "fp32"))
+        batch = min(vae.batch, rollout.group_size)
+        parts.append(Part("decoding", batch * vae.decode.peak, f"{batch} pictures of {sampler.height}x{sampler.width} in one call"))
+    return tuple(part for part in parts if part.bytes)
+
+
+def rewards(config: RunConfig) -> list[Process]:
+    """Rewards on GPUs, which are taken to fill the share that they ask for."""
+    from services.config import fleet_of
+
+    if config.fleet.url is not None or not config.reward_names:
+        return []
+    fleet = fleet_of(config.fleet, config.reward_names)
+    found = fleet.rewards.items()
+    return [Process(f"reward {name}", r.replicas.min, r.gpus, (), reserved=True) for name, r in found if r.gpus]
+
+
+def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assumptions) -> list[Process]:
+    """Everything that may lie on a GPU: learner ranks, generators, rewards."""
+    own = Part("process", assumptions.process_gb * 1e9, "context and libraries")
+    found = [Process("learner rank", config.learner.ranks, config.learner.gpus, learner_rank(config, sizes, assumptions))]
+    if config.uses_policy:
+        found.append(Process("generator", config.rollout.generators, config.rollout.gpus, generator(config, sizes, vae, assumptions)))
+    return [replace(p, parts=(*p.parts, own)) if p.gpus else p for p in found] + rewards(config)
+
+
+def frozen_bytes(sizes: Sizes, assumptions: Assumptions) -> float:
+    """Text encoders and VAE in memory."""
+    return sum(e.parameters for e in sizes.encoders) * float(assumptions.encoder_bytes) + (MASTER * sizes.vae.parameters if sizes.vae else 0)
+
+
+def hosts(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> list[Process]:
+    """Host memory of a run's processes, without Python and its libraries. In this build text encoders, evaluator and anchor feeder run on
+    CPUs, each process with a policy of its own; a rank draws the anchor evaluations of all ranks before it takes its own."""
+    row = (2 * sizes.latent_values + sizes.prompt_values) * 4.0
+    transitions, _ = rank_rows(config)
+    repeats = trained_steps(config) if config.uses_policy and config.objective.data_per == "transition" else 1
+    evaluations = config.data_rows * repeats if config.uses_data else 0
+    encoders = sum(e.parameters for e in sizes.encoders) * float(assumptions.encoder_bytes)
+    network = MASTER * sizes.transformer.values
+    version = MASTER * sizes.published_values
+    rank = [Part("transitions", transitions * row), Part("anchor evaluations", evaluations * row + (config.data_rows * row if config.uses_data else 0))]
+    rank.append(Part("text encoders", encoders, "while it starts"))
+    first = [Part("export in the making", network * (2 if config.optimizer.ema else 1), "rank 0 only")]
+    whole = Part("policy", network + frozen_bytes(sizes, assumptions), "fp32, on the CPU")
+    found = [Process("learner rank", config.learner.ranks, 0, tuple(p for p in rank if p.bytes)), Process("export of rank 0", 1, 0, tuple(first))]
+    if config.uses_policy:
+        parts = (Part("text encoders", encoders), Part("weights that arrive", 2.0 * version))
+        found.append(Process("generator", config.rollout.generators, 0, tuple(p for p in parts if p.bytes)))
+    found.append(Process("evaluator", 1, 0, (whole,)))
+    if config.feeds_data:
+        found.append(Process("anchor feeder", 1, 0, (whole,)))
+    found.append(Process("weight store", 1, 0, (Part("versions", WEIGHT_VERSIONS * version, f"the newest {WEIGHT_VERSIONS}"),)))
+    return found
+
+
+def floor_tokens(config: RunConfig, sizes: Sizes) -> int:
+    """Fewest tokens of a forward pass of the engine: one sample, both branches of guidance."""
+    return sizes.tokens * (2 if config.sampler.guidance > 1 else 1)

@@ -1,0 +1,90 @@
+"""Published architectures by their hub id, so that a plan needs neither network nor weights: the keys of the folders' config.json files.
+
+Sources: diffusers 0.42.1 `models/transformers/transformer_sd3.py` (keys and defaults) and `scripts/convert_sd3_to_diffusers.py` of its
+repository (SD3-medium, SD3.5-medium and -large, the VAE); the configurations of OpenAI CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5 v1.1 XXL in
+transformers. The glyph base is `diffusion.families.glyph.policy`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Parts = dict[str, dict[str, Any]]
+"""A policy folder: part (`transformer`, `vae`, `text_encoder`, …) to the keys of its config.json."""
+
+_SD3 = {
+    "_class_name": "SD3Transformer2DModel",
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+_SD35_MEDIUM = _SD3 | {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"}
+_SD35_LARGE = _SD3 | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
+_VAE = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "force_upcast": True,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+_CLIP_L = {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+}
+_CLIP_G = _CLIP_L | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "projection_dim": 1280}
+_T5_XXL = {
+    "architectures": ["T5EncoderModel"],
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_heads": 64,
+    "num_layers": 24,
+    "relative_attention_num_buckets": 32,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+def _sd3(transformer: dict[str, Any]) -> Parts:
+    return {"transformer": transformer, "vae": _VAE, "text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5_XXL}
+
+
+PUBLISHED = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(_SD3),
+    "stabilityai/stable-diffusion-3.5-medium": _sd3(_SD35_MEDIUM),
+    "stabilityai/stable-diffusion-3.5-large": _sd3(_SD35_LARGE),
+}
+GLYPH = "glyph-base"
+
+
+def published(name: str) -> Parts | None:
+    """The parts of a hub id or of the glyph base, None for another name."""
+    if name == GLYPH:
+        from diffusion.families.glyph.policy import CONFIG, MODEL_CLASS
+        from diffusion.families.glyph.text import CLASS_NAME
+
+        return {"transformer": {"_class_name": MODEL_CLASS, **CONFIG.to_dict()}, "text_encoder": {"_class_name": CLASS_NAME, "max_tokens": 10}}
+    return PUBLISHED.get(name)

@@ -1,0 +1,113 @@
+"""Bytes of payloads, of the store that keeps them, and of what a run leaves on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from replay.policy import BufferSettings, disk_needed, memory_needed
+from trainer.config.run import RunConfig
+from trainer.plan.memory import MASTER, Part, trained_steps
+from trainer.plan.sizes import Sizes
+
+REDIS_VALUE = 512 * 2**20
+"""Most bytes of one value of Redis (`proto-max-bulk-len`, its default)."""
+KEPT = 2
+"""Checkpoints and exports that a run keeps."""
+FILE = 2
+"""Bytes of a value in the files of frozen parts, as published."""
+
+
+def buffer_settings(config: RunConfig) -> BufferSettings:
+    """What the run asks of the replay buffer."""
+    return BufferSettings(
+        groups_per_step=config.rollout.groups_per_step if config.uses_policy else 0,
+        data_per_step=1 if config.feeds_data else 0,
+        max_staleness=config.replay.max_staleness,
+        window=config.replay.window,
+        lease_s=config.replay.lease_s,
+        max_attempts=config.replay.max_attempts,
+        max_bytes=config.replay.max_bytes,
+        data_depth=config.replay.data_depth,
+        checkpoint_interval=config.checkpoint_every,
+        drop_zero_variance=config.replay.drop_zero_variance,
+        # a strictly ordered run must not leave holes in the sequence of prompts when it goes back to a checkpoint
+        remake_cut_off=config.replay.max_staleness == 0 and config.replay.window == 1,
+    )
+
+
+def group_bytes(config: RunConfig, sizes: Sizes) -> int:
+    """One group's payload, without the header of its file (`actors.payload` has the table)."""
+    if not config.uses_policy:
+        return 0
+    members, k, latent = config.rollout.group_size, trained_steps(config), sizes.latent_values
+    states = 3 if config.sampler.kernel == "edm_2ab" else 2  # two-step kernels keep the prediction before
+    total = members * k * (states * latent * 4 + 8) + k * 8 + (config.sampler.steps + 1) * 4 + sizes.prompt_values * 4
+    if config.uses_data and not config.feeds_data:
+        total += latent * 4 + (sizes.prompt_values * 4 if config.data.caption_dropout else 0)
+    return total
+
+
+def data_bytes(config: RunConfig, sizes: Sizes) -> int:
+    """One anchor batch's payload, without the header of its file."""
+    return config.data_rows * (sizes.latent_values + sizes.prompt_values) * 4 if config.feeds_data else 0
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Payloads and their store.
+
+    Attributes:
+        group, data, claim: bytes of a group, of an anchor batch, and of everything that an update claims.
+        groups, batches: most groups and batches that are not settled, and with them the bytes that must be kept: `retained`.
+        budget: `replay.max_bytes`.
+        store: bytes that the store may take of memory (Redis) or of disk (folder).
+        disk: what lies on disk, by kind.
+    """
+
+    group: int
+    data: int
+    claim: int
+    groups: int
+    batches: int
+    retained: int
+    budget: int
+    store: Part
+    disk: tuple[Part, ...]
+
+
+def storage_of(config: RunConfig, sizes: Sizes) -> Storage:
+    """See `Storage`."""
+    settings, group, data = buffer_settings(config), group_bytes(config, sizes), data_bytes(config, sizes)
+    retained = settings.retained_groups * group + settings.retained_data * data
+    budget, in_redis = config.replay.max_bytes, config.replay.payloads == "redis"
+    store = Part("Redis", memory_needed(budget), "memory while its log is rewritten") if in_redis else Part("folder", budget, "replay.max_bytes")
+    return Storage(
+        group=group,
+        data=data,
+        claim=config.rollout.groups_per_step * group + data,
+        groups=settings.retained_groups,
+        batches=settings.retained_data,
+        retained=retained,
+        budget=budget,
+        store=store,
+        disk=_disk(config, sizes, in_redis),
+    )
+
+
+def _disk(config: RunConfig, sizes: Sizes, in_redis: bool) -> tuple[Part, ...]:
+    network, ema = sizes.transformer, bool(config.optimizer.ema)
+    version = MASTER * sizes.published_values
+    checkpoint = version + (2 + ema) * MASTER * network.trained
+    plain = MASTER * (network.values - (network.trained if sizes.adapted else 0))
+    frozen = FILE * ((sizes.encoders[0].parameters if sizes.encoders else 0) + (sizes.vae.parameters if sizes.vae else 0))
+    export = plain + frozen + (version if sizes.adapted else 0)
+    parts = [
+        Part("checkpoints", KEPT * checkpoint, f"{KEPT} of weights, optimiser and average"),
+        Part("exports", KEPT * (1 + ema) * export, f"{KEPT} policies in fp32{' and their averages' if ema else ''}, with text_encoder and vae"),
+        Part("weights", 2 * version, "the newest version and the shards of the next"),
+    ]
+    if in_redis:
+        parts.append(Part("log of Redis", disk_needed(config.replay.max_bytes), "embedded server; elsewhere on its own machine"))
+    else:
+        parts.append(Part("payloads", config.replay.max_bytes, f"in {config.replay.payloads}"))
+    return tuple(parts)

@@ -1,0 +1,117 @@
+"""Operations of an update, the seconds they take at a stated utilisation, what goes over links, and what it costs at a given price."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.config.run import RunConfig
+from trainer.plan.assumptions import Assumptions
+from trainer.plan.dry import VAEPass
+from trainer.plan.gpus import GPU
+from trainer.plan.memory import MASTER, trained_steps
+from trainer.plan.sizes import Sizes
+from trainer.plan.storage import Storage
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations and seconds.
+
+    Attributes:
+        tokens: of one sample, text included where the network computes on it.
+        forward: operations of one forward pass of one sample.
+        forwards: passes of the network in an update, in forwards: `sampling`, and `training` with its backward passes.
+        sampling, decoding, training: operations of an update on GPUs.
+        encoding: operations of an update on CPUs: anchor pictures through the VAE, captions and prompts through the text encoders.
+        evaluation: operations of one periodic evaluation on the CPU, None without.
+        seconds: of an update by stage: `sampling` with decoding, `training`, `encoding` (one thread); `update`, the whole on GPUs.
+        colocated: sampling and training take turns on the same GPUs.
+        links: bytes of an update by what they are.
+        hours: of the whole run, by the seconds of an update.
+        cost: of those hours at the price that was given, None without.
+    """
+
+    tokens: int
+    forward: float
+    forwards: dict[str, float]
+    sampling: float
+    decoding: float
+    training: float
+    encoding: float
+    evaluation: float | None
+    seconds: dict[str, float]
+    colocated: bool
+    links: dict[str, float]
+    hours: float
+    cost: float | None
+
+
+def forwards(config: RunConfig, recompute: bool) -> dict[str, float]:
+    """Forward passes of the network in an update, a backward pass counted as two (an adapter's takes less: frozen weights have no
+    gradient); guidance adds an unconditional branch, which has no backward pass."""
+    rollouts = config.rollout.groups_per_step * config.rollout.group_size if config.uses_policy else 0
+    k, guided = trained_steps(config), config.sampler.guidance > 1
+    trained = 4.0 if recompute else 3.0
+    per_transition = trained + guided + (config.objective.kl_weight > 0) * (1 + guided)
+    repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1
+    return {
+        "sampling": rollouts * config.sampler.steps * (1.0 + guided),
+        "policy loss": rollouts * k * per_transition,
+        "data loss": config.data_rows * repeats * trained if config.uses_data else 0.0,
+    }
+
+
+def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu: GPU, count: int, assumptions: Assumptions, price: float | None) -> Work:
+    """See `Work`. `count`: GPUs that there are; `price`: of one GPU an hour."""
+    forward, passes = float(sizes.network.forward_flops(sizes.shape, sizes.prompt[0])), forwards(config, assumptions.recompute)
+    rollouts = config.rollout.groups_per_step * config.rollout.group_size if config.uses_policy else 0
+    prompt = 2.0 * sizes.prompt[0] * sum(e.parameters for e in sizes.encoders)
+    captions = (config.data_rows if config.feeds_data else 0) + (config.rollout.groups_per_step if config.uses_policy else 0)
+    sampling, decoding = passes["sampling"] * forward, rollouts * vae.decode.flops
+    training = (passes["policy loss"] + passes["data loss"]) * forward
+    encoding = (config.data_rows if config.uses_data else 0) * vae.encode.flops + captions * prompt
+    evaluation = None
+    if config.evaluation.every:
+        e = config.evaluation
+        pictures = e.dev_prompts + max(1, e.diversity_prompts // 4) * e.diversity_samples
+        evaluation = pictures * (config.sampler.eval_steps * forward + vae.decode.flops) + e.loss_points / 4 * forward
+
+    cpu = assumptions.cpu_gflops * 1e9
+
+    def seconds(operations: float, parts: int, gpus: float, rate: float) -> float:
+        """Of processes that share the work, each on a GPU of its own as long as there are enough, or on a thread."""
+        if not gpus:
+            return operations / (parts * cpu)
+        return operations / (min(parts, count) * rate) if count else float("nan")
+
+    r, learner, rate = config.rollout, config.learner, gpu.rate(config.model.dtype)
+    sample_s = seconds(sampling, r.generators, r.gpus, rate * assumptions.rollout_utilisation)
+    sample_s += seconds(decoding, r.generators, r.gpus, gpu.fp32 * assumptions.rollout_utilisation)  # the VAE runs in fp32
+    train_s = seconds(training, learner.ranks, learner.gpus, rate * assumptions.train_utilisation)
+    colocated = r.gpus > 0 and learner.gpus > 0 and r.generators + learner.ranks > count
+    turns = config.uses_policy and (colocated or config.replay.max_staleness == 0)
+    update = sample_s + train_s if turns else max(sample_s, train_s)
+    hours = config.updates * update / 3600
+    version = MASTER * float(sizes.published_values)
+    generators = r.generators if config.uses_policy else 0
+    return Work(
+        tokens=sizes.tokens,
+        forward=forward,
+        forwards=passes,
+        sampling=sampling,
+        decoding=decoding,
+        training=training,
+        encoding=encoding,
+        evaluation=evaluation,
+        seconds={"sampling": sample_s, "training": train_s, "update": update, "encoding": encoding / cpu}
+        | ({"evaluation": evaluation / (cpu * config.evaluation.threads)} if evaluation is not None else {}),
+        colocated=colocated,
+        links={
+            "weights up, ranks to store": version,
+            "weights down, store to generators": version * generators,
+            "groups, written and read": 2.0 * config.rollout.groups_per_step * storage.group if config.uses_policy else 0.0,
+            "anchor batch, written and read by each rank": storage.data * (1.0 + learner.ranks),
+        },
+        hours=hours,
+        cost=None if price is None else hours * count * price,
+    )
