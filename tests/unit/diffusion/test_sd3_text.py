@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,12 @@ def test_an_encoder_that_does_not_fit_is_refused_with_its_folder_named(name: str
         load_policy(ModelConfig(path=str(copy), init=True))
     for word in (copy.name, *words):
         assert word in str(error.value)
+
+
+def test_without_transformers_the_error_says_how_to_get_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"need transformers: pip install 'ddrl\[models\]'"):
+        load_policy(ModelConfig(path=str(copy), init=True))
 
 
 def test_the_tiny_tokenizers_have_words_and_fall_back_to_letters() -> None:
