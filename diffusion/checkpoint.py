@@ -145,7 +145,7 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     try:
         encoder = TEXT_ENCODERS[encoder_class](folder, config, torch.device(device))
     except Exception as error:  # safetensors raises its own class for every kind of damage
-        raise CheckpointError(f"{folder}/text_encoder (config.json, model.safetensors) cannot be read: {error}") from None
+        raise CheckpointError(f"text encoder of {folder} (text_encoder/config.json, model.safetensors) cannot be used: {error}") from None
     _components(folder)  # what is not needed here is needed by an export
     return Policy(model, encoder, codec, process, provider, source)
 

@@ -27,13 +27,18 @@ COMPUTED = ("embeddings.position_ids",)
 """Buffers that old files store and today's models compute."""
 
 
-def _model(folder: Path, name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """The class `name` of transformers from the safetensors of `folder`, frozen. Raises ValueError unless every tensor finds its place."""
+def _library() -> Any:
     try:
         import transformers
     except ImportError:
-        raise ValueError(f"{folder} is a {name}, which needs transformers: pip install 'ddrl[models]'") from None
-    loading: Any = transformers.utils.logging
+        raise ValueError("CLIP and T5 need transformers: pip install 'ddrl[models]'") from None
+    return transformers
+
+
+def _model(folder: Path, name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """The class `name` of transformers from the safetensors of `folder`, frozen. Raises ValueError unless every tensor finds its place."""
+    transformers = _library()
+    loading = transformers.utils.logging
     verbosity = loading.get_verbosity()
     loading.set_verbosity_error()  # what a load leaves out is refused below, in one line
     loading.disable_progress_bar()
@@ -53,8 +58,7 @@ def _model(folder: Path, name: str, dtype: torch.dtype, device: torch.device | s
 
 
 def _tokenizer(folder: Path, name: str) -> Any:
-    import transformers
-
+    transformers = _library()
     if not (folder / "tokenizer_config.json").exists():
         raise ValueError(f"{folder} holds no tokenizer_config.json; download the folder again")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,25 @@ def test_the_old_layout_of_tokenizers_reads_the_same(copy: Path) -> None:
     assert torch.equal(found.pooled, expected.pooled)
 
 
+def test_what_older_files_also_hold_is_no_surprise(copy: Path) -> None:
+    """A buffer of positions that is computed today, T5's token embedding a second time, and variants beside."""
+    expected = SD3TextEncoder.load(copy).encode(PROMPTS)
+    for name in ("text_encoder", "text_encoder_3"):
+        path = copy / name / "model.safetensors"
+        state = load_file(path)
+        if name == "text_encoder_3":
+            state["encoder.embed_tokens.weight"] = state["shared.weight"].clone()
+        else:
+            state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        save_file(state, path, metadata={"format": "pt"})
+        save_file({"wrong": torch.zeros(1)}, copy / name / "model.fp16.safetensors")
+        (copy / name / "model.safetensors.index.fp16.json").write_text("{}")
+        (copy / name / "pytorch_model.bin").write_bytes(b"never read")
+    found = SD3TextEncoder.load(copy).encode(PROMPTS)
+    assert torch.equal(found.prompt_embeds, expected.prompt_embeds)
+    assert torch.equal(found.pooled, expected.pooled)
+
+
 def test_writing_a_tiny_folder_is_a_function_of_its_seed_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -149,6 +169,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "unexpected tensor": (edited("text_encoder_2/model.safetensors", lambda s: s.update(lora=torch.zeros(1))), ["text_encoder_2", "1 unexpected (lora)"]),
     "misshapen tensor": (edited("text_encoder_3/model.safetensors", lambda s: s.update({"shared.weight": torch.zeros(3, 4)})), ["text_encoder_3", "shape"]),
     "no second encoder": (lambda folder: shutil.rmtree(folder / "text_encoder_2"), ["text_encoder_2"]),
+    "no T5 where one is named": (lambda folder: shutil.rmtree(folder / "text_encoder_3"), ["model_index.json names text_encoder_3", "no such folder"]),
     "no weights": (lambda folder: (folder / "text_encoder_3" / "model.safetensors").unlink(), ["text_encoder_3"]),
     "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer_3"), ["tokenizer_3", "tokenizer_config.json"]),
     "no tokens": (lambda folder: (folder / "tokenizer_2" / "tokenizer.json").write_text("{"), ["tokenizer_2"]),
@@ -165,6 +186,12 @@ def test_an_encoder_that_does_not_fit_is_refused_with_its_folder_named(name: str
         load_policy(ModelConfig(path=str(copy), init=True))
     for word in (copy.name, *words):
         assert word in str(error.value)
+
+
+def test_without_transformers_the_error_says_how_to_get_it(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"need transformers: pip install 'ddrl\[models\]'"):
+        load_policy(ModelConfig(path=str(copy), init=True))
 
 
 def test_the_tiny_tokenizers_have_words_and_fall_back_to_letters() -> None:
