@@ -11,8 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config.errors import ConfigError
 from diffusion.source import is_hub_id
+from trainer.config.errors import ConfigError
 from trainer.config.load import all_keys, apply_overrides, load_config, nearest_key, parse_config
 from trainer.config.objective import PRESETS
 from trainer.config.render import render_config
