@@ -29,7 +29,7 @@ BLOCKS = 512
 
 
 class PreparationFailed(Exception):
-    """A fault while pictures were read or encoded, which is its cause. What was made is kept."""
+    """A fault while pictures were read or encoded; a worker that died is its cause. What was made is kept."""
 
 
 class TooManyBroken(PreparationFailed):
@@ -94,12 +94,20 @@ class ShardWriter:
         return len(broken)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        p, found = self.preparation, []
-        for number, data, about in zip(batch["number"], batch["pixels"], batch["about"], strict=True):
-            told = json.loads(about)
-            pixels = np.frombuffer(data, np.uint8).reshape(-1, p.height, p.width, 3)
-            found.append(self.write(int(number), pixels, [Row(**row) for row in told["rows"]], [Broken(**one) for one in told["broken"]]))
-        return {"number": batch["number"], "broken": found}
+        """A batch is one slice. A fault is handed on as text: Ray Data would say that user code failed, and not with what."""
+        (number,), (data,), (about,), (fault,) = (batch[key] for key in ("number", "pixels", "about", "fault"))
+        p, told, broken = self.preparation, json.loads(about), 0
+        if not fault:
+            pixels = np.frombuffer(data, np.uint8).reshape(-1, p.height, p.width, 3).copy()
+            try:
+                broken = self.write(int(number), pixels, [Row(**row) for row in told["rows"]], [Broken(**one) for one in told["broken"]])
+            except Exception as error:
+                fault = _described(error)
+        return {"broken": [broken], "fault": [fault]}
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -190,9 +198,13 @@ def _run(work: Work, workers: int, device: str) -> Iterator[int]:
     p, reader, items = work.preparation, work.reader, [asdict(work.slices[number]) | {"number": number} for number in work.missing]
 
     def pixels(row: dict[str, Any]) -> dict[str, Any]:
-        picture, rows, broken = read_slice(reader, Slice(row["file"], row["first"], row["rows"], row["at"]), p.height, p.width)
+        piece = Slice(row["file"], row["first"], row["rows"], row["at"])
+        try:
+            picture, rows, broken = read_slice(reader, piece, p.height, p.width)
+        except Exception as error:
+            return {"number": row["number"], "pixels": b"", "about": "{}", "fault": f"{piece.file}: {_described(error)}"}
         about = json.dumps({"rows": [asdict(one) for one in rows], "broken": [asdict(one) for one in broken]})
-        return {"number": row["number"], "pixels": picture.tobytes(), "about": about}
+        return {"number": row["number"], "pixels": picture.tobytes(), "about": about, "fault": ""}
 
     shards = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map(pixels)
     written = shards.map_batches(
@@ -204,6 +216,8 @@ def _run(work: Work, workers: int, device: str) -> Iterator[int]:
     )
     try:
         for row in written.iter_rows():
+            if row["fault"]:
+                raise PreparationFailed(f"a worker failed: {row['fault']}")
             yield int(row["broken"])
     except ray.exceptions.RayError as error:
         raise PreparationFailed("a worker failed") from error

@@ -21,7 +21,6 @@ from actors.sources.example import SourceError
 from actors.sources.prepared import PreparedSource
 from diffusion.checkpoint import load_codec
 from tests.mixed_pictures import BROKEN, write_folder
-from trainer.run.errors import describe
 
 BASE = Path(__file__).parents[3] / "recipes" / "glyph-base"
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -52,7 +51,7 @@ def test_latents_are_the_codecs_of_cropped_pictures(tmp_path: Path) -> None:
             if cut > 0
             else (0, (image.height - image.width * 16 / 24) / 2, image.width, (image.height + image.width * 16 / 24) / 2)
         )
-        pixels = np.asarray(image.resize((24, 16), Image.Resampling.BICUBIC, box))
+        pixels = np.array(image.resize((24, 16), Image.Resampling.BICUBIC, box))
     latent = examples[7].latent
     assert latent is not None
     torch.testing.assert_close(torch.from_numpy(latent.load()), codec.encode(pixels[None])[0], atol=1e-4, rtol=0)
@@ -112,8 +111,7 @@ def test_too_much_broken_is_an_error_that_can_be_allowed(tmp_path: Path) -> None
     assert prepare(begun(replace(job, max_broken=0.2))).broken == 7
     work = begun(replace(job, out=tmp_path / "lost"))
     (job.source / "metadata.jsonl").unlink()
-    with pytest.raises(PreparationFailed) as error:
+    with pytest.raises(PreparationFailed, match=r"a worker failed: metadata\.jsonl: FileNotFoundError: .*No such file"):
         prepare(work)
-    assert describe(error.value).startswith("FileNotFoundError: ")
     with pytest.raises(SourceError, match="not a multiple of 2"):
         begun(Preparation(write_folder(tmp_path / "again", 10), tmp_path / "other", write_vae(tmp_path / "policy"), 15, 24))
