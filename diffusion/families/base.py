@@ -49,12 +49,15 @@ class Saved:
         inputs: of each block's input, which is all that is kept of a block that is recomputed.
         ends: of what lies before and behind the blocks.
         gradients: most bytes of gradients of activations that live at a time beside them.
+        weights: values of each block's weights that the gradient of its input passes through; all of a block's are fewer where only adapters
+            are trained, since what depends on time and pooled text alone then has no gradient.
     """
 
     blocks: tuple[int, ...]
     inputs: tuple[int, ...]
     ends: int
     gradients: int
+    weights: tuple[int, ...]
 
     def peak(self, recompute: bool) -> int:
         """Most bytes at a time, with every block recomputed or none."""

@@ -6,7 +6,7 @@ A learner rank of R, with P parameters of which T are trained (fp32 masters, as 
     gradients  4 T while several passes accumulate (FSDP keeps them whole then), 4 T / R with one pass
     gathered   with R > 1, the root and three blocks in fp32 (one in use, one fetched ahead, the buffer it arrives in); everything without
                shard_blocks
-    casts      2 P under bf16 autocast, kept by autograd from a block's forward to its backward; one block's where blocks are recomputed
+    casts      2 P under bf16 autocast; with an adapter those that its gradient passes through, of one block where blocks are recomputed
     activations  of the rows of one pass, as the network counts them (`PackedModel.saved`)
 
 Without shard_blocks the gradients are reduced at once: three times 4 T at the end of the last pass, activations then gone.
@@ -100,8 +100,9 @@ def learner_rank(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> t
     whole = passes > 1 or ranks == 1
     gradients = trained if whole else trained / ranks + (min(trained, 2 * largest) if sharded else 0)
     gathered = 0.0 if ranks == 1 else (min(parameters, MASTER * sizes.root + 3 * largest) if sharded else parameters)
-    one_block = assumptions.recompute and sizes.adapted
-    casts = 0.0 if e == 4 else 2 * (max(sizes.blocks) if one_block else network.parameters)
+    # autocast remembers casts of weights that are trained until the forward pass is over, recomputed or not; those of frozen ones autograd keeps
+    kept = (max(saved.weights) if assumptions.recompute else sum(saved.weights)) if sizes.adapted else network.parameters
+    casts = 0.0 if e == 4 else 2 * kept
     activations = rows * saved.peak(assumptions.recompute)
     how = "blocks recomputed" if assumptions.recompute else "nothing recomputed"
     parts = [

@@ -58,7 +58,7 @@ def saved(c: SD3Config, shape: Sequence[int], text: int, size: int, adapted: boo
     def entry(stream: int) -> int:
         return stream + stream * full
 
-    blocks, inputs = [], []
+    blocks, inputs, weights = [], [], []
     for i in range(c.num_layers):
         last, dual = i == c.num_layers - 1, i in c.dual_attention_layers
         image = entry(4) + attention(4) + e + feed_forward(4) + (attention(4) if dual else 0)
@@ -67,7 +67,8 @@ def saved(c: SD3Config, shape: Sequence[int], text: int, size: int, adapted: boo
         maximum = 4 * c.num_attention_heads * (image_tokens + text + (image_tokens if dual else 0))  # the softmax's sums
         blocks.append(dim * (image * image_tokens + words * text) + per_request + maximum)
         inputs.append(dim * (4 * image_tokens + e * text))
+        weights.append(dim * dim * ((7 + 8 if last else 8 + 16) + 4 * dual + full * ((9 if dual else 6) + (2 if last else 6))))
     patches = image_tokens * c.patch_size**2 * c.in_channels * 4 * full + text * c.joint_attention_dim * e * full
     head = dim * image_tokens * (4 + (4 + e) * full)
     gradients = dim * ((8 * e + 2 * 4) * image_tokens + e * text)  # of the feed-forward behind and before its activation, of the streams
-    return Saved(tuple(blocks), tuple(inputs), patches + head, gradients)
+    return Saved(tuple(blocks), tuple(inputs), patches + head, gradients, tuple(weights))

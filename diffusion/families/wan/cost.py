@@ -46,4 +46,5 @@ def saved(c: WanConfig, shape: Sequence[int], text: int, size: int, adapted: boo
     block = video * (dim * per_token + feed_forward + 8 * c.num_attention_heads) + text * dim * words + 12 * dim * 4
     head = video * dim * (4 + (4 + e) * full) + text * (c.text_dim * e * full + dim * e * 2)
     gradients = video * (2 * c.ffn_dim * e + 2 * dim * 4)
-    return Saved((block,) * c.num_layers, (video * dim * e,) * c.num_layers, head, gradients)
+    weights = (6 + 2 * full) * dim * dim + 2 * dim * c.ffn_dim  # an adapter's gradient does not reach the text
+    return Saved((block,) * c.num_layers, (video * dim * e,) * c.num_layers, head, gradients, (weights,) * c.num_layers)

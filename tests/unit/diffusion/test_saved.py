@@ -40,23 +40,25 @@ def inputs(model: PackedModel) -> tuple[torch.Tensor, ...]:
     return torch.randn(ROWS, *shape), torch.rand(ROWS), torch.randn(ROWS, TEXT, 40), torch.randn(ROWS, 40)
 
 
-def kept(model: PackedModel, given: tuple[torch.Tensor, ...], dtype: str) -> int:
-    """Bytes of storages that a forward pass keeps beside its inputs, the weights and the casts of weights."""
+def kept(model: PackedModel, given: tuple[torch.Tensor, ...], dtype: str) -> tuple[int, int]:
+    """Bytes of storages that a forward pass keeps beside its inputs and the weights: of activations, and of casts of weights."""
     shapes = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
     shapes |= {shape[::-1] for shape in shapes}
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *given)}
     alive: dict[int, torch.Tensor] = {}
+    casts: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         weight = tensor.dtype != torch.float32 and tuple(tensor.shape[-2:]) in shapes
         key = tensor.untyped_storage()._cdata
-        if key not in known and not weight:
-            alive[key] = tensor
+        if key not in known:
+            (casts if weight else alive)[key] = tensor
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(dtype, torch.device("cpu")):
         model(*given)
-    return sum(tensor.untyped_storage().nbytes() for tensor in alive.values())
+    activations, weights = (sum(tensor.untyped_storage().nbytes() for tensor in found.values()) for found in (alive, casts))
+    return activations, weights
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
@@ -70,7 +72,10 @@ def test_what_is_kept_without_recomputing(config: SD3Config | WanConfig, dtype: 
     given = inputs(model)
     saved = model.saved(given[0].shape[1:], TEXT, itemsize(dtype), rank > 0)
     planned = ROWS * (sum(saved.blocks) + saved.ends)
-    assert planned == pytest.approx(kept(model, given, dtype), rel=0.04)
+    activations, casts = kept(model, given, dtype)
+    assert planned == pytest.approx(activations, rel=0.04)
+    if rank and dtype == "bfloat16":
+        assert 2 * sum(saved.weights) == pytest.approx(casts, rel=0.12)  # the first block's input has no gradient
 
 
 class Recomputed(nn.Module):
@@ -92,4 +97,4 @@ def test_what_is_kept_when_blocks_are_recomputed(config: SD3Config | WanConfig) 
     for i, block in enumerate(model.blocks):
         model.blocks[i] = Recomputed(block)
     planned = ROWS * (sum(saved.inputs) + saved.ends)
-    assert planned == pytest.approx(kept(model, given, "float32"), rel=0.1)
+    assert planned == pytest.approx(kept(model, given, "float32")[0], rel=0.1)
