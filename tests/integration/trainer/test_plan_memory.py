@@ -94,7 +94,7 @@ def test_the_glyph_policy(tmp_path: Path, rank: int) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rank", [0, 16], ids=["full", "adapter"])
 def test_a_policy_of_85_million_parameters(tmp_path: Path, rank: int, dtype: str) -> None:
-    compare(tmp_path, tree(tmp_path, (64, 64), 3, 1, rank, dtype), LARGER, whole=True)
+    compare(tmp_path, tree(tmp_path, (64, 64), 4, 1, rank, dtype), LARGER, whole=True)
 
 
 @pytest.mark.long
