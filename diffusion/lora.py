@@ -63,7 +63,9 @@ class LoRALinear(nn.Linear):
         out = F.linear(x, self.weight, self.bias)
         if self._base is not None or not self.active:
             return out
-        low: Tensor = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))  # the layer's own type, were it gathered in another
+        if not torch.is_autocast_enabled(x.device.type):  # which casts by itself; a cast before it would keep one more copy of x
+            x = x.to(self.lora_A.weight.dtype)
+        low: Tensor = self.lora_B(self.lora_A(x))
         return out + (self.scale * low).to(out.dtype)
 
     @torch.no_grad()
