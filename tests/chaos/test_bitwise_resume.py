@@ -73,6 +73,7 @@ def assert_bitwise_equal(folder: Path, reference: Path) -> None:
     assert [name for name in ours if not same(ours[name], theirs[name])] == []
 
 
+@pytest.mark.long
 def test_rank_killed_in_the_middle_of_an_interval(start: Callable[..., ChaosRun], tmp_path: Path, reference: Path) -> None:
     """Step 4 is claimed and lost; the group goes back to the checkpoint of step 2 and is served steps 3 and 4 again."""
     name = plan(tmp_path / "run.kills", "rank after claim", step=4, rank=1)
