@@ -30,7 +30,7 @@ from diffusion.families.registry import FAMILIES, TEXT_ENCODERS, Family
 from diffusion.lora import add_lora
 from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
-from diffusion.source import INDEX, CheckpointError, Source, belongs, locate
+from diffusion.source import INDEX, CheckpointError, Source, belongs, has_codec, locate
 from diffusion.weights import WEIGHTS, load_weights, read_json
 
 PARTS = ("scheduler", "text_encoder", "vae")
@@ -49,7 +49,7 @@ class Policy:
     codec: Codec
     process: ForwardProcess
     attention: Provider
-    source: Source | None = None
+    source: Source
 
 
 def _network_config(folder: Path) -> tuple[Family, dict[str, Any]]:
@@ -98,7 +98,7 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
     Raises:
         CheckpointError: a VAE of another class, or weights that do not fit.
     """
-    if not (folder / "vae").exists():
+    if not has_codec(folder):
         return IdentityCodec()
     try:
         with torch.device("meta"):

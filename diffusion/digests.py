@@ -6,6 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from diffusion.source import belongs, has_codec
+
 PIXELS = "pixels"
 """Codec of a policy in pixel space."""
 CODEC_RULE = "mean-1"
@@ -16,11 +18,11 @@ def codec_digest(folder: Path) -> str:
     """Digest of the codec of a policy folder: `pixels`, or one of its VAE's configuration and weights.
 
     Raises:
+        CheckpointError: no policy folder.
         OSError: a file that cannot be read.
         ValueError: a configuration that is no JSON object, or no weights.
     """
-    vae = folder / "vae"
-    return _digest(vae, CODEC_RULE) if vae.exists() else PIXELS
+    return _digest(folder / "vae", CODEC_RULE) if has_codec(folder) else PIXELS
 
 
 def network_digest(folder: Path) -> str:
@@ -29,9 +31,9 @@ def network_digest(folder: Path) -> str:
 
 
 def _digest(part: Path, rule: str) -> str:
-    """Notes that diffusers leaves in config.json (`_…`, but for the class) do not count, bytes of the weight files do."""
+    """Notes that diffusers leaves in config.json (`_…`, but for the class) do not count, bytes of the weight files do, variants apart."""
     config = json.loads((part / "config.json").read_text())
-    weights = sorted(part.glob("*.safetensors"))
+    weights = sorted(file for file in part.glob("*.safetensors") if belongs(f"{part.name}/{file.name}"))
     if not isinstance(config, dict) or not weights:
         raise ValueError(f"{part} needs a config.json and weights in safetensors")
     digest = hashlib.blake2b(rule.encode(), digest_size=16)

@@ -51,6 +51,15 @@ def belongs(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in FILES) and name.count("/") < 2
 
 
+def has_codec(folder: Path) -> bool:
+    """Whether the policy in `folder` has a codec (`vae/`); one without samples pixels. Raises CheckpointError for what is no policy folder."""
+    if (folder / "vae").exists():
+        return True
+    if not (folder / "transformer" / "config.json").exists():
+        raise CheckpointError(f"{folder} is no policy folder: it has neither vae/ nor transformer/config.json; give a folder in diffusers' layout")
+    return False
+
+
 def is_hub_id(path: str) -> bool:
     """Whether `path` names a hub repository, see the module's docstring."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None and not Path(path).is_dir() and not Path(path).parent.is_dir()

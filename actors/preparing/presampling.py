@@ -85,7 +85,7 @@ def presample(p: Presampling, policy: Policy, progress: Callable[[int, int], Non
     """Draw what is missing of the set, and finish it.
 
     Args:
-        policy: that of `p.model`, on its device.
+        policy: that of `p.model`, as it was loaded, on its device.
         progress: told how many shards there are, and of how many.
 
     Raises:
@@ -93,7 +93,7 @@ def presample(p: Presampling, policy: Policy, progress: Callable[[int, int], Non
         ValueError: a size or a prompt that the policy cannot sample.
         SamplingFailed, StepFailed, PresamplingFailed: a sample could not be drawn.
     """
-    folder, s = Path(p.model.path), p.sampler
+    folder, s = policy.source.folder, p.sampler
     latent = (policy.codec.channels, *policy.codec.latent_size(s.height, s.width))
     codec = codec_digest(folder)
     shards = -(-len(p.examples) // p.shard_prompts)

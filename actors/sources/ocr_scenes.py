@@ -4,7 +4,9 @@ A prompt is a pure function of (seed, number), written by a grammar of its own t
 ASCII and holds no quote, so that the reward finds its target; at most `MAX_TEXT` characters of at most `MAX_PROMPT`, which fits the
 77 tokens of CLIP. Choices are digits of a hash, so no library's random generator can change a prompt.
 
-Worked example: `scene_prompt(0, 0)` is the same sentence on every machine; its target is what stands in quotes.
+Worked example: `scene_prompt(0, 0)` is
+    A scoreboard beside a canal displaying "Home 38 Away 1", a dusty wind, fallen leaves around it.
+on every machine; its target is what stands in quotes.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def prepare_data(
         Path, typer.Argument(help="folder with metadata.jsonl, WebDataset shards, Parquet files, or a saved datasets folder", show_default=False)
     ],
     out: Annotated[Path, typer.Argument(help="folder of the prepared set", show_default=False)],
-    model: Annotated[Path, typer.Option(help="policy folder whose codec makes the latents", show_default=False)],
+    model: Annotated[str, typer.Option(help="policy whose codec makes the latents: a folder in diffusers' layout, or a hub id", show_default=False)],
     size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels: pictures are scaled to cover it and cropped at the centre", show_default=False)],
     image: Annotated[str | None, typer.Option(help="column of the pictures, in a table [default: image, …]", show_default=False)] = None,
     text: Annotated[str | None, typer.Option(help="column of the captions, in a table [default: text, caption, …]", show_default=False)] = None,
@@ -49,7 +49,7 @@ def prepare_data(
     from actors.preparing.pipeline import Preparation, PreparationFailed, begun, prepare
     from actors.preparing.readers import Columns
     from actors.sources.example import SourceError
-    from diffusion.source import CheckpointError
+    from diffusion.source import CheckpointError, locate
     from trainer.config.run import RayConfig
     from trainer.run.cluster import start_ray
     from trainer.run.environment import prepare as prepare_environment
@@ -63,7 +63,7 @@ def prepare_data(
         where = device if ray_address and device else usable(device).type  # a cluster may have what this machine lacks
         slices = shard_rows * height * width * 3 * (workers + STORE_SLICES) >> 20
         ray = RayConfig(address=ray_address, cpus=(os.cpu_count() or 1) + workers, object_store_mb=max(256, slices))
-        job = Preparation(source.resolve(), out.resolve(), model.resolve(), height, width, shard_rows, max_broken, Columns(image, text))
+        job = Preparation(source.resolve(), out.resolve(), locate(model).folder.resolve(), height, width, shard_rows, max_broken, Columns(image, text))
         work = begun(job)
         with progress("shards") as told, output_to(out.with_name(out.name + ".log")), ExitStack() as stack:
             if work.missing:

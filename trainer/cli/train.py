@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from diffusion.source import is_hub_id
 from trainer.cli.exits import fail
 from trainer.config.composition import composition
 from trainer.config.errors import ConfigError
@@ -37,7 +38,10 @@ def train(
         settings = load_config(recipe, overrides)
         folder = RunFolder(run_dir or Path("runs") / settings.name)
         check_files(settings)
-        _run(absolute(settings), folder, signals, resume)
+        settings = absolute(settings)
+        if is_hub_id(settings.model.path):
+            check_files(settings)  # again: its files are here now
+        _run(settings, folder, signals, resume)
         typer.echo(f"report: {folder.path / 'report.html'}")
     except ConfigError as error:
         fail(str(error), 2)

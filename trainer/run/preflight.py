@@ -24,7 +24,8 @@ SCENES_READ = 200
 
 
 def check_files(config: RunConfig) -> None:
-    """Raise ConfigError, naming key and file, when the run would fail for what a file holds or lacks."""
+    """Raise ConfigError, naming key and file, when the run would fail for what a file holds or lacks. Of a hub id, what the cache has
+    is looked at; `absolute` downloads the rest."""
     folder = _policy_folder(config.model.path, config.model.revision)
     if folder is not None:
         _check_model(folder, config.model.init)
@@ -32,7 +33,7 @@ def check_files(config: RunConfig) -> None:
     if (config.data.kind if config.prompts.kind == "data" else config.prompts.kind) != "glyph":
         _check_prompts(config)
     if config.data.kind != "glyph":
-        _check_data(config)
+        _check_data(config, folder)
 
 
 def check_policy(config: RunConfig) -> None:
@@ -115,15 +116,15 @@ def _check_prompts(config: RunConfig) -> None:
         raise ConfigError(f"prompts: {error}") from None
 
 
-def _check_data(config: RunConfig) -> None:
+def _check_data(config: RunConfig, folder: Path | None) -> None:
     from actors.sources.draws import data_source, held_out_rows, training_rows
     from actors.sources.prepared import PreparedSource
 
     size = config.sampler.height, config.sampler.width
     try:
         source = data_source(config.data)
-        if isinstance(source, PreparedSource):
-            _check_prepared(source, config)
+        if isinstance(source, PreparedSource) and folder is not None:
+            _check_prepared(source, folder, config)
         rows = training_rows(source, 0.0, config.seed, 0, 1) if config.uses_data else []
         for split in ["test"] + ["dev"] * (config.evaluation.every > 0):
             rows += held_out_rows(source, split, 1)
@@ -140,15 +141,15 @@ def _check_data(config: RunConfig) -> None:
         raise ConfigError(f"data: {len(absent)} of {len(names)} pictures of {root / 'metadata.jsonl'} do not exist; the first: {absent[0]}")
 
 
-def _check_prepared(source: PreparedSource, config: RunConfig) -> None:
-    """A prepared set must be of the policy's codec and of the run's size, and whole. Raises ValueError."""
+def _check_prepared(source: PreparedSource, folder: Path, config: RunConfig) -> None:
+    """A prepared set must be of the codec of the policy in `folder` and of the run's size, and whole. Raises ValueError, ConfigError."""
     from actors.prepared import shard_file
     from diffusion.digests import codec_digest
 
     there, model, size = source.manifest, config.model.path, (config.sampler.height, config.sampler.width)
     try:
-        codec = codec_digest(Path(model))
-    except (OSError, ValueError) as error:
+        codec = codec_digest(folder)
+    except (CheckpointError, OSError, ValueError) as error:
         raise ConfigError(f"model.path: the codec of {model} cannot be read: {error}") from None
     if there.codec != codec:
         raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from actors.prepared import read_header, shard_file
+from actors.prepared import read_header, read_manifest, shard_file
 from actors.preparing.pipeline import Preparation, ShardWriter, begun, read_slice
 from tests.mixed_pictures import write_folder
 from trainer.cli.main import app
@@ -102,3 +102,16 @@ def test_a_latent_that_is_not_finite_is_broken_and_named(source: Path, tmp_path:
     shard = read_header(shard_file(tmp_path / "set", 0))[1]
     assert (shard.broken[-1].name, "not finite" in shard.broken[-1].reason) == (rows[2].name, True)
     assert shard.rows == rows[:2] + rows[3:]
+
+
+def test_the_policy_may_be_a_hub_id_and_must_be_one_at_all(source: Path, tmp_path: Path, cached_policy: tuple[str, Path]) -> None:
+    name, snapshot = cached_policy
+    write_shards(source, tmp_path / "set")
+    code, _, stderr = prepare(source, tmp_path / "set", "--size", "16x48", "--max-broken", "0.2", "--model", name)
+    assert (code, stderr) == (0, "")
+    assert read_manifest(tmp_path / "set").model == str(snapshot)
+    for model, words in ((str(tmp_path / "gone"), "checkpoint folder"), (str(tmp_path), "is no policy folder")):
+        code, _, stderr = prepare(source, tmp_path / "other", "--size", "16x48", "--model", model)
+        assert code == 2
+        assert words in stderr
+    assert not (tmp_path / "other").exists()

@@ -120,3 +120,12 @@ def test_mistakes_are_one_line_and_status_2(arguments: list[str], message: str, 
     code, _, stderr = presample(tmp_path / "set", *arguments)
     assert (code, message in stderr) == (2, True), stderr
     assert len(stderr.splitlines()) == 1
+
+
+def test_a_hub_id_is_known_by_its_files(tmp_path: Path, cached_policy: tuple[str, Path]) -> None:
+    """By its name it looked like a policy in pixel space, whatever its codec."""
+    name, snapshot = cached_policy
+    code, _, stderr = presample(tmp_path / "set", "--set", f"model.path={name}", prompts="2")
+    assert (code, stderr) == (0, "")
+    assert manifest(tmp_path / "set")["model"] == str(snapshot)
+    assert presample(tmp_path / "set", "--set", f"model.path={snapshot}", prompts="2")[0] == 0  # the same plan: the same policy

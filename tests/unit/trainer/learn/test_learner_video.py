@@ -26,6 +26,7 @@ from diffusion.families.conditioning import Conditioning
 from diffusion.families.glyph.text import GlyphTextEncoder
 from diffusion.kernels import make_kernel
 from diffusion.processes import RectifiedFlow
+from diffusion.source import Source
 from tests.unit.diffusion.test_wan import wan
 from trainer.config.load import parse_config
 from trainer.learn.batch import StepBatch, transitions_of
@@ -44,7 +45,7 @@ def _group() -> Iterator[None]:
 
 
 def video_policy(*_: Any) -> Policy:
-    return Policy(wan(), GlyphTextEncoder.create(), IdentityCodec(), PROCESS, resolve_provider("auto", CPU, torch.float32))
+    return Policy(wan(), GlyphTextEncoder.create(), IdentityCodec(), PROCESS, resolve_provider("auto", CPU, torch.float32), Source(Path()))
 
 
 @pytest.mark.parametrize("kernel", PARTS)

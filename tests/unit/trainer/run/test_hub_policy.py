@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from huggingface_hub import constants
+from diffusers import AutoencoderKL
 
+from actors.prepared import Row, begin, finish, write_shard
 from diffusion.checkpoint import load_policy
+from diffusion.digests import codec_digest
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.run.preflight import absolute, check_files
 
-COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 ID = "team/glyph"
+BLOCKS = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+TINY_VAE = BLOCKS | {"latent_channels": 3, "norm_num_groups": 4}
 
 
 @pytest.fixture
-def cached(policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with one snapshot in it and no network; the snapshot."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    repository = tmp_path / "cache" / "models--team--glyph"
-    shutil.copytree(policy_folder, repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
-    return repository / "snapshots" / COMMIT
+def cached(cached_policy: tuple[str, Path]) -> Path:
+    """The snapshot of `ID` in the cache."""
+    return cached_policy[1]
 
 
 def settings(**model: object) -> RunConfig:
@@ -38,11 +35,10 @@ def test_a_run_keeps_the_commit_it_found(cached: Path) -> None:
     config = settings()
     check_files(config)
     kept = absolute(config)
-    assert (kept.model.path, kept.model.revision) == (ID, COMMIT)
+    assert (kept.model.path, kept.model.revision) == (ID, cached.name)
     assert absolute(kept) == kept
     policy = load_policy(kept.model)
-    assert policy.source is not None
-    assert (policy.source.folder, policy.source.revision) == (cached, COMMIT)
+    assert (policy.source.folder, policy.source.revision) == (cached, cached.name)
 
 
 def test_what_the_cache_holds_is_checked_at_once(cached: Path) -> None:
@@ -65,3 +61,19 @@ def test_a_folder_has_no_revision(policy_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.revision=main is of a hub repository"):
         check_files(config)
     assert absolute(settings(path=str(policy_folder))).model.path == str(policy_folder.resolve())
+
+
+def test_a_prepared_set_is_held_to_the_codec_in_the_cache(cached: Path, tmp_path: Path) -> None:
+    """The hub id was taken for a folder without a codec, so that every set of latents was refused and every one of pixels accepted."""
+    AutoencoderKL(**TINY_VAE).save_pretrained(cached / "vae")
+    begin(tmp_path / "set", {})
+    rows = [Row(f"caption {i}", f"caption {i}", f"{i}.png", 9, 9) for i in range(80)]
+    write_shard(tmp_path / "set", 0, np.zeros((80, 3, 8, 24), np.float32), rows, [])
+    about = {"model": "made/by", "height": 16, "width": 48, "latent": (3, 8, 24)}
+    tree = {"model": {"path": ID, "init": True}, "data": {"kind": "prepared", "path": str(tmp_path / "set")}, "prompts": {"kind": "glyph"}}
+    finish(tmp_path / "set", 1, [], codec=codec_digest(cached), **about)
+    check_files(parse_config(tree))
+    finish(tmp_path / "set", 1, [], codec="pixels", **about)
+    with pytest.raises(ConfigError, match="were made by another codec"):
+        check_files(parse_config(tree))
+    check_files(parse_config(tree | {"model": {"path": "team/other", "init": True}}))  # `ddrl config` downloads nothing
