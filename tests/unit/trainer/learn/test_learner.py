@@ -236,6 +236,25 @@ def test_a_gradient_that_is_not_finite_skips_the_update(policy_folder: Path) -> 
     assert difference(made.full_state(), before) > 0
 
 
+def test_the_optimiser_steps_with_limited_gradients_at_the_scheduled_rate(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the update says of norm and rate is also what Adam is given; one rank against two cannot tell, both would leave it out."""
+    made = learner_of(config_of(policy_folder, optimizer={"lr": 1e-3, "warmup": 8, "grad_clip": 1e-3}))
+    given: list[tuple[float, float]] = []
+    step = made.optimizer.step
+
+    def stepping() -> None:
+        gradients = [p.grad.full_tensor() for p in made.model.parameters() if p.grad is not None]  # type: ignore[attr-defined]
+        given.append((float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt()), made.optimizer.param_groups[0]["lr"]))
+        step()
+
+    monkeypatch.setattr(made.optimizer, "step", stepping)
+    said = made.update(batch_of(made), 2)
+    assert said["grad_norm"] > 5e-3
+    ((norm, lr),) = given
+    assert norm == pytest.approx(1e-3, rel=1e-2)
+    assert lr == said["lr"] == pytest.approx(0.25e-3)
+
+
 def test_the_moving_average_follows_by_its_decay(policy_folder: Path) -> None:
     made = learner_of(config_of(policy_folder))
     batch, before = batch_of(made), copied(made.full_state())
