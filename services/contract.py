@@ -69,7 +69,7 @@ class ModelHealth(StrictModel):
 
     name: str = Field(description="Name to use in requests.")
     status: Literal["ready", "starting", "unhealthy"] = Field(description="Whether it can score now.")
-    replicas: int = Field(default=0, ge=0, description="Running replicas.")
+    replicas: int | None = Field(default=0, ge=0, description="Running replicas; null when Serve does not say.")
     queued: int = Field(default=0, ge=0, description="Requests that wait.")
     ongoing: int = Field(default=0, ge=0, description="Requests that are being scored.")
     p50_s: Finite | None = Field(default=None, description="Median latency of recent calls in seconds; null before the first.")

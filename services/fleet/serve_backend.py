@@ -110,7 +110,7 @@ class ServeBackend:
         return Load(sum(load.waiting for load in loads), sum(load.scoring for load in loads))
 
     def _describe(self, name: str, deployment: Any, load: Load) -> ModelHealth:
-        running = 0 if deployment is None else sum(n for state, n in deployment.replica_states.items() if getattr(state, "value", state) == "RUNNING")
+        running = None if deployment is None else sum(n for state, n in deployment.replica_states.items() if getattr(state, "value", state) == "RUNNING")
         if running:
             status, message = "ready", None
         elif deployment is None:

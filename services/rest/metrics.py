@@ -6,6 +6,7 @@ what a client sent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -66,7 +67,7 @@ class FleetMetrics:
         """The state of every model now."""
         for model in models:
             self._ready.labels(model.name).set(model.status == "ready")
-            self._replicas.labels(model.name).set(model.replicas)
+            self._replicas.labels(model.name).set(math.nan if model.replicas is None else model.replicas)
             self._queued.labels(model.name).set(model.queued)
             self._ongoing.labels(model.name).set(model.ongoing)
 
