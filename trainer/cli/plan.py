@@ -176,7 +176,9 @@ def _work(plan: Plan) -> Table:
     table = _table("An update", "what", "work>", "time>", "why")
     passes, seconds = work.forwards, work.seconds
     table.add_row("forward of a sample", _flops(work.forward), "", "")
-    table.add_row("sampling", _flops(work.sampling + work.decoding), _time(seconds["sampling"]), f"{passes['sampling']:,.0f} forwards, and decoding")
+    table.add_row(
+        "sampling", _flops(work.sampling + work.prompts + work.decoding), _time(seconds["sampling"]), f"{passes['sampling']:,.0f} forwards, texts, decoding"
+    )
     trained = f"{passes['policy loss'] + passes['data loss']:,.0f} forwards, backward 2 each"
     table.add_row("training", _flops(work.training), _time(seconds["training"]), trained)
     table.add_row("encoding", _flops(work.encoding), _time(seconds["encoding"]), "one CPU thread")

@@ -23,7 +23,6 @@ class Assumptions(Strict):
     recompute: bool = Field(False, description="activation checkpointing, block by block; this build's learner has no key for it yet")
     prompt_tokens: int | None = Field(None, ge=1, description="tokens of an encoded prompt, padding included; null = as the pipeline pads it")
     frames: int = Field(1, ge=1, description="frames of a clip, for networks that sample video")
-    encoder_bytes: int = Field(4, ge=1, le=4, description="bytes of a value of the frozen text encoders")
 
 
 def parse_assumptions(items: list[str]) -> Assumptions:

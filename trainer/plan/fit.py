@@ -3,8 +3,8 @@
 Placing: each learner rank takes a GPU that has no other rank (NCCL refuses two ranks on one), then generators and rewards the GPU with most
 room left that has their share, as the recipe's `gpus` say. A GPU holds what its processes hold together.
 
-Changes are tried in the order in which they alter the run least: recomputing, an adapter instead of all weights, a smaller micro-batch,
-more ranks, a smaller picture, another GPU; each alone, then all that can be made together.
+Changes are tried in the order in which they alter the run least: recomputing, text encoders in bf16, an adapter instead of all weights, what is
+frozen beside it in bf16, a smaller micro-batch, more ranks, a smaller picture, another GPU; each alone, then all that can be made together.
 """
 
 from __future__ import annotations
@@ -173,6 +173,17 @@ def _recompute(s: Setting) -> Iterator[Step]:
         yield "activation checkpointing", ("--assume recompute=true",), can, changed
 
 
+def _texts(s: Setting) -> Iterator[Step]:
+    if s.config.model.text_dtype == "float32" and s.sizes().encoders:
+        yield "text encoders in bf16", ("model.text_dtype=bfloat16",), True, s.with_keys(model__text_dtype="bfloat16")
+
+
+def _frozen(s: Setting) -> Iterator[Step]:
+    model = s.config.model
+    if model.lora.rank and model.dtype == "bfloat16" and model.base_dtype == "float32":
+        yield "frozen weights in bf16", ("model.base_dtype=bfloat16",), True, s.with_keys(model__base_dtype="bfloat16")
+
+
 def _adapter(s: Setting) -> Iterator[Step]:
     if not s.config.model.lora.rank:
         keys = tuple(f"model.lora.{k}={v:g}" for k, v in ADAPTER.items())
@@ -218,7 +229,7 @@ def _count(s: Setting) -> Iterator[Step]:
             return
 
 
-CHANGES: tuple[Callable[[Setting], Iterator[Step]], ...] = (_recompute, _adapter, _micro_batch, _ranks, _picture, _gpu)
+CHANGES: tuple[Callable[[Setting], Iterator[Step]], ...] = (_recompute, _texts, _adapter, _frozen, _micro_batch, _ranks, _picture, _gpu)
 """In the order in which they alter the run least."""
 
 

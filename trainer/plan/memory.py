@@ -1,12 +1,14 @@
 """Memory of a learner rank, of a generator and of the hosts, as sums of named parts. Arithmetic on `Sizes` and the recipe.
 
-A learner rank of R, with P parameters of which T are trained (fp32 masters, as the learner keeps them):
+A learner rank of R, with P parameters of which T are trained (fp32 masters, as the learner keeps them; frozen ones in b bytes, as
+`model.base_dtype` says):
 
-    weights 4 P / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P (reverse KL, full training)
+    weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P (reverse KL, full training)
     gradients  4 T while several passes accumulate (FSDP keeps them whole then), 4 T / R with one pass
-    gathered   with R > 1, the root and three blocks in fp32 (one in use, one fetched ahead, the buffer it arrives in); everything without
+    gathered   with R > 1, the root and three blocks as they are held (one in use, one fetched ahead, the buffer it arrives in); everything without
                shard_blocks
-    casts      2 P under bf16 autocast; with an adapter those that its gradient passes through, of one block where blocks are recomputed
+    casts      2 P under bf16 autocast; with an adapter those that its gradient passes through, of one block where blocks are recomputed;
+               none of weights that are bf16 already
     activations  of the rows of one pass, as the network counts them (`PackedModel.saved`)
 
 Without shard_blocks the gradients are reduced at once: three times 4 T at the end of the last pass, activations then gone.
@@ -85,74 +87,106 @@ def micro_rows(config: RunConfig) -> int:
     return max(-(-rows // -(-rows // config.learner.micro_batch)) for rows in rank_rows(config) if rows)
 
 
-def itemsize(config: RunConfig) -> int:
-    return 2 if config.model.dtype == "bfloat16" else 4
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def weights_bytes(config: RunConfig, sizes: Sizes) -> float:
+    """The network's parameters as they are held: what is trained in fp32, the rest in `model.base_dtype`."""
+    network = sizes.transformer
+    return MASTER * network.trained + BYTES[config.model.base_dtype] * (network.parameters - network.trained)
+
+
+def buffers_bytes(config: RunConfig, sizes: Sizes) -> float:
+    """The network's buffers, which are of the type of its frozen weights."""
+    return BYTES[config.model.base_dtype] * sizes.transformer.buffers
+
+
+def encoders_bytes(config: RunConfig, sizes: Sizes) -> float:
+    """The text encoders in `model.text_dtype`."""
+    return BYTES[config.model.text_dtype] * sum(e.parameters for e in sizes.encoders)
+
+
+def vae_bytes(sizes: Sizes) -> float:
+    """The VAE, which is fp32."""
+    return MASTER * sizes.vae.parameters if sizes.vae else 0.0
 
 
 def learner_rank(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> tuple[Part, ...]:
     """A rank at the peak of an update. What the process itself takes is not counted."""
     ranks, network = config.learner.ranks, sizes.transformer
-    parameters, trained = MASTER * network.parameters, MASTER * network.trained
-    e, rows, passes = itemsize(config), micro_rows(config), pass_count(config)
+    parameters, buffers, trained = weights_bytes(config, sizes), buffers_bytes(config, sizes), MASTER * network.trained
+    e, rows, passes, based = BYTES[config.model.dtype], micro_rows(config), pass_count(config), config.model.base_dtype
     saved = sizes.network.saved(sizes.shape, sizes.prompt[0], e, sizes.adapted)
-    largest = MASTER * max(sizes.blocks)
+    per_parameter = parameters / network.parameters  # adapters lie in the blocks evenly
+    largest = per_parameter * max(sizes.blocks)
     sharded = config.learner.shard_blocks
     whole = passes > 1 or ranks == 1
     gradients = trained if whole else trained / ranks + (min(trained, 2 * largest) if sharded else 0)
-    gathered = 0.0 if ranks == 1 else (min(parameters, MASTER * sizes.root + 3 * largest) if sharded else parameters)
+    gathered = 0.0 if ranks == 1 else (min(parameters, per_parameter * sizes.root + 3 * largest) if sharded else parameters)
     # autocast remembers casts of weights that are trained until the forward pass is over, recomputed or not; those of frozen ones autograd keeps
     kept = (max(saved.weights) if assumptions.recompute else sum(saved.weights)) if sizes.adapted else network.parameters
-    casts = 0.0 if e == 4 else 2 * kept
+    casts = 0.0 if e == 4 else 2.0 * (network.trained if based == "bfloat16" else kept)
     activations = rows * saved.peak(assumptions.recompute)
+    masters = "fp32 masters" if based == "float32" else f"fp32 adapters, frozen weights {based}"
     how = "blocks recomputed" if assumptions.recompute else "nothing recomputed"
     parts = [
-        Part("weights", parameters / ranks + MASTER * network.buffers, "fp32 masters" + (f" over {ranks} ranks" if ranks > 1 else "") + ", buffers whole"),
+        Part("weights", parameters / ranks + buffers, masters + (f" over {ranks} ranks" if ranks > 1 else "") + ", buffers whole"),
         Part("optimiser", 2 * trained / ranks, "AdamW's two moments, fp32"),
         Part("average", trained / ranks if config.optimizer.ema else 0.0, "moving average of the weights, fp32"),
         Part("gradients", gradients, f"whole while {passes} passes accumulate" if whole else "of one pass, sharded"),
         Part(
             "gathered weights",
             gathered,
-            "root and three blocks in fp32: in use, fetched ahead, arriving" if sharded else "the whole network in fp32: shard_blocks is false",
+            "root and three blocks: in use, fetched ahead, arriving" if sharded else "the whole network: shard_blocks is false",
         ),
         Part("casts of weights", casts, "bf16, kept for the backward pass"),
         Part("activations", activations, f"{rows} rows a pass, {how}"),
         Part("rows of a pass", rows * (sizes.prompt_values + 4 * sizes.latent_values) * 4.0 + 6 * rows * sizes.latent_values * 8.0, "inputs; moments in fp64"),
     ]
     if config.objective.kl_weight and not sizes.adapted:
-        parts.append(Part("reference", parameters + MASTER * network.buffers, "the starting policy for the reverse KL, whole on every rank"))
+        parts.append(Part("reference", parameters + buffers, "the starting policy for the reverse KL, whole on every rank"))
     if not sharded:
         reduced = trained * (1 + 1 / ranks)  # the collective's input and output, beside the gradients
         spare = activations + casts
         parts.append(Part("reduction", max(0.0, reduced - spare), "gradients of the whole network at once"))
-    loaded = parameters + MASTER * network.buffers + (MASTER * sizes.vae.parameters if sizes.vae else 0)
+    loaded = parameters + buffers
     if any(part.name == "reference" for part in parts):
         loaded *= 2
+    loaded += vae_bytes(sizes) + encoders_bytes(config, sizes)
     update = sum(part.bytes for part in parts)
-    parts.append(Part("loading", max(0.0, loaded - update), "at start a rank loads the whole network, then shards it; more than an update needs"))
+    parts.append(
+        Part(
+            "loading",
+            max(0.0, loaded - update),
+            "at start a rank loads the whole policy, text encoders too, then shards the network; more than an update needs",
+        )
+    )
     return tuple(part for part in parts if part.bytes)
 
 
 def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assumptions) -> tuple[Part, ...]:
     """A generator at its peak: the engine's largest forward pass while pictures are decoded."""
-    network, e, rollout, sampler = sizes.transformer, itemsize(config), config.rollout, config.sampler
-    weights = MASTER * network.values
-    casts = 0.0 if e == 4 else 2.0 * (max(sizes.blocks) if sizes.adapted else network.parameters)
-    merged = MASTER * sizes.adapted_weights if config.model.lora.merge else 0
+    network, e, rollout, sampler = sizes.transformer, BYTES[config.model.dtype], config.rollout, config.sampler
+    based = config.model.base_dtype
+    weights = weights_bytes(config, sizes) + buffers_bytes(config, sizes)
+    cast = network.trained if based == "bfloat16" else max(sizes.blocks) if sizes.adapted else network.parameters
+    casts = 0.0 if e == 4 else 2.0 * cast
+    merged = BYTES[based] * sizes.adapted_weights if config.model.lora.merge else 0
     members = rollout.concurrent_groups * rollout.group_size
     tokens = min(sampler.max_tokens, members * sizes.tokens * (2 if sampler.guidance > 1 else 1))
     history = 3 if sampler.kernel == "edm_2ab" else 2
     states = members * (history * trained_steps(config) + 3) * sizes.latent_values * 4.0
     parts = [
-        Part("weights", weights, "fp32; the network runs in them or in casts"),
+        Part("weights", weights, "fp32; the network runs in them or in casts" if based == "float32" else f"frozen ones in {based}"),
         Part("casts of weights", casts, "bf16, for the time of a forward pass"),
         Part("unmerged weights", merged, "kept beside those that the adapter is merged into"),
         Part("activations", tokens * sizes.network.activation_bytes(e), f"{tokens} tokens a forward pass"),
         Part("states", states, f"{members} samples with their trained transitions, fp32"),
         Part("encoded prompts", min(PROMPT_CACHE, config.updates * rollout.groups_per_step * sizes.prompt_values * 4.0), "cache of at most 256 MiB"),
     ]
+    parts.append(Part("text encoders", encoders_bytes(config, sizes), config.model.text_dtype))
     if sizes.vae is not None:
-        parts.append(Part("VAE", MASTER * sizes.vae.parameters, "fp32"))
+        parts.append(Part("VAE", vae_bytes(sizes), "fp32"))
         batch = min(vae.batch, rollout.group_size)
         parts.append(Part("decoding", batch * vae.decode.peak, f"{batch} pictures of {sampler.height}x{sampler.width} in one call"))
     return tuple(part for part in parts if part.bytes)
@@ -178,29 +212,22 @@ def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     return [replace(p, parts=(*p.parts, own)) if p.gpus else p for p in found] + rewards(config)
 
 
-def frozen_bytes(sizes: Sizes, assumptions: Assumptions) -> float:
-    """Text encoders and VAE in memory."""
-    return sum(e.parameters for e in sizes.encoders) * float(assumptions.encoder_bytes) + (MASTER * sizes.vae.parameters if sizes.vae else 0)
-
-
-def hosts(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> list[Process]:
-    """Host memory of a run's processes, without Python and its libraries. In this build text encoders, evaluator and anchor feeder run on
-    CPUs, each process with a policy of its own; a rank draws the anchor evaluations of all ranks before it takes its own."""
+def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
+    """Host memory of a run's processes, without Python and its libraries, and without what `learner_rank` and `generator` count. In this
+    build evaluator and anchor feeder run on CPUs, each with a policy of its own; a rank draws the anchor evaluations of all ranks before
+    it takes its own."""
     row = (2 * sizes.latent_values + sizes.prompt_values) * 4.0
     transitions, _ = rank_rows(config)
     repeats = trained_steps(config) if config.uses_policy and config.objective.data_per == "transition" else 1
     evaluations = config.data_rows * repeats if config.uses_data else 0
-    encoders = sum(e.parameters for e in sizes.encoders) * float(assumptions.encoder_bytes)
-    network = MASTER * sizes.transformer.values
+    network = weights_bytes(config, sizes) + buffers_bytes(config, sizes)
     version = MASTER * sizes.published_values
     rank = [Part("transitions", transitions * row), Part("anchor evaluations", evaluations * row + (config.data_rows * row if config.uses_data else 0))]
-    rank.append(Part("text encoders", encoders, "while it starts"))
     first = [Part("export in the making", network * (2 if config.optimizer.ema else 1), "rank 0 only")]
-    whole = Part("policy", network + frozen_bytes(sizes, assumptions), "fp32, on the CPU")
+    whole = Part("policy", network + encoders_bytes(config, sizes) + vae_bytes(sizes), "on the CPU")
     found = [Process("learner rank", config.learner.ranks, 0, tuple(p for p in rank if p.bytes)), Process("export of rank 0", 1, 0, tuple(first))]
     if config.uses_policy:
-        parts = (Part("text encoders", encoders), Part("weights that arrive", 2.0 * version))
-        found.append(Process("generator", config.rollout.generators, 0, tuple(p for p in parts if p.bytes)))
+        found.append(Process("generator", config.rollout.generators, 0, (Part("weights that arrive", 2.0 * version),)))
     found.append(Process("evaluator", 1, 0, (whole,)))
     if config.feeds_data:
         found.append(Process("anchor feeder", 1, 0, (whole,)))

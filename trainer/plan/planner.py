@@ -74,7 +74,7 @@ def make_plan(config: RunConfig, gpu: GPU, count: int, assumptions: Assumptions,
     sizes, sampler = setting.sizes(), config.sampler
     vae = vae_pass(sizes, sampler.height, sampler.width)
     storage, placement = storage_of(config, sizes), setting.placement()
-    work, machines = work_of(config, sizes, vae, storage, gpu, count, assumptions, price), hosts(config, sizes, assumptions)
+    work, machines = work_of(config, sizes, vae, storage, gpu, count, assumptions, price), hosts(config, sizes)
     found = [*_placed(placement, gpu), *_stored(config, storage), *_noted(config, sizes, work, machines, placement)]
     return Plan(
         name=config.name,
@@ -152,8 +152,8 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
         found.append(Finding("warning", "idle", f"{placement.idle} of {len(placement.devices)} GPUs hold nothing: raise {counts}"))
     seconds = work.seconds
     if asks and seconds["encoding"] > seconds["update"]:
-        told = f"anchor pictures and texts of an update take {seconds['encoding']:.0f} s of one CPU thread, GPUs {seconds['update']:.0f} s"
-        found.append(Finding("warning", "encoding", f"{told}: encoders run on CPUs in this build, and training would wait for them"))
+        told = f"anchor data with its texts of an update take {seconds['encoding']:.0f} s of one CPU thread, GPUs {seconds['update']:.0f} s"
+        found.append(Finding("warning", "encoding", f"{told}: the anchor feeder runs on a CPU in this build, and training would wait for it"))
     if work.evaluation is not None and seconds["evaluation"] > config.evaluation.every * seconds["update"]:
         told = f"a periodic evaluation takes {seconds['evaluation'] / 3600:.1f} h on {config.evaluation.threads} CPU threads"
         found.append(Finding("warning", "evaluation", f"{told}, longer than the {config.evaluation.every} updates between two: it falls behind"))
@@ -178,7 +178,7 @@ def _trainable(sizes: Sizes) -> list[Finding]:
 
     if len(sizes.shape) == 4:
         return [Finding("warning", "build", "this build can plan video policies and not yet train them")]
-    unknown = [name for name in dict.fromkeys(sizes.encoder_classes) if name not in TEXT_ENCODERS]
-    if unknown:
-        return [Finding("warning", "build", f"this build can plan this policy and not yet train it: it has no {', '.join(unknown)}")]
+    if sizes.encoder_class not in TEXT_ENCODERS:
+        name = sizes.encoder_class or "text encoder that its config.json names"
+        return [Finding("warning", "build", f"this build can plan this policy and not yet train it: it has no {name}")]
     return []

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from diffusion.families.base import PackedModel
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-T5_TOKENS = {"T5EncoderModel": 256, "UMT5EncoderModel": 512}
-"""Tokens that the diffusers pipelines of SD3 and Wan pad a prompt to, by the class of its encoder."""
+UMT5_TOKENS = 512
+"""Tokens that the diffusers pipeline of Wan pads a prompt to."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sizes:
         shape: latent of one sample.
         prompt: tokens and channels of an encoded prompt, and channels of its pooled vector.
         vae_config: keys of the VAE's config.json, {} without one.
-        encoder_classes: classes of the text encoders.
+        encoder_class: class of the first text encoder, by which a build knows how to encode; "" without one.
         origin: where the configuration was read.
     """
 
@@ -62,7 +62,7 @@ class Sizes:
     shape: tuple[int, ...]
     prompt: tuple[int, int, int]
     vae_config: dict[str, Any]
-    encoder_classes: tuple[str, ...]
+    encoder_class: str
     origin: str
 
     @property
@@ -154,14 +154,16 @@ def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
         raise ConfigError(f"sampler.height, sampler.width: {error}") from None
     values = parts["transformer"]
     channels = int(values.get("joint_attention_dim") or values.get("text_dim") or 4096)
-    tokens: int = assumptions.prompt_tokens or sum(prompt_tokens(parts[name]) for name in ("text_encoder", "text_encoder_3") if name in parts)
+    tokens: int = assumptions.prompt_tokens or sum(
+        prompt_tokens(parts[name], config.model.t5_tokens) for name in ("text_encoder", "text_encoder_3") if name in parts
+    )
     prompt = (tokens, channels, int(values.get("pooled_projection_dim", 0)))
-    return Sizes(network, transformer, vae, encoders, shape, prompt, vae_config, tuple(_class_of(parts[name]) for name in ENCODERS if name in parts), origin)
+    return Sizes(network, transformer, vae, encoders, shape, prompt, vae_config, _class_of(parts.get(ENCODERS[0], {})), origin)
 
 
 def _class_of(values: dict[str, Any]) -> str:
     """Class of a part: diffusers writes it under `_class_name`, transformers under `architectures`."""
-    return str(values.get("_class_name") or next(iter(values.get("architectures", ())), "?"))
+    return str(values.get("_class_name") or next(iter(values.get("architectures", ())), ""))
 
 
 @cache
@@ -223,11 +225,12 @@ def _latent(config: RunConfig, assumptions: Assumptions, vae: dict[str, Any], ch
     return (channels, 1 + (assumptions.frames - 1) // vae.get("scale_factor_temporal", 4), *size)
 
 
-def prompt_tokens(values: dict[str, Any]) -> int:
-    """Tokens that an encoder of this configuration gives a prompt, padding included."""
+def prompt_tokens(values: dict[str, Any], t5: int) -> int:
+    """Tokens that an encoder of this configuration gives a prompt, padding included; `t5` of SD3's T5."""
     if "max_tokens" in values:  # the glyph encoder
         return int(values["max_tokens"])
-    return next((T5_TOKENS[name] for name in values.get("architectures", ()) if name in T5_TOKENS), values.get("max_position_embeddings", 0))
+    known = {"T5EncoderModel": t5, "UMT5EncoderModel": UMT5_TOKENS}
+    return next((known[name] for name in values.get("architectures", ()) if name in known), values.get("max_position_embeddings", 0))
 
 
 def encoder_parameters(values: dict[str, Any]) -> int:

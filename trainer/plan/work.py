@@ -21,10 +21,11 @@ class Work:
         tokens: of one sample, text included where the network computes on it.
         forward: operations of one forward pass of one sample.
         forwards: passes of the network in an update, in forwards: `sampling`, and `training` with its backward passes.
-        sampling, decoding, training: operations of an update on GPUs.
-        encoding: operations of an update on CPUs: anchor pictures through the VAE, captions and prompts through the text encoders.
+        sampling, prompts, decoding, training: operations of an update where generators and learner run; `prompts` through the text encoders.
+        encoding: operations of an update on CPUs: anchor pictures through the VAE and their captions through the text encoders; a set
+            that `ddrl prepare-data` made has its pictures encoded.
         evaluation: operations of one periodic evaluation on the CPU, None without.
-        seconds: of an update by stage: `sampling` with decoding, `training`, `encoding` (one thread); `update`, the whole on GPUs.
+        seconds: of an update by stage: `sampling` with prompts and decoding, `training`, `encoding` (one thread); `update`, the whole on GPUs.
         colocated: sampling and training take turns on the same GPUs.
         links: bytes of an update by what they are.
         hours: of the whole run, by the seconds of an update.
@@ -35,6 +36,7 @@ class Work:
     forward: float
     forwards: dict[str, float]
     sampling: float
+    prompts: float
     decoding: float
     training: float
     encoding: float
@@ -66,10 +68,12 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     forward, passes = float(sizes.network.forward_flops(sizes.shape, sizes.prompt[0])), forwards(config, assumptions.recompute)
     rollouts = config.rollout.groups_per_step * config.rollout.group_size if config.uses_policy else 0
     prompt = 2.0 * sizes.prompt[0] * sum(e.parameters for e in sizes.encoders)
-    captions = (config.data_rows if config.feeds_data else 0) + (config.rollout.groups_per_step if config.uses_policy else 0)
+    anchors = config.data_rows if config.uses_data else 0
+    pictures = anchors if config.data.kind != "prepared" else 0
+    prompts = prompt * config.rollout.groups_per_step if config.uses_policy else 0.0
     sampling, decoding = passes["sampling"] * forward, rollouts * vae.decode.flops
     training = (passes["policy loss"] + passes["data loss"]) * forward
-    encoding = (config.data_rows if config.uses_data else 0) * vae.encode.flops + captions * prompt
+    encoding = pictures * vae.encode.flops + anchors * prompt
     evaluation = None
     if config.evaluation.every:
         e = config.evaluation
@@ -85,7 +89,9 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
         return operations / (min(parts, count) * rate) if count else float("nan")
 
     r, learner, rate = config.rollout, config.learner, gpu.rate(config.model.dtype)
+    text_rate = gpu.rate(config.model.text_dtype)
     sample_s = seconds(sampling, r.generators, r.gpus, rate * assumptions.rollout_utilisation)
+    sample_s += seconds(prompts, r.generators, r.gpus, text_rate * assumptions.rollout_utilisation)
     sample_s += seconds(decoding, r.generators, r.gpus, gpu.fp32 * assumptions.rollout_utilisation)  # the VAE runs in fp32
     train_s = seconds(training, learner.ranks, learner.gpus, rate * assumptions.train_utilisation)
     colocated = r.gpus > 0 and learner.gpus > 0 and r.generators + learner.ranks > count
@@ -99,6 +105,7 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
         forward=forward,
         forwards=passes,
         sampling=sampling,
+        prompts=prompts,
         decoding=decoding,
         training=training,
         encoding=encoding,

@@ -16,6 +16,7 @@ from trainer.plan.gpus import GPUS, gpu_of
 from trainer.plan.memory import Part, Process
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
+HALF: dict[str, Any] = {"path": MEDIUM, "dtype": "bfloat16", "text_dtype": "bfloat16"}
 
 
 def process(name: str, count: int, gpus: float, size: float = 10.0, reserved: bool = False) -> Process:
@@ -24,7 +25,7 @@ def process(name: str, count: int, gpus: float, size: float = 10.0, reserved: bo
 
 def setting(gpu: str = "h100-80", count: int = 1, **sections: dict[str, Any]) -> Setting:
     base: dict[str, dict[str, Any]] = {
-        "model": {"path": MEDIUM, "dtype": "bfloat16"},
+        "model": HALF,
         "sampler": {"height": 512, "width": 512},
         "rollout": {"groups_per_step": 8, "group_size": 8, "gpus": 0.5, "generators": 1},
         "learner": {"ranks": 1, "gpus": 0.5, "micro_batch": 4},
@@ -80,21 +81,34 @@ def test_the_first_change_is_the_one_that_alters_least() -> None:
 
 
 def test_a_change_that_suffices_is_the_smallest_of_its_kind() -> None:
-    lora = setting(model={"path": MEDIUM, "dtype": "bfloat16", "lora": {"rank": 32}}, learner={"ranks": 1, "gpus": 0.5, "micro_batch": 32})
+    lora = setting(model=HALF | {"lora": {"rank": 32}}, learner={"ranks": 1, "gpus": 0.5, "micro_batch": 32})
     found = {c.name: c for c in changes(lora)}
     assert "an adapter instead of all weights" not in found
     smaller = found["a smaller micro-batch"]
     assert smaller.fits
-    assert smaller.keys == ("learner.micro_batch=16",)
-    again = lora.with_keys(learner__micro_batch=16)
+    assert smaller.keys == ("learner.micro_batch=8",)
+    again = lora.with_keys(learner__micro_batch=8)
     assert again is not None
     assert again.placement().most == smaller.most
+
+
+def test_half_precision_of_what_is_frozen_is_proposed() -> None:
+    lora = setting(model=HALF | {"text_dtype": "float32", "lora": {"rank": 32}}, learner={"ranks": 1, "gpus": 0.5, "micro_batch": 32})
+    found = {c.name: c for c in changes(lora)}
+    text, frozen = found["text encoders in bf16"], found["frozen weights in bf16"]
+    assert (text.keys, frozen.keys) == (("model.text_dtype=bfloat16",), ("model.base_dtype=bfloat16",))
+    full = lora.placement().most
+    assert full - text.most == 2 * (123_650_304 + 694_659_840 + 4_762_310_656)  # of the generator; the rank has let go of its own
+    assert full - frozen.most > 2 * 2 * 2_243_171_520
 
 
 def test_changes_are_made_together_before_another_gpu_is_bought() -> None:
     tight = setting("l40s-48", learner={"ranks": 1, "gpus": 0.5, "micro_batch": 8})
     found = changes(tight)
-    assert [c.name for c in found if c.fits and c.available] == ["an adapter instead of all weights and a smaller micro-batch", "another GPU"]
+    assert [c.name for c in found if c.fits and c.available] == [
+        "an adapter instead of all weights and frozen weights in bf16 and a smaller micro-batch",
+        "another GPU",
+    ]
     together = next(c for c in found if c.fits and c.available)
     assert together.keys[:2] == ("model.lora.rank=32", "model.lora.alpha=64")
 

@@ -32,7 +32,7 @@ def test_the_recipe_fits_one_gpu() -> None:
     assert plan.fits
     assert plan.changes == ()
     assert plan.components[0].trained == 18_776_064  # Flow-GRPO's 191 layers at rank 32, not the second attentions
-    assert kinds(plan) == {"encoding": "warning", "evaluation": "warning", "host": "warning", "build": "warning"}
+    assert kinds(plan) == {"encoding": "warning", "evaluation": "warning"}
 
 
 def test_a_smaller_gpu_names_the_nearest_change() -> None:
@@ -63,7 +63,7 @@ def test_gpus_that_nobody_uses() -> None:
 
 
 def test_gradients_of_several_passes_are_told() -> None:
-    plan = planned(sd35("model.lora.rank=0", "learner.ranks=8", "rollout.generators=8"), count=8)
+    plan = planned(sd35("model.lora.rank=0", "model.base_dtype=float32", "learner.ranks=8", "rollout.generators=8"), count=8)
     assert kinds(plan)["gradients"] == "note"
 
 

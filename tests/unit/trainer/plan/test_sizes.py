@@ -84,8 +84,9 @@ def test_encoders_count_as_transformers_builds_them() -> None:
 
 def test_prompt_tokens() -> None:
     parts = PUBLISHED[MEDIUM]
-    assert prompt_tokens(parts["text_encoder"]) + prompt_tokens(parts["text_encoder_3"]) == 333
-    assert prompt_tokens({"architectures": ["UMT5EncoderModel"], "d_model": 4096}) == 512
+    assert prompt_tokens(parts["text_encoder"], 256) + prompt_tokens(parts["text_encoder_3"], 256) == 333
+    assert prompt_tokens({"architectures": ["UMT5EncoderModel"], "d_model": 4096}, 256) == 512
+    assert sizes_of(parse_config({"model": {"path": MEDIUM, "t5_tokens": 128}}), Assumptions()).prompt == (205, 4096, 2048)
 
 
 def test_a_video_network_has_frames(tmp_path: Path) -> None:

@@ -53,10 +53,16 @@ def test_operations_and_seconds() -> None:
     rate = 989e12 * 0.4
     assert found.seconds["training"] == pytest.approx((24 * 36 + 72) * found.forward / (2 * rate))
     decoding = 24 * 2.515e12 / (2 * 67e12 * 0.4)  # fp32
-    assert found.seconds["sampling"] == pytest.approx(480 * found.forward / (2 * rate) + decoding, rel=0.001)
+    assert found.seconds["sampling"] == pytest.approx(480 * found.forward / (2 * rate) + decoding + found.prompts / (2 * 67e12 * 0.4), rel=0.001)
+    assert found.prompts == 4 * 2 * 333 * (123_650_304 + 694_659_840 + 4_762_310_656)  # of four groups
     assert not found.colocated
     assert found.seconds["update"] == max(found.seconds["training"], found.seconds["sampling"])
     assert found.hours == pytest.approx(100 * found.seconds["update"] / 3600)
+
+
+def test_of_a_prepared_set_only_texts_are_encoded() -> None:
+    assert work(recipe(data={"kind": "folder", "path": "pictures"})).encoding == pytest.approx(24 * (1.12e12 + 2 * 333 * 5.58e9), rel=0.01)
+    assert work(recipe(data={"kind": "prepared", "path": "pictures"})).encoding == pytest.approx(24 * 2 * 333 * 5.58e9, rel=0.01)
 
 
 def test_two_on_a_gpu_take_turns() -> None:
