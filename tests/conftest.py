@@ -22,14 +22,17 @@ CLUSTER = "ray_cluster"
 """Fixture, and name of the group of all tests that use it."""
 
 LONG = (
-    "chaos/test_bitwise_resume.py",
-    "chaos/test_kill_matrix.py",
     CLUSTER,
     "e2e/test_run.py",
-    "e2e/test_kernels.py",
+    "chaos/test_bitwise_resume.py",
+    "chaos/test_kill_matrix.py",
+    "e2e/test_stop.py",
+    "e2e/test_serve_signals.py",
     "e2e/test_refusals.py",
-    "e2e/test_docs.py",
+    "unit/trainer/learn/test_ranks.py",
     "e2e/test_rest_docs.py",
+    "e2e/test_docs.py",
+    "e2e/test_kernels.py",
     "integration/replay/test_replay_model.py",
     "integration/replay/test_replay_embedded.py",
     "integration/replay/test_replay_cluster.py",

@@ -33,6 +33,7 @@ def finish(run: ChaosRun, kills: int) -> dict[str, dict[str, object]]:
     return seen
 
 
+@pytest.mark.long
 def test_producers_and_scorer(start: Callable[..., ChaosRun], tmp_path: Path) -> None:
     """Generator before its payload, between payload and ledger entry, and after the commit; feeder before and after its
     commit; OCR replica in the middle of a batch: all in one run."""

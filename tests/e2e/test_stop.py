@@ -62,6 +62,7 @@ def test_sigterm_while_ray_comes_up(start: Callable[..., Run]) -> None:
     assert run.leftovers() == []
 
 
+@pytest.mark.long
 def test_sigterm_in_mid_update_leaves_a_checkpoint_and_the_run_goes_on(start: Callable[..., Run]) -> None:
     """To the whole group, as `timeout` does, which must not shoot Ray before the checkpoint."""
     run = start("run", "--set", "checkpoint_every=100", "--set", "evaluation.every=0", "--set", "updates=100")

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.ledger.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.long
 def test_quick_run_measures_every_section() -> None:
     arguments = [sys.executable, "benchmarks/replay.py", "--quick", "--json"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

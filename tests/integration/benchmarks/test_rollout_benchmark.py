@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.sampling.sides import TOLERANCE
 from benchmarks.sampling.tables import markdown
 
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SIDES = {"limit", "engine", "engine, rollout", "pipeline", "loop"}
 
 
+@pytest.mark.long
 def test_quick_run_measures_every_section() -> None:
     arguments = [sys.executable, "benchmarks/rollout.py", "--quick", "--json"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -79,7 +79,7 @@ def _no_pool_of_compilers() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("kind", ["sd3", "wan"])
+@pytest.mark.parametrize("kind", [pytest.param("sd3", marks=pytest.mark.long), "wan"])
 @torch.no_grad()
 def test_a_second_mix_in_the_same_bucket_compiles_nothing(kind: str) -> None:
     model = build(kind)
@@ -101,6 +101,7 @@ def test_a_second_mix_in_the_same_bucket_compiles_nothing(kind: str) -> None:
     close(dirty[:-1], eager[0][:-1])
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_more_shapes_than_the_compiler_keeps_by_default() -> None:
     """torch gives up on a function after 8 recompilations unless told otherwise; a day of mixed sizes has more."""
