@@ -135,6 +135,7 @@ def test_while_it_serves_what_was_accepted_is_finished(serve: Callable[..., Serv
     assert service.logs() == []
 
 
+@pytest.mark.long
 def test_what_is_still_open_at_the_end_is_said_and_the_log_stays(serve: Callable[..., Service]) -> None:
     service = serve(drain_s="0.2")
     url = service.url()
