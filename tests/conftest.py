@@ -7,6 +7,7 @@ while others idle. Files are therefore dealt in rounds: a long one for each work
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,14 +64,18 @@ def dealt(groups: list[str], workers: int) -> list[str]:
     return order
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Name each test's group to pytest-xdist and put the groups in order; without workers, the order stays as it is."""
     worker = getattr(config, "workerinput", None)
-    if worker is None:
-        return
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    order = dealt(list(dict.fromkeys(map(group_of, items))), worker["workercount"])
-    place = {group: number for number, group in enumerate(order)}
-    items.sort(key=lambda item: place[group_of(item)])
+    if worker is not None:
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+        order = dealt(list(dict.fromkeys(map(group_of, items))), worker["workercount"])
+        place = {group: number for number, group in enumerate(order)}
+        items.sort(key=lambda item: place[group_of(item)])
+    yield
+    if worker is not None and config.option.loadgroup:  # pytest-xdist sets it in workers
+        lost = [item.nodeid for item in items if not item.nodeid.endswith(f"@{group_of(item)}")]
+        if lost:  # every worker would start servers and clusters of its own for the tests that share them
+            raise pytest.UsageError(f"pytest-xdist has not taken the groups of {len(lost)} tests, such as {lost[0]}: install the pytest of constraints.txt")
