@@ -76,6 +76,7 @@ def broken_rewards() -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.long
 def test_reward_url_that_answers_500(start: Callable[..., Run], broken_rewards: str) -> None:
     refuse(start("run", "--set", f"fleet.url={broken_rewards}"), 1, broken_rewards, "500")
 

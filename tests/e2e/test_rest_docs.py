@@ -130,6 +130,7 @@ def test_the_page_without_keys(shell: Shell) -> None:
     assert service.wait(60) == 0
 
 
+@pytest.mark.long
 def test_the_section_about_keys(shell: Shell) -> None:
     for line in lines("Keys"):
         out = shell.type(line)

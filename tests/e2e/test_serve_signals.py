@@ -101,7 +101,7 @@ def words_of(process: psutil.Process) -> str:
         return ""  # it has ended
 
 
-@pytest.mark.parametrize("moment", ["imports", "ray", "rewards"])
+@pytest.mark.parametrize("moment", ["imports", pytest.param("ray", marks=pytest.mark.long), "rewards"])
 def test_before_it_is_ready_it_ends_with_143_and_leaves_nothing(serve: Callable[..., Service], moment: str) -> None:
     service = serve()
     service.until(lambda: "starting the rewards: mean" in service.output)

@@ -51,6 +51,7 @@ def test_one_that_ends_leaves_the_other_scoring(fleets: None) -> None:
         two.score("mean", PROMPTS, IMAGES, 5)
 
 
+@pytest.mark.long
 def test_fleets_with_http_have_an_address_each(ray_cluster: None) -> None:
     try:
         main, own = start_fleet(FIRST), start_fleet(SECOND, "run-two")
