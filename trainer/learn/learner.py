@@ -13,8 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from actors.sources.draws import prompt_source, training_example
@@ -27,6 +26,7 @@ from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, take
 from trainer.learn.forward import Guidance, data_prediction, policy_prediction
 from trainer.learn.objective import Transitions, data_terms, policy_terms
+from trainer.learn.parallel import mesh_of, parallelize
 from trainer.learn.plan import passes, slices
 
 
@@ -99,12 +99,8 @@ class Learner:
         self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
 
     def _wrap(self) -> None:
-        """Shard the model over the ranks."""
-        mesh, blocks = init_device_mesh(self.device.type, (dist.get_world_size(),)), self.config.learner.shard_blocks
-        if blocks:
-            for block in self.model.blocks:
-                fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh, reshard_after_forward=blocks)
+        """Spread the network over the ranks."""
+        parallelize(self.model, mesh_of(self.device), self.config.learner)
 
     def _reference(self, config: RunConfig, device: torch.device) -> PackedModel | None:
         """The starting policy, for the reverse KL: a copy; or, where only an adapter is trained, the policy without it."""

@@ -111,7 +111,7 @@ def vae_bytes(sizes: Sizes) -> float:
     return MASTER * sizes.vae.parameters if sizes.vae else 0.0
 
 
-def learner_rank(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> tuple[Part, ...]:
+def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     """A rank at the peak of an update. What the process itself takes is not counted."""
     ranks, network = config.learner.ranks, sizes.transformer
     parameters, buffers, trained = weights_bytes(config, sizes), buffers_bytes(config, sizes), MASTER * network.trained
@@ -124,11 +124,11 @@ def learner_rank(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> t
     gradients = trained if whole else trained / ranks + (min(trained, 2 * largest) if sharded else 0)
     gathered = 0.0 if ranks == 1 else (min(parameters, per_parameter * sizes.root + 3 * largest) if sharded else parameters)
     # autocast remembers casts of weights that are trained until the forward pass is over, recomputed or not; those of frozen ones autograd keeps
-    kept = (max(saved.weights) if assumptions.recompute else sum(saved.weights)) if sizes.adapted else network.parameters
+    kept = (max(saved.weights) if config.learner.recompute else sum(saved.weights)) if sizes.adapted else network.parameters
     casts = 0.0 if e == 4 else 2.0 * (network.trained if based == "bfloat16" else kept)
-    activations = rows * saved.peak(assumptions.recompute)
+    activations = rows * saved.peak(config.learner.recompute)
     masters = "fp32 masters" if based == "float32" else f"fp32 adapters, frozen weights {based}"
-    how = "blocks recomputed" if assumptions.recompute else "nothing recomputed"
+    how = "blocks recomputed" if config.learner.recompute else "nothing recomputed"
     parts = [
         Part("weights", parameters / ranks + buffers, masters + (f" over {ranks} ranks" if ranks > 1 else "") + ", buffers whole"),
         Part("optimiser", 2 * trained / ranks, "AdamW's two moments, fp32"),
@@ -206,7 +206,7 @@ def rewards(config: RunConfig) -> list[Process]:
 def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assumptions) -> list[Process]:
     """Everything that may lie on a GPU: learner ranks, generators, rewards."""
     own = Part("process", assumptions.process_gb * 1e9, "context and libraries")
-    found = [Process("learner rank", config.learner.ranks, config.learner.gpus, learner_rank(config, sizes, assumptions))]
+    found = [Process("learner rank", config.learner.ranks, config.learner.gpus, learner_rank(config, sizes))]
     if config.uses_policy:
         found.append(Process("generator", config.rollout.generators, config.rollout.gpus, generator(config, sizes, vae, assumptions)))
     return [replace(p, parts=(*p.parts, own)) if p.gpus else p for p in found] + rewards(config)

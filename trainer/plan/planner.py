@@ -45,8 +45,8 @@ class Plan:
 
     @property
     def nearest(self) -> Change | None:
-        """The first change that this build can make and with which the run fits."""
-        return next((c for c in self.changes if c.fits and c.available), None)
+        """The first change with which the run fits."""
+        return next((c for c in self.changes if c.fits), None)
 
     def json(self) -> dict[str, Any]:
         """The plan as plain values: bytes, operations, seconds."""
@@ -130,9 +130,9 @@ def _stores(config: RunConfig, storage: Storage, placement: Placement) -> list[C
     """Changes that make payloads fit; the run then fits where its GPUs hold it."""
     found = []
     if config.replay.payloads == "redis" and max(storage.group, storage.data) > REDIS_VALUE:
-        found.append(Change("payloads in a shared folder", ("replay.payloads=/FOLDER",), True, placement.fits, placement.most))
+        found.append(Change("payloads in a shared folder", ("replay.payloads=/FOLDER",), placement.fits, placement.most))
     if storage.retained > storage.budget:
-        found.append(Change("more room for payloads", (f"replay.max_bytes={_rounded(storage.retained)}",), True, placement.fits, placement.most))
+        found.append(Change("more room for payloads", (f"replay.max_bytes={_rounded(storage.retained)}",), placement.fits, placement.most))
     return found
 
 

@@ -142,6 +142,11 @@ def test_two_ranks_compute_what_one_does(name: str, one: dict[str, Any], two: li
     assert "kl_weight" not in SCENARIOS[name].sections.get("objective", {}) or said[-1]["reverse_kl"] > 1e-7
 
 
+def test_recomputing_changes_no_bit_on_one_rank_or_two(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for found in (one, *two):
+        assert_same(found["recomputed"], {part: found["plain"][part] for part in ("said", "state")}, rtol=0)
+
+
 def test_a_gradient_above_the_limit_is_scaled_by_the_norm_of_all_ranks(one: dict[str, Any]) -> None:
     said = one["clipped gradient in one unit"]["said"]
     assert said[0]["grad_norm"] > 2 * 0.02

@@ -29,9 +29,8 @@ def recipe(**sections: dict[str, Any]) -> RunConfig:
     return parse_config({name: base.get(name, {}) | sections.get(name, {}) for name in {**base, **sections}})
 
 
-def rank(config: RunConfig, **assumed: Any) -> dict[str, float]:
-    assumptions = Assumptions(**assumed)
-    return {part.name: part.bytes for part in learner_rank(config, sizes_of(config, assumptions), assumptions)}
+def rank(config: RunConfig) -> dict[str, float]:
+    return {part.name: part.bytes for part in learner_rank(config, sizes_of(config, Assumptions()))}
 
 
 def test_full_training_over_eight_ranks() -> None:
@@ -79,7 +78,7 @@ def test_frozen_weights_may_be_held_in_bf16() -> None:
 
 
 def test_recomputing_trades_activations() -> None:
-    full, found = rank(recipe()), rank(recipe(), recompute=True)
+    full, found = rank(recipe()), rank(recipe(learner={"recompute": True}))
     assert found["activations"] < full["activations"] / 4
     changed = ("activations", "loading")  # what is loaded at start is more than an update takes then
     assert {n: b for n, b in found.items() if n not in changed} == {n: b for n, b in full.items() if n not in changed}
@@ -96,7 +95,7 @@ def test_what_a_reference_and_one_unit_take() -> None:
 def test_loading_is_said_where_it_takes_most() -> None:
     config = recipe(model={"path": MEDIUM, "dtype": "float32", "text_dtype": "bfloat16", "lora": {"rank": 4}}, learner={"ranks": 8, "micro_batch": 1})
     sizes = sizes_of(config, Assumptions())
-    total = sum(part.bytes for part in learner_rank(config, sizes, Assumptions()))
+    total = sum(part.bytes for part in learner_rank(config, sizes))
     assert total == pytest.approx(4 * (sizes.transformer.values + VAE) + 2 * TEXT)
 
 

@@ -40,7 +40,7 @@ def test_a_smaller_gpu_names_the_nearest_change() -> None:
     assert kinds(plan)["memory"] == "error"
     assert not plan.fits
     assert plan.nearest is not None
-    assert plan.nearest.name == "a smaller micro-batch"
+    assert plan.nearest.name == "activation checkpointing"
 
 
 def test_payloads_must_fit_their_store() -> None:
