@@ -3,7 +3,7 @@
 A learner rank of R, with P parameters of which T are trained (fp32 masters, as the learner keeps them; frozen ones in b bytes, as
 `model.base_dtype` says):
 
-    weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P (reverse KL, full training)
+    weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P / R (reverse KL, full training)
     gradients  4 T while several passes accumulate (FSDP keeps them whole then), 4 T / R with one pass
     gathered   with R > 1, the root and three blocks as they are held (one in use, one fetched ahead, the buffer it arrives in); everything without
                shard_blocks
@@ -144,23 +144,16 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
         Part("rows of a pass", rows * (sizes.prompt_values + 4 * sizes.latent_values) * 4.0 + 6 * rows * sizes.latent_values * 8.0, "inputs; moments in fp64"),
     ]
     if config.objective.kl_weight and not sizes.adapted:
-        parts.append(Part("reference", parameters + buffers, "the starting policy for the reverse KL, whole on every rank"))
+        parts.append(Part("reference", parameters / ranks + buffers, "the starting policy for the reverse KL"))
     if not sharded:
         reduced = trained * (1 + 1 / ranks)  # the collective's input and output, beside the gradients
         spare = activations + casts
         parts.append(Part("reduction", max(0.0, reduced - spare), "gradients of the whole network at once"))
-    loaded = parameters + buffers
-    if any(part.name == "reference" for part in parts):
-        loaded *= 2
-    loaded += vae_bytes(sizes) + encoders_bytes(config, sizes)
     update = sum(part.bytes for part in parts)
-    parts.append(
-        Part(
-            "loading",
-            max(0.0, loaded - update),
-            "at start a rank loads the whole policy, text encoders too, then shards the network; more than an update needs",
-        )
-    )
+    loaded = encoders_bytes(config, sizes) if config.uses_policy else 0.0
+    if config.model.init and not config.learner.gpus:
+        loaded = max(loaded, MASTER * network.values)
+    parts.append(Part("loading", max(0.0, loaded - update), "at start: text encoders, then the rank's shards; random weights are drawn whole"))
     return tuple(part for part in parts if part.bytes)
 
 
