@@ -137,7 +137,7 @@ class Learner:
         losses = list(self._losses(batch, sums))
         assert isinstance(self.model, FSDPModule)
         for i, compute in enumerate(losses):
-            self.model.set_requires_gradient_sync(i == len(losses) - 1)
+            self.model.set_requires_gradient_sync(self.config.learner.accumulate == "sharded" or i == len(losses) - 1)
             # FSDP averages gradients over ranks; the sums are divided by global counts, hence the factor
             (compute() * world).backward()
         norm = self._clip()

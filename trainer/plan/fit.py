@@ -3,8 +3,9 @@
 Placing: each learner rank takes a GPU that has no other rank (NCCL refuses two ranks on one), then generators and rewards the GPU with most
 room left that has their share, as the recipe's `gpus` say. A GPU holds what its processes hold together.
 
-Changes are tried in the order in which they alter the run least: recomputing, text encoders in bf16, an adapter instead of all weights, what is
-frozen beside it in bf16, a smaller micro-batch, more ranks, a smaller picture, another GPU; each alone, then all that can be made together.
+Changes are tried in the order in which they alter the run least: recomputing, gradients reduced in every pass, text encoders in bf16, an adapter
+instead of all weights, what is frozen beside it in bf16, a smaller micro-batch, more ranks, a smaller picture, another GPU; each alone, then all
+that can be made together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import vae_pass
 from trainer.plan.gpus import GPU, GPUS
-from trainer.plan.memory import Process, processes
+from trainer.plan.memory import Process, gathers_gradients, processes
 from trainer.plan.sizes import Sizes, sizes_of
 
 ADAPTER = {"rank": 32, "alpha": 64.0}
@@ -168,6 +169,11 @@ def _recompute(s: Setting) -> Iterator[Step]:
         yield "activation checkpointing", ("learner.recompute=true",), s.with_keys(learner__recompute=True)
 
 
+def _gradients(s: Setting) -> Iterator[Step]:
+    if s.config.learner.ranks > 1 and s.config.learner.shard_blocks and gathers_gradients(s.config):
+        yield "sharded gradients", ("learner.accumulate=sharded",), s.with_keys(learner__accumulate="sharded")
+
+
 def _texts(s: Setting) -> Iterator[Step]:
     if s.config.model.text_dtype == "float32" and s.sizes().encoders:
         yield "text encoders in bf16", ("model.text_dtype=bfloat16",), s.with_keys(model__text_dtype="bfloat16")
@@ -224,7 +230,7 @@ def _count(s: Setting) -> Iterator[Step]:
             return
 
 
-CHANGES: tuple[Callable[[Setting], Iterator[Step]], ...] = (_recompute, _texts, _adapter, _frozen, _micro_batch, _ranks, _picture, _gpu)
+CHANGES: tuple[Callable[[Setting], Iterator[Step]], ...] = (_recompute, _gradients, _texts, _adapter, _frozen, _micro_batch, _ranks, _picture, _gpu)
 """In the order in which they alter the run least."""
 
 

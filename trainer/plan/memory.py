@@ -4,7 +4,7 @@ A learner rank of R, with P parameters of which T are trained (fp32 masters, as 
 `model.base_dtype` says):
 
     weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P / R (reverse KL, full training)
-    gradients  4 T while several passes accumulate (FSDP keeps them whole then), 4 T / R with one pass
+    gradients  4 T while several passes accumulate (FSDP keeps them whole then); with one pass, or with accumulate: sharded, 4 T / R and two blocks
     gathered   with R > 1, the root and three blocks as they are held (one in use, one fetched ahead, the buffer it arrives in); everything without
                shard_blocks
     casts      2 P under bf16 autocast; with an adapter those that its gradient passes through, of one block where blocks are recomputed;
@@ -87,6 +87,11 @@ def micro_rows(config: RunConfig) -> int:
     return max(-(-rows // -(-rows // config.learner.micro_batch)) for rows in rank_rows(config) if rows)
 
 
+def gathers_gradients(config: RunConfig) -> bool:
+    """Whether gradients are whole on every rank while passes accumulate; a network that is one unit has whole ones in every pass."""
+    return (config.learner.accumulate == "whole" or not config.learner.shard_blocks) and pass_count(config) > 1
+
+
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -120,7 +125,7 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     per_parameter = parameters / network.parameters  # adapters lie in the blocks evenly
     largest = per_parameter * max(sizes.blocks)
     sharded = config.learner.shard_blocks
-    whole = passes > 1 or ranks == 1
+    whole = gathers_gradients(config) or ranks == 1
     gradients = trained if whole else trained / ranks + (min(trained, 2 * largest) if sharded else 0)
     gathered = 0.0 if ranks == 1 else (min(parameters, per_parameter * sizes.root + 3 * largest) if sharded else parameters)
     # autocast remembers casts of weights that are trained until the forward pass is over, recomputed or not; those of frozen ones autograd keeps
@@ -133,7 +138,7 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
         Part("weights", parameters / ranks + buffers, masters + (f" over {ranks} ranks" if ranks > 1 else "") + ", buffers whole"),
         Part("optimiser", 2 * trained / ranks, "AdamW's two moments, fp32"),
         Part("average", trained / ranks if config.optimizer.ema else 0.0, "moving average of the weights, fp32"),
-        Part("gradients", gradients, f"whole while {passes} passes accumulate" if whole else "of one pass, sharded"),
+        Part("gradients", gradients, f"whole while {passes} passes accumulate" if whole else "sharded, and of two blocks before they are reduced"),
         Part(
             "gathered weights",
             gathered,

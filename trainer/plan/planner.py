@@ -10,7 +10,7 @@ from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import vae_pass
 from trainer.plan.fit import Change, Finding, Placement, Setting, changes
 from trainer.plan.gpus import GPU
-from trainer.plan.memory import Process, hosts, pass_count, processes
+from trainer.plan.memory import Process, gathers_gradients, hosts, pass_count, processes
 from trainer.plan.sizes import Component, Sizes
 from trainer.plan.storage import REDIS_VALUE, Storage, storage_of
 from trainer.plan.work import Work, work_of
@@ -162,8 +162,9 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
         found.append(
             Finding("warning", "host", f"each learner rank takes {rank / GB:.0f} GB of host memory ({_largest(machines[0])}), x {config.learner.ranks}")
         )
-    if config.learner.ranks > 1 and pass_count(config) > 1 and not sizes.adapted:
-        found.append(Finding("note", "gradients", f"gradients are whole on every rank while the {pass_count(config)} passes of an update accumulate"))
+    if config.learner.ranks > 1 and gathers_gradients(config) and not sizes.adapted:
+        told = f"gradients are whole on every rank while the {pass_count(config)} passes of an update accumulate"
+        found.append(Finding("note", "gradients", f"{told}: with learner.accumulate=sharded (and shard_blocks) each keeps its part"))
     found += _trainable(sizes)
     return found
 

@@ -63,6 +63,7 @@ SCENARIOS = {
     "padding rows": Scenario({"learner": {"ranks": 1, "micro_batch": 1}}),
     "clipped gradient in one unit": Scenario({"optimizer": {"grad_clip": 0.02}, "learner": {"ranks": 1, "shard_blocks": False}}),
     "recomputed": Scenario({"learner": {"ranks": 1, "micro_batch": 4, "recompute": True}}),
+    "sharded gradients": Scenario({"learner": {"ranks": 1, "micro_batch": 1, "accumulate": "sharded"}}),
     "kl": Scenario({"objective": {"kl_weight": 0.5}}),
     "lora": Scenario({"model": {"lora": {"rank": 4, "alpha": 8.0}}, "objective": {"kl_weight": 0.5}, "optimizer": {"lr": 5e-2, "eps": 1e-5}}),
     "two steps in sigma space": Scenario({"sampler": {"kernel": "edm_2ab", "noise_level": 1.0, "guidance": 2.0}, "objective": {"data_noise": "shared"}}),

@@ -147,6 +147,11 @@ def test_recomputing_changes_no_bit_on_one_rank_or_two(one: dict[str, Any], two:
         assert_same(found["recomputed"], {part: found["plain"][part] for part in ("said", "state")}, rtol=0)
 
 
+def test_gradients_may_stay_sharded_while_passes_accumulate(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert_same(found["sharded gradients"], {part: found["padding rows"][part] for part in ("said", "state")}, rtol=1e-6, atol=1e-6)
+
+
 def test_a_gradient_above_the_limit_is_scaled_by_the_norm_of_all_ranks(one: dict[str, Any]) -> None:
     said = one["clipped gradient in one unit"]["said"]
     assert said[0]["grad_norm"] > 2 * 0.02

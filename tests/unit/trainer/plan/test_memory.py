@@ -57,6 +57,8 @@ def test_one_pass_keeps_sharded_gradients_only() -> None:
     config = recipe(objective={"preset": "sft"}, data={"batch_size": 16})
     sizes = sizes_of(config, Assumptions())
     assert rank(config)["gradients"] == P * 4 / 8 + 2 * 4 * max(sizes.blocks)
+    assert rank(recipe(learner={"accumulate": "sharded"}))["gradients"] == P * 4 / 8 + 2 * 4 * max(sizes.blocks)
+    assert rank(recipe(learner={"accumulate": "sharded", "ranks": 1}))["gradients"] == P * 4
 
 
 def test_an_adapter_alone_has_gradients_and_moments() -> None:
