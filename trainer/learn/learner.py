@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from actors.sources.draws import prompt_source, training_example
 from diffusion.checkpoint import Skeleton, build_network, fill_network, load_text_encoder, open_policy
@@ -204,17 +205,13 @@ class Learner:
             for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, micro)):
                 yield partial(data, part)
 
-    @torch.no_grad()
     def _clip(self) -> float:
-        """Scale gradients to the largest norm allowed; returns the global norm before. One collective, whatever the
-        number of tensors."""
-        gradients = [_local(p.grad) for p in self.model.parameters() if p.grad is not None]
-        square = torch.stack([g.double().square().sum() for g in gradients]).sum()
-        dist.all_reduce(square)
-        norm = float(square.sqrt())
-        if math.isfinite(norm) and norm > self.config.optimizer.grad_clip:
-            torch._foreach_mul_(gradients, self.config.optimizer.grad_clip / (norm + 1e-6))
-        return norm
+        """Scale gradients to the largest norm allowed; returns the norm before, over all parameters and ranks. One collective."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = _full(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if bool(norm.isfinite()):
+            clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip, norm)
+        return float(norm)
 
     @torch.no_grad()
     def _update_ema(self) -> None:
