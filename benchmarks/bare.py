@@ -27,6 +27,7 @@ from actors.payload import DataPayload, encode
 from actors.sources.draws import data_source, prompt_source, training_batch, training_example
 from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
+from diffusion.families.base import PackedModel
 from replay.buffer import ReplayBuffer
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
 from services.contract import ItemScore, ScoreFailure
@@ -42,7 +43,7 @@ from trainer.run.rewards import run_rewards
 class BareLearner(Learner):
     """The learner without its process group: the same losses, clipping, optimiser and average on a plain module."""
 
-    def _wrap(self) -> None:
+    def _spread(self, model: PackedModel) -> None:
         """Nothing is sharded."""
 
     def update(self, batch: StepBatch, step: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from diffusion.attention import Provider, resolve_provider
 from diffusion.codecs import Codec, IdentityCodec, VAECodec
@@ -27,11 +28,11 @@ from diffusion.config import ModelConfig
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
 from diffusion.families.registry import FAMILIES, TEXT_ENCODERS, Family
-from diffusion.lora import add_lora
+from diffusion.lora import add_lora, fresh_adapters
 from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
 from diffusion.source import INDEX, CheckpointError, Source, belongs, has_codec, locate
-from diffusion.weights import WEIGHTS, load_weights, read_json
+from diffusion.weights import WEIGHTS, load_weights, place, read_json
 
 PARTS = ("scheduler", "text_encoder", "vae")
 """Components that a policy has even where no model_index.json names them."""
@@ -61,35 +62,84 @@ def _network_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     return FAMILIES[name], values
 
 
-def load_network(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> tuple[PackedModel, Provider]:
-    """The network of `config.path` alone, in `config.base_dtype` on `device`, and its attention provider. With `config.init`, weights
-    are drawn from `seed`.
+def build_network(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[PackedModel, Provider]:
+    """The network of `config.path` on the meta device, in `config.base_dtype` and with its adapter, and its attention provider on
+    `device`. `fill_network` gives it values.
 
     A provider without CPU kernels gives way to `sdpa` on the CPU, where evaluators and feeders of a GPU run live.
 
     Raises:
-        CheckpointError: a missing or unreadable folder, an unknown architecture, weights that do not fit.
+        CheckpointError: a missing or unreadable folder, an unknown architecture, an adapter's targets that name no layer.
     """
-    device, dtype = torch.device(device), getattr(torch, config.base_dtype)
+    device = torch.device(device)
     folder = locate(config.path, config.revision).folder
     provider = resolve_provider("auto" if device.type == "cpu" else config.attention, device, getattr(torch, config.dtype))
     family, values = _network_config(folder)
     try:
-        with torch.device("cpu" if config.init else "meta"):
-            model = family.build(values, provider.name)
+        with torch.device("meta"):
+            model = family.build(values, provider.name).to(getattr(torch, config.base_dtype))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/transformer/config.json: {error}") from None
-    if config.init:
-        model.init_weights(generator(seed, "init"))
-        model.to(device, dtype)
-    else:
-        load_weights(model, folder / "transformer", dtype, device, str(folder), "set model.init=true to start from random weights")
     if config.lora.rank:
         try:
-            add_lora(model, config.lora, generator(seed, "lora"))
+            add_lora(model, config.lora, None)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
     return model, provider
+
+
+def fill_network(model: PackedModel, config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> None:
+    """Give the network of `build_network` its values, on `device`: those of the folder, or with `config.init` drawn from `seed`, and the
+    adapter's first ones drawn from `seed`. Where its parameters were sharded meanwhile (FSDP2), each rank reads its own part of them
+    alone, and draws the whole.
+
+    Raises:
+        CheckpointError: weights that do not fit.
+    """
+    device, dtype = torch.device(device), getattr(torch, config.base_dtype)
+    folder = locate(config.path, config.revision).folder
+    adapter = [name for name in model.state_dict() if ".lora_" in name]
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        model.to_empty(device=device)
+    if config.init:
+        drawn = _drawn(folder, model.provider, seed)
+        for name in list(drawn):
+            place(model, name, drawn.pop(name), dtype, device)
+    else:
+        load_weights(model, folder / "transformer", dtype, device, str(folder), "set model.init=true to start from random weights", adapter)
+    for name, values in fresh_adapters(model, generator(seed, "lora")):
+        place(model, name, values, torch.float32, device)
+
+
+def _drawn(folder: Path, provider: str, seed: int) -> dict[str, Tensor]:
+    """Random weights, on the CPU."""
+    family, values = _network_config(folder)
+    model = family.build(values, provider)
+    model.init_weights(generator(seed, "init"))
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+def load_network(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> tuple[PackedModel, Provider]:
+    """`build_network` and `fill_network`. Raises CheckpointError."""
+    model, provider = build_network(config, device)
+    fill_network(model, config, device, seed)
+    return model, provider
+
+
+def build_codec(folder: Path) -> Codec:
+    """Codec of a policy folder without the weights of its `vae/`, on the meta device: enough to ask for sizes.
+
+    Raises:
+        CheckpointError: a VAE of another class.
+    """
+    if not has_codec(folder):
+        return IdentityCodec()
+    try:
+        with torch.device("meta"):
+            return VAECodec.build(read_json(folder / "vae" / "config.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/vae/config.json: {error}") from None
 
 
 def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
@@ -98,14 +148,9 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
     Raises:
         CheckpointError: a VAE of another class, or weights that do not fit.
     """
-    if not has_codec(folder):
-        return IdentityCodec()
-    try:
-        with torch.device("meta"):
-            codec = VAECodec.build(read_json(folder / "vae" / "config.json"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder}/vae/config.json: {error}") from None
-    load_weights(codec.vae, folder / "vae", torch.float32, device)
+    codec = build_codec(folder)
+    if isinstance(codec, VAECodec):
+        load_weights(codec.vae, folder / "vae", torch.float32, device)
     return codec
 
 
@@ -115,12 +160,32 @@ def _encoder_class(folder: Path) -> str:
     return str(values.get("_class_name") or next(iter(values.get("architectures") or []), None))
 
 
-def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
-    """The policy of `config.path`: `load_network` and everything around it.
+def load_text_encoder(folder: Path, config: ModelConfig, device: torch.device | str = "cpu") -> TextEncoder:
+    """The text encoders of a policy folder. Raises CheckpointError for some that do not fit."""
+    try:
+        return TEXT_ENCODERS[_encoder_class(folder)](folder, config, torch.device(device))
+    except Exception as error:  # safetensors raises its own class for every kind of damage
+        raise CheckpointError(f"text encoder of {folder} (text_encoder/config.json, model.safetensors) cannot be used: {error}") from None
+
+
+@dataclass
+class Skeleton:
+    """A policy whose files were checked but for its weights, of which none were read: `transformer` and `codec` are on the meta device.
+    `fill_network`, `load_codec` and `load_text_encoder` make a policy of it, or what of one is needed."""
+
+    transformer: PackedModel
+    codec: Codec
+    process: ForwardProcess
+    attention: Provider
+    source: Source
+
+
+def open_policy(config: ModelConfig, device: torch.device | str = "cpu") -> Skeleton:
+    """The policy of `config.path` without weights, for `device`.
 
     Raises:
-        CheckpointError: what `load_network` and `load_codec` raise, text encoders that do not fit, components that are not there,
-            and parts this build does not have: video codecs.
+        CheckpointError: what `build_network` and `build_codec` raise, components that do not fit each other or are not there, and parts
+            this build does not have: video codecs, other text encoders.
     """
     source = locate(config.path, config.revision)
     folder = source.folder
@@ -133,8 +198,8 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     encoder_class = _encoder_class(folder)
     if encoder_class not in TEXT_ENCODERS:
         raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {', '.join(TEXT_ENCODERS)}")
-    model, provider = load_network(config.model_copy(update={"path": str(folder), "revision": None}), device, seed)
-    codec = load_codec(folder, device)
+    model, provider = build_network(config.model_copy(update={"path": str(folder), "revision": None}), device)
+    codec = build_codec(folder)
     if codec.channels != model.config.in_channels:
         raise CheckpointError(f"{folder}: the network takes latents of {model.config.in_channels} channels, its codec makes {codec.channels}")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -142,12 +207,21 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
         process = process_from_scheduler(scheduler, config.grid)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {error}") from None
-    try:
-        encoder = TEXT_ENCODERS[encoder_class](folder, config, torch.device(device))
-    except Exception as error:  # safetensors raises its own class for every kind of damage
-        raise CheckpointError(f"text encoder of {folder} (text_encoder/config.json, model.safetensors) cannot be used: {error}") from None
     _components(folder)  # what is not needed here is needed by an export
-    return Policy(model, encoder, codec, process, provider, source)
+    return Skeleton(model, codec, process, provider, source)
+
+
+def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
+    """The policy of `config.path`: `open_policy` with all its weights on `device`.
+
+    Raises:
+        CheckpointError: what `open_policy`, `fill_network`, `load_codec` and `load_text_encoder` raise.
+    """
+    found = open_policy(config, device)
+    folder = found.source.folder
+    fill_network(found.transformer, config.model_copy(update={"path": str(folder), "revision": None}), device, seed)
+    codec, encoder = load_codec(folder, device), load_text_encoder(folder, config, device)
+    return Policy(found.transformer, encoder, codec, found.process, found.attention, found.source)
 
 
 def _components(folder: Path) -> set[str]:

@@ -51,13 +51,10 @@ class LoRALinear(nn.Linear):
         self.scale, self.active = alpha / rank, True
         self._base: Tensor | None = None  # W, while the adapter is merged into it
 
-    def init_adapter(self, generator: torch.Generator) -> None:
-        """A uniform as in peft (Kaiming with a = √5: bound 1/√in), B zero. Drawn on the CPU."""
+    def fresh(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """First values of A and B: A uniform as in peft (Kaiming with a = √5: bound 1/√in), B zero. Drawn on the CPU."""
         bound = self.in_features**-0.5
-        drawn = torch.empty(self.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            self.lora_A.weight.copy_(drawn)
-            self.lora_B.weight.zero_()
+        return torch.empty(self.lora_A.weight.shape).uniform_(-bound, bound, generator=generator), torch.zeros(self.lora_B.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight, self.bias)
@@ -80,12 +77,19 @@ def _layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -> None:
+def fresh_adapters(model: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """First values of every adapter's parameters by their names, a layer at a time, drawn in the order of the layers' names."""
+    for name, layer in sorted(_layers(model).items()):
+        for part, values in zip(("lora_A", "lora_B"), layer.fresh(generator), strict=True):
+            yield f"{name}.{part}.weight", values
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None) -> None:
     """Wrap the linear layers whose name ends with one of `config.targets` (of a set of `TARGETS`: those that the network has),
     and freeze everything but the adapters.
 
     Args:
-        generator: CPU generator of the first values.
+        generator: CPU generator of the first values; None leaves them undefined.
     Raises:
         ValueError: a target that names no linear layer; nothing has changed then.
     """
@@ -102,9 +106,12 @@ def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -
         parent, _, last = name.rpartition(".")
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        wrapped = LoRALinear(layer, config.rank, config.alpha)
-        wrapped.init_adapter(generator)
-        setattr(model.get_submodule(parent), last, wrapped)
+        setattr(model.get_submodule(parent), last, LoRALinear(layer, config.rank, config.alpha))
+    if generator is not None:
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, values in fresh_adapters(model, generator):
+                parameters[name].copy_(values)
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,13 +1,14 @@
 """A component's tensors, from one safetensors file or from shards with an index, into a model: all of them or none.
 
 Names and shapes are compared first, from the files' headers. Then tensors go one by one from file to their place, in the type and on
-the device they are wanted in: the peak is the model and one tensor beside it, not the model and the files.
+the device they are wanted in: the peak is the model and one tensor beside it, not the model and the files. Of a parameter that is
+sharded over ranks (a DTensor) a rank reads its own part only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from diffusion.source import CheckpointError
 
@@ -78,20 +81,22 @@ def load_weights(
     device: torch.device | str = "cpu",
     origin: str | None = None,
     remedy: str = "download the folder again",
+    made: Collection[str] = (),
 ) -> None:
     """Put the tensors of `folder` in the place of `model`'s, which may be on the meta device.
 
     Args:
-        dtype, device: of the model afterwards; integers keep their type.
+        dtype, device: of the model afterwards; integers keep their type, and sharded parameters (see `place`) theirs.
         origin: what messages call the folder.
         remedy: see `shapes_of`.
+        made: names of the model's tensors that no file holds; they stay as they are.
 
     Raises:
         CheckpointError: what `shapes_of` raises, or tensors that are missing, unexpected or misshapen; the model is as it was then.
     """
     files = shapes_of(folder, remedy)
     stored = {name: shape for tensors in files.values() for name, shape in tensors.items()}
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in made}
     missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     shapes = [f"{k} {stored[k]} instead of {own[k]}" for k in own.keys() & stored.keys() if own[k] != stored[k]]
     if missing or extra or shapes:
@@ -102,13 +107,27 @@ def load_weights(
     for path, names in files.items():
         with _opened(path) as file:
             for name in names:
-                _put(model, name, file.get_tensor(name), dtype, device)
+                value = file.get_slice(name) if stored[name] else file.get_tensor(name)  # a scalar has no slices
+                place(model, name, value, dtype, device)
 
 
 @torch.no_grad()
-def _put(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> None:
+def place(model: nn.Module, name: str, values: Any, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Put `values` in the place of `model`'s tensor `name`: a new one of `dtype` on `device`, or, where it is sharded, this rank's part
+    of them into its shard, which has memory already.
+
+    Args:
+        values: a tensor, or what safetensors gives of one before it is read.
+    """
     parent, _, last = name.rpartition(".")
     owner = model.get_submodule(parent)
+    sharded = owner._parameters.get(last)
+    if isinstance(sharded, DTensor):
+        shape, start = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
+        if 0 not in shape:
+            sharded.to_local().copy_(values[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))])
+        return
+    tensor: Tensor = values if isinstance(values, Tensor) else values[...]
     # a copy even where nothing changes: what safetensors gives is the file itself, mapped into memory
     own = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
     if last in owner._parameters:

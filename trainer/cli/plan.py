@@ -85,9 +85,7 @@ def show(plan: Plan) -> None:
         console.print(f"[{colour}]{finding.level}[/]: {finding.message}")
     for change in plan.changes:
         ending = "fits" if change.fits else "not enough alone"
-        console.print(
-            f"  {change.name} ({' '.join(change.keys)}): {change.most / GB:.1f} GB a GPU, {ending}{'' if change.available else '; not in this build'}"
-        )
+        console.print(f"  {change.name} ({' '.join(change.keys)}): {change.most / GB:.1f} GB a GPU, {ending}")
     console.print("[green]fits[/]" if plan.fits else "[red]does not fit[/]")
 
 

@@ -30,6 +30,13 @@ class LearnerConfig(Strict):
     shard_blocks: bool = Field(
         True, description="shard every transformer block on its own; false = the whole model as one unit (small models: fewer collectives)"
     )
+    recompute: bool = Field(
+        False, description="activation checkpointing: a block keeps its input alone and is computed again in the backward pass; a third more work"
+    )
+    accumulate: Literal["whole", "sharded"] = Field(
+        "whole",
+        description="gradients while the passes of an update add up: whole = on every rank, reduced once; sharded = reduced in every pass, less memory",
+    )
     micro_batch: int = Field(160, ge=1, description="samples in one forward pass of a rank")
     threads: int = Field(1, ge=1, description="torch threads of one rank")
     gpus: float = Field(0.0, ge=0, description="GPUs of one rank; 0 = CPU and gloo")

@@ -13,13 +13,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from actors.sources.draws import prompt_source, training_example
-from diffusion.checkpoint import Policy, load_network, load_policy
+from diffusion.checkpoint import Skeleton, build_network, fill_network, load_text_encoder, open_policy
 from diffusion.families.base import PackedModel
+from diffusion.families.conditioning import Conditioning, TextEncoder
 from diffusion.kernels import make_kernel
 from diffusion.lora import trained_weights, without_lora
 from trainer.config.learner import OptimizerConfig
@@ -27,15 +28,16 @@ from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, take
 from trainer.learn.forward import Guidance, data_prediction, policy_prediction
 from trainer.learn.objective import Transitions, data_terms, policy_terms
+from trainer.learn.parallel import mesh_of, parallelize
 from trainer.learn.plan import passes, slices
 
 
-def guidance_of(config: RunConfig, policy: Policy, device: torch.device) -> Guidance | None:
+def guidance_of(config: RunConfig, encoder: TextEncoder, device: torch.device) -> Guidance | None:
     """The run's guidance with its negative prompt encoded, None without. Raises ValueError for a prompt that does not fit."""
     sampler = config.sampler
     if sampler.guidance == 1:
         return None
-    return Guidance(sampler.guidance, policy.text_encoder.encode([sampler.negative_prompt])[0].to(device))
+    return Guidance(sampler.guidance, encoder.encode([sampler.negative_prompt])[0].to(device))
 
 
 def learning_rate(config: OptimizerConfig, step: int, decay_updates: int) -> float:
@@ -82,37 +84,46 @@ class Learner:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        policy = load_policy(config.model, device, config.seed)
-        self.process, self.model = policy.process, policy.transformer.train()
-        self.reference = self._reference(config, device)
+        policy = open_policy(config.model, device)
+        self.process = policy.process
         self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
-        self.guidance, self.probe = None, None
+        self.guidance: Guidance | None = None
+        self.probe: Conditioning | None = None
         if config.uses_policy:
-            probe = training_example(prompt_source(config.prompts, config.data), config.seed, 0).text
-            self.guidance, self.probe = guidance_of(config, policy, device), policy.text_encoder.encode([probe])[0]
+            self.guidance, self.probe = self._texts(policy)
         self.shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
-        self._wrap()
+        self.model = self._filled(policy.transformer).train()
+        self.reference = self._reference()
         o = config.optimizer
         self.decay_updates = o.decay_updates or config.updates
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(trained.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
         self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
 
-    def _wrap(self) -> None:
-        """Shard the model over the ranks."""
-        mesh, blocks = init_device_mesh(self.device.type, (dist.get_world_size(),)), self.config.learner.shard_blocks
-        if blocks:
-            for block in self.model.blocks:
-                fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh, reshard_after_forward=blocks)
+    def _texts(self, policy: Skeleton) -> tuple[Guidance | None, Conditioning]:
+        """Guidance and probe. The text encoders are gone before the network comes."""
+        config = self.config
+        encoder = load_text_encoder(policy.source.folder, config.model, self.device)
+        probe = training_example(prompt_source(config.prompts, config.data), config.seed, 0).text
+        return guidance_of(config, encoder, self.device), encoder.encode([probe])[0]
 
-    def _reference(self, config: RunConfig, device: torch.device) -> PackedModel | None:
+    def _spread(self, model: PackedModel) -> None:
+        """Shard a network over the ranks."""
+        parallelize(model, mesh_of(self.device), self.config.learner)
+
+    def _filled(self, model: PackedModel) -> PackedModel:
+        """A network without values, sharded and then given those of the starting policy; no rank ever holds the whole of it."""
+        self._spread(model)
+        fill_network(model, self.config.model, self.device, self.config.seed)
+        return model
+
+    def _reference(self) -> PackedModel | None:
         """The starting policy, for the reverse KL: a copy; or, where only an adapter is trained, the policy without it."""
-        if config.objective.kl_weight == 0:
+        if self.config.objective.kl_weight == 0:
             return None
-        if config.model.lora.rank:
+        if self.config.model.lora.rank:
             return self.model
-        return load_network(config.model, device, config.seed)[0].eval().requires_grad_(False)
+        return self._filled(build_network(self.config.model, self.device)[0].eval().requires_grad_(False))
 
     def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
         """One optimiser update. A non-finite gradient skips it on all ranks alike (the norm is global).
@@ -127,7 +138,7 @@ class Learner:
         losses = list(self._losses(batch, sums))
         assert isinstance(self.model, FSDPModule)
         for i, compute in enumerate(losses):
-            self.model.set_requires_gradient_sync(i == len(losses) - 1)
+            self.model.set_requires_gradient_sync(self.config.learner.accumulate == "sharded" or i == len(losses) - 1)
             # FSDP averages gradients over ranks; the sums are divided by global counts, hence the factor
             (compute() * world).backward()
         norm = self._clip()
@@ -194,17 +205,13 @@ class Learner:
             for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, micro)):
                 yield partial(data, part)
 
-    @torch.no_grad()
     def _clip(self) -> float:
-        """Scale gradients to the largest norm allowed; returns the global norm before. One collective, whatever the
-        number of tensors."""
-        gradients = [_local(p.grad) for p in self.model.parameters() if p.grad is not None]
-        square = torch.stack([g.double().square().sum() for g in gradients]).sum()
-        dist.all_reduce(square)
-        norm = float(square.sqrt())
-        if math.isfinite(norm) and norm > self.config.optimizer.grad_clip:
-            torch._foreach_mul_(gradients, self.config.optimizer.grad_clip / (norm + 1e-6))
-        return norm
+        """Scale gradients to the largest norm allowed; returns the norm before, over all parameters and ranks. One collective."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = _full(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if bool(norm.isfinite()):
+            clip_grads_with_norm_(parameters, self.config.optimizer.grad_clip, norm)
+        return float(norm)
 
     @torch.no_grad()
     def _update_ema(self) -> None:

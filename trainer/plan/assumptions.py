@@ -20,7 +20,6 @@ class Assumptions(Strict):
     usable: float = Field(0.92, gt=0, le=1, description="share of a GPU's memory that is planned with; the allocator fragments")
     process_gb: float = Field(1.0, ge=0, description="GB of a GPU that a process takes for its context and libraries")
     link_gbit_s: float = Field(10.0, gt=0, description="Gbit/s of the network between two machines")
-    recompute: bool = Field(False, description="activation checkpointing, block by block; this build's learner has no key for it yet")
     prompt_tokens: int | None = Field(None, ge=1, description="tokens of an encoded prompt, padding included; null = as the pipeline pads it")
     frames: int = Field(1, ge=1, description="frames of a clip, for networks that sample video")
 

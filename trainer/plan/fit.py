@@ -3,8 +3,9 @@
 Placing: each learner rank takes a GPU that has no other rank (NCCL refuses two ranks on one), then generators and rewards the GPU with most
 room left that has their share, as the recipe's `gpus` say. A GPU holds what its processes hold together.
 
-Changes are tried in the order in which they alter the run least: recomputing, text encoders in bf16, an adapter instead of all weights, what is
-frozen beside it in bf16, a smaller micro-batch, more ranks, a smaller picture, another GPU; each alone, then all that can be made together.
+Changes are tried in the order in which they alter the run least: recomputing, gradients reduced in every pass, text encoders in bf16, an adapter
+instead of all weights, what is frozen beside it in bf16, a smaller micro-batch, more ranks, a smaller picture, another GPU; each alone, then all
+that can be made together.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from trainer.config.errors import ConfigError
-from trainer.config.learner import LearnerConfig
 from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import vae_pass
 from trainer.plan.gpus import GPU, GPUS
-from trainer.plan.memory import Process, processes
+from trainer.plan.memory import Process, gathers_gradients, processes
 from trainer.plan.sizes import Sizes, sizes_of
 
 ADAPTER = {"rank": 32, "alpha": 64.0}
@@ -110,13 +110,11 @@ class Change:
     Attributes:
         name: what is changed.
         keys: how: settings as on the command line.
-        available: whether this build can make it.
         fits: whether the run then fits; `most`: bytes on the fullest GPU then.
     """
 
     name: str
     keys: tuple[str, ...]
-    available: bool
     fits: bool
     most: float
 
@@ -163,44 +161,47 @@ class Setting:
             return None
 
 
-Step = tuple[str, tuple[str, ...], bool, "Setting | None"]
+Step = tuple[str, tuple[str, ...], "Setting | None"]
 
 
 def _recompute(s: Setting) -> Iterator[Step]:
-    if not s.assumptions.recompute:
-        can = "recompute" in LearnerConfig.model_fields
-        changed = Setting(s.config, s.assumptions.model_copy(update={"recompute": True}), s.gpu, s.count)
-        yield "activation checkpointing", ("--assume recompute=true",), can, changed
+    if not s.config.learner.recompute:
+        yield "activation checkpointing", ("learner.recompute=true",), s.with_keys(learner__recompute=True)
+
+
+def _gradients(s: Setting) -> Iterator[Step]:
+    if s.config.learner.ranks > 1 and s.config.learner.shard_blocks and gathers_gradients(s.config):
+        yield "sharded gradients", ("learner.accumulate=sharded",), s.with_keys(learner__accumulate="sharded")
 
 
 def _texts(s: Setting) -> Iterator[Step]:
     if s.config.model.text_dtype == "float32" and s.sizes().encoders:
-        yield "text encoders in bf16", ("model.text_dtype=bfloat16",), True, s.with_keys(model__text_dtype="bfloat16")
+        yield "text encoders in bf16", ("model.text_dtype=bfloat16",), s.with_keys(model__text_dtype="bfloat16")
 
 
 def _frozen(s: Setting) -> Iterator[Step]:
     model = s.config.model
     if model.lora.rank and model.dtype == "bfloat16" and model.base_dtype == "float32":
-        yield "frozen weights in bf16", ("model.base_dtype=bfloat16",), True, s.with_keys(model__base_dtype="bfloat16")
+        yield "frozen weights in bf16", ("model.base_dtype=bfloat16",), s.with_keys(model__base_dtype="bfloat16")
 
 
 def _adapter(s: Setting) -> Iterator[Step]:
     if not s.config.model.lora.rank:
         keys = tuple(f"model.lora.{k}={v:g}" for k, v in ADAPTER.items())
-        yield "an adapter instead of all weights", keys, True, s.with_keys(model__lora__rank=ADAPTER["rank"], model__lora__alpha=ADAPTER["alpha"])
+        yield "an adapter instead of all weights", keys, s.with_keys(model__lora__rank=ADAPTER["rank"], model__lora__alpha=ADAPTER["alpha"])
 
 
 def _micro_batch(s: Setting) -> Iterator[Step]:
     rows = s.config.learner.micro_batch
     while rows > 1:
         rows //= 2
-        yield "a smaller micro-batch", (f"learner.micro_batch={rows}",), True, s.with_keys(learner__micro_batch=rows)
+        yield "a smaller micro-batch", (f"learner.micro_batch={rows}",), s.with_keys(learner__micro_batch=rows)
 
 
 def _ranks(s: Setting) -> Iterator[Step]:
     ranks = s.config.learner.ranks * 2
     while s.config.learner.gpus and ranks <= s.count:
-        yield "more ranks", (f"learner.ranks={ranks}",), True, s.with_keys(learner__ranks=ranks)
+        yield "more ranks", (f"learner.ranks={ranks}",), s.with_keys(learner__ranks=ranks)
         ranks *= 2
 
 
@@ -209,13 +210,13 @@ def _picture(s: Setting) -> Iterator[Step]:
     for share in (0.75, 0.5):
         h, w = (int(n * share) // 32 * 32 for n in (height, width))
         if min(h, w) >= SMALLEST:
-            yield "a smaller picture", (f"sampler.height={h}", f"sampler.width={w}"), True, s.with_keys(sampler__height=h, sampler__width=w)
+            yield "a smaller picture", (f"sampler.height={h}", f"sampler.width={w}"), s.with_keys(sampler__height=h, sampler__width=w)
 
 
 def _gpu(s: Setting) -> Iterator[Step]:
     for gpu in sorted(GPUS.values(), key=lambda g: g.memory):
         if gpu.memory > s.gpu.memory:
-            yield GPU_CHANGE, (f"--gpu {gpu.name}",), True, Setting(s.config, s.assumptions, gpu, s.count)
+            yield GPU_CHANGE, (f"--gpu {gpu.name}",), Setting(s.config, s.assumptions, gpu, s.count)
 
 
 def _count(s: Setting) -> Iterator[Step]:
@@ -225,25 +226,25 @@ def _count(s: Setting) -> Iterator[Step]:
         count += 1
         wider = Setting(s.config, s.assumptions, s.gpu, count)
         if not wider.placement().homeless:
-            yield "more GPUs", (f"--gpus {count}",), True, wider
+            yield "more GPUs", (f"--gpus {count}",), wider
             return
 
 
-CHANGES: tuple[Callable[[Setting], Iterator[Step]], ...] = (_recompute, _texts, _adapter, _frozen, _micro_batch, _ranks, _picture, _gpu)
+CHANGES: tuple[Callable[[Setting], Iterator[Step]], ...] = (_recompute, _gradients, _texts, _adapter, _frozen, _micro_batch, _ranks, _picture, _gpu)
 """In the order in which they alter the run least."""
 
 
 def changes(setting: Setting) -> list[Change]:
-    """Ways to make a run fit that does not: the first of each kind that suffices alone, else its furthest; where none on the same GPUs does that this
-    build can make, all kinds one on the other until it fits, before another GPU."""
+    """Ways to make a run fit that does not: the first of each kind that suffices alone, else its furthest; where none on the same GPUs
+    does, all kinds one on the other until it fits, before another GPU."""
     if setting.placement().homeless:
         return [_tried(step) for step in _count(setting)]
     found = []
     for kind in CHANGES:
-        tried = [_tried(step) for step in kind(setting) if step[3] is not None]
+        tried = [_tried(step) for step in kind(setting) if step[2] is not None]
         if tried:
             found.append(next((c for c in tried if c.fits), tried[-1]))
-    if any(c.fits and c.available for c in found if c.name != GPU_CHANGE):
+    if any(c.fits for c in found if c.name != GPU_CHANGE):
         return found
     for kinds in (CHANGES[:-1], CHANGES):
         together = _together(setting, kinds)
@@ -254,34 +255,34 @@ def changes(setting: Setting) -> list[Change]:
 
 
 def _together(setting: Setting, kinds: tuple[Callable[[Setting], Iterator[Step]], ...]) -> Change | None:
-    """Changes of these kinds that this build can make, one on the other, until the run fits; None where it never does."""
+    """Changes of these kinds, one on the other, until the run fits; None where it never does."""
     names: list[str] = []
     keys: list[str] = []
     now = setting
     for kind in kinds:
         best: Step | None = None
         for step in kind(now):
-            if step[3] is None or not step[2]:
+            if step[2] is None:
                 continue
             best = step
             if _tried(step).fits:
                 break
-        if best is None or best[3] is None:
+        if best is None or best[2] is None:
             continue
-        now = best[3]
+        now = best[2]
         names.append(best[0])
         keys.extend(best[1])
         placement = now.placement()
         if placement.fits:
-            return Change(" and ".join(names), tuple(keys), True, True, placement.most)
+            return Change(" and ".join(names), tuple(keys), True, placement.most)
     return None
 
 
 def _tried(step: Step) -> Change:
-    name, keys, available, setting = step
+    name, keys, setting = step
     assert setting is not None
     try:
         placement = setting.placement()
     except ConfigError:
-        return Change(name, keys, available, False, float("inf"))
-    return Change(name, keys, available, placement.fits, placement.most)
+        return Change(name, keys, False, float("inf"))
+    return Change(name, keys, placement.fits, placement.most)

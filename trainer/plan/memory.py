@@ -3,8 +3,8 @@
 A learner rank of R, with P parameters of which T are trained (fp32 masters, as the learner keeps them; frozen ones in b bytes, as
 `model.base_dtype` says):
 
-    weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P (reverse KL, full training)
-    gradients  4 T while several passes accumulate (FSDP keeps them whole then), 4 T / R with one pass
+    weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P / R (reverse KL, full training)
+    gradients  4 T while several passes accumulate (FSDP keeps them whole then); with one pass, or with accumulate: sharded, 4 T / R and two blocks
     gathered   with R > 1, the root and three blocks as they are held (one in use, one fetched ahead, the buffer it arrives in); everything without
                shard_blocks
     casts      2 P under bf16 autocast; with an adapter those that its gradient passes through, of one block where blocks are recomputed;
@@ -87,6 +87,11 @@ def micro_rows(config: RunConfig) -> int:
     return max(-(-rows // -(-rows // config.learner.micro_batch)) for rows in rank_rows(config) if rows)
 
 
+def gathers_gradients(config: RunConfig) -> bool:
+    """Whether gradients are whole on every rank while passes accumulate; a network that is one unit has whole ones in every pass."""
+    return (config.learner.accumulate == "whole" or not config.learner.shard_blocks) and pass_count(config) > 1
+
+
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -111,7 +116,7 @@ def vae_bytes(sizes: Sizes) -> float:
     return MASTER * sizes.vae.parameters if sizes.vae else 0.0
 
 
-def learner_rank(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> tuple[Part, ...]:
+def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     """A rank at the peak of an update. What the process itself takes is not counted."""
     ranks, network = config.learner.ranks, sizes.transformer
     parameters, buffers, trained = weights_bytes(config, sizes), buffers_bytes(config, sizes), MASTER * network.trained
@@ -120,20 +125,20 @@ def learner_rank(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> t
     per_parameter = parameters / network.parameters  # adapters lie in the blocks evenly
     largest = per_parameter * max(sizes.blocks)
     sharded = config.learner.shard_blocks
-    whole = passes > 1 or ranks == 1
+    whole = gathers_gradients(config) or ranks == 1
     gradients = trained if whole else trained / ranks + (min(trained, 2 * largest) if sharded else 0)
     gathered = 0.0 if ranks == 1 else (min(parameters, per_parameter * sizes.root + 3 * largest) if sharded else parameters)
     # autocast remembers casts of weights that are trained until the forward pass is over, recomputed or not; those of frozen ones autograd keeps
-    kept = (max(saved.weights) if assumptions.recompute else sum(saved.weights)) if sizes.adapted else network.parameters
+    kept = (max(saved.weights) if config.learner.recompute else sum(saved.weights)) if sizes.adapted else network.parameters
     casts = 0.0 if e == 4 else 2.0 * (network.trained if based == "bfloat16" else kept)
-    activations = rows * saved.peak(assumptions.recompute)
+    activations = rows * saved.peak(config.learner.recompute)
     masters = "fp32 masters" if based == "float32" else f"fp32 adapters, frozen weights {based}"
-    how = "blocks recomputed" if assumptions.recompute else "nothing recomputed"
+    how = "blocks recomputed" if config.learner.recompute else "nothing recomputed"
     parts = [
         Part("weights", parameters / ranks + buffers, masters + (f" over {ranks} ranks" if ranks > 1 else "") + ", buffers whole"),
         Part("optimiser", 2 * trained / ranks, "AdamW's two moments, fp32"),
         Part("average", trained / ranks if config.optimizer.ema else 0.0, "moving average of the weights, fp32"),
-        Part("gradients", gradients, f"whole while {passes} passes accumulate" if whole else "of one pass, sharded"),
+        Part("gradients", gradients, f"whole while {passes} passes accumulate" if whole else "sharded, and of two blocks before they are reduced"),
         Part(
             "gathered weights",
             gathered,
@@ -144,23 +149,16 @@ def learner_rank(config: RunConfig, sizes: Sizes, assumptions: Assumptions) -> t
         Part("rows of a pass", rows * (sizes.prompt_values + 4 * sizes.latent_values) * 4.0 + 6 * rows * sizes.latent_values * 8.0, "inputs; moments in fp64"),
     ]
     if config.objective.kl_weight and not sizes.adapted:
-        parts.append(Part("reference", parameters + buffers, "the starting policy for the reverse KL, whole on every rank"))
+        parts.append(Part("reference", parameters / ranks + buffers, "the starting policy for the reverse KL"))
     if not sharded:
         reduced = trained * (1 + 1 / ranks)  # the collective's input and output, beside the gradients
         spare = activations + casts
         parts.append(Part("reduction", max(0.0, reduced - spare), "gradients of the whole network at once"))
-    loaded = parameters + buffers
-    if any(part.name == "reference" for part in parts):
-        loaded *= 2
-    loaded += vae_bytes(sizes) + encoders_bytes(config, sizes)
     update = sum(part.bytes for part in parts)
-    parts.append(
-        Part(
-            "loading",
-            max(0.0, loaded - update),
-            "at start a rank loads the whole policy, text encoders too, then shards the network; more than an update needs",
-        )
-    )
+    loaded = encoders_bytes(config, sizes) if config.uses_policy else 0.0
+    if config.model.init and not config.learner.gpus:
+        loaded = max(loaded, MASTER * network.values)
+    parts.append(Part("loading", max(0.0, loaded - update), "at start: text encoders, then the rank's shards; random weights are drawn whole"))
     return tuple(part for part in parts if part.bytes)
 
 
@@ -206,7 +204,7 @@ def rewards(config: RunConfig) -> list[Process]:
 def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assumptions) -> list[Process]:
     """Everything that may lie on a GPU: learner ranks, generators, rewards."""
     own = Part("process", assumptions.process_gb * 1e9, "context and libraries")
-    found = [Process("learner rank", config.learner.ranks, config.learner.gpus, learner_rank(config, sizes, assumptions))]
+    found = [Process("learner rank", config.learner.ranks, config.learner.gpus, learner_rank(config, sizes))]
     if config.uses_policy:
         found.append(Process("generator", config.rollout.generators, config.rollout.gpus, generator(config, sizes, vae, assumptions)))
     return [replace(p, parts=(*p.parts, own)) if p.gpus else p for p in found] + rewards(config)

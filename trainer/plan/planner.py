@@ -10,7 +10,7 @@ from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import vae_pass
 from trainer.plan.fit import Change, Finding, Placement, Setting, changes
 from trainer.plan.gpus import GPU
-from trainer.plan.memory import Process, hosts, pass_count, processes
+from trainer.plan.memory import Process, gathers_gradients, hosts, pass_count, processes
 from trainer.plan.sizes import Component, Sizes
 from trainer.plan.storage import REDIS_VALUE, Storage, storage_of
 from trainer.plan.work import Work, work_of
@@ -45,8 +45,8 @@ class Plan:
 
     @property
     def nearest(self) -> Change | None:
-        """The first change that this build can make and with which the run fits."""
-        return next((c for c in self.changes if c.fits and c.available), None)
+        """The first change with which the run fits."""
+        return next((c for c in self.changes if c.fits), None)
 
     def json(self) -> dict[str, Any]:
         """The plan as plain values: bytes, operations, seconds."""
@@ -130,9 +130,9 @@ def _stores(config: RunConfig, storage: Storage, placement: Placement) -> list[C
     """Changes that make payloads fit; the run then fits where its GPUs hold it."""
     found = []
     if config.replay.payloads == "redis" and max(storage.group, storage.data) > REDIS_VALUE:
-        found.append(Change("payloads in a shared folder", ("replay.payloads=/FOLDER",), True, placement.fits, placement.most))
+        found.append(Change("payloads in a shared folder", ("replay.payloads=/FOLDER",), placement.fits, placement.most))
     if storage.retained > storage.budget:
-        found.append(Change("more room for payloads", (f"replay.max_bytes={_rounded(storage.retained)}",), True, placement.fits, placement.most))
+        found.append(Change("more room for payloads", (f"replay.max_bytes={_rounded(storage.retained)}",), placement.fits, placement.most))
     return found
 
 
@@ -162,8 +162,9 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
         found.append(
             Finding("warning", "host", f"each learner rank takes {rank / GB:.0f} GB of host memory ({_largest(machines[0])}), x {config.learner.ranks}")
         )
-    if config.learner.ranks > 1 and pass_count(config) > 1 and not sizes.adapted:
-        found.append(Finding("note", "gradients", f"gradients are whole on every rank while the {pass_count(config)} passes of an update accumulate"))
+    if config.learner.ranks > 1 and gathers_gradients(config) and not sizes.adapted:
+        told = f"gradients are whole on every rank while the {pass_count(config)} passes of an update accumulate"
+        found.append(Finding("note", "gradients", f"{told}: with learner.accumulate=sharded (and shard_blocks) each keeps its part"))
     found += _trainable(sizes)
     return found
 

@@ -182,7 +182,7 @@ def _network(values: str, lora: LoRAConfig, origin: str) -> tuple[PackedModel, b
         with torch.device("meta"):
             network = family.build(keys, "sdpa")
         if lora.rank:
-            add_lora(network, lora, torch.Generator())
+            add_lora(network, lora, None)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{origin}: {error}") from None
     return network, family.video

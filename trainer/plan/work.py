@@ -48,12 +48,12 @@ class Work:
     cost: float | None
 
 
-def forwards(config: RunConfig, recompute: bool) -> dict[str, float]:
+def forwards(config: RunConfig) -> dict[str, float]:
     """Forward passes of the network in an update, a backward pass counted as two (an adapter's takes less: frozen weights have no
     gradient); guidance adds an unconditional branch, which has no backward pass."""
     rollouts = config.rollout.groups_per_step * config.rollout.group_size if config.uses_policy else 0
     k, guided = trained_steps(config), config.sampler.guidance > 1
-    trained = 4.0 if recompute else 3.0
+    trained = 4.0 if config.learner.recompute else 3.0
     per_transition = trained + guided + (config.objective.kl_weight > 0) * (1 + guided)
     repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1
     return {
@@ -65,7 +65,7 @@ def forwards(config: RunConfig, recompute: bool) -> dict[str, float]:
 
 def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu: GPU, count: int, assumptions: Assumptions, price: float | None) -> Work:
     """See `Work`. `count`: GPUs that there are; `price`: of one GPU an hour."""
-    forward, passes = float(sizes.network.forward_flops(sizes.shape, sizes.prompt[0])), forwards(config, assumptions.recompute)
+    forward, passes = float(sizes.network.forward_flops(sizes.shape, sizes.prompt[0])), forwards(config)
     rollouts = config.rollout.groups_per_step * config.rollout.group_size if config.uses_policy else 0
     prompt = 2.0 * sizes.prompt[0] * sum(e.parameters for e in sizes.encoders)
     anchors = config.data_rows if config.uses_data else 0

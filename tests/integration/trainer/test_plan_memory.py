@@ -71,7 +71,7 @@ def compare(folder: Path, recipe: dict[str, Any], changes: dict[str, Any], whole
     found = measured(folder, recipe)
     config = parse_config(recipe)
     sizes = sizes_of(config, Assumptions())
-    parts = {part.name: part.bytes for part in learner_rank(config, sizes, Assumptions())}
+    parts = {part.name: part.bytes for part in learner_rank(config, sizes)}
     built = parts["weights"] + parts["average"]
     between = built + parts["optimiser"]
     added = sum(parts.values()) - between - parts["rows of a pass"]  # which a CPU reads where they are

@@ -246,7 +246,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing folder": (remove("."), ["checkpoint folder", "does not exist", "model.path"]),
     "empty vae": (lambda folder: (folder / "vae").mkdir(), ["vae/config.json does not exist"]),
     "another vae": (lambda folder: new_json(folder / "vae" / "config.json", _class_name="VQModel"), ["vae/config.json", "VQModel", "AutoencoderKL"]),
-    "vae without weights": (lambda folder: AutoencoderKL(norm_num_groups=32).save_config(folder / "vae"), ["vae holds no", "download the folder again"]),
+    "vae without weights": (
+        lambda folder: AutoencoderKL(latent_channels=3, norm_num_groups=32).save_config(folder / "vae"),
+        ["vae holds no", "download the folder again"],
+    ),
     "video": (
         lambda folder: new_json(folder / "transformer" / "config.json", _class_name="WanTransformer3DModel"),
         ["WanTransformer3DModel", "samples video", "no video codec", "load_network"],

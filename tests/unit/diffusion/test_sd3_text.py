@@ -171,7 +171,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no second encoder": (lambda folder: shutil.rmtree(folder / "text_encoder_2"), ["text_encoder_2"]),
     "no T5 where one is named": (lambda folder: shutil.rmtree(folder / "text_encoder_3"), ["model_index.json names text_encoder_3", "no such folder"]),
     "no weights": (lambda folder: (folder / "text_encoder_3" / "model.safetensors").unlink(), ["text_encoder_3"]),
-    "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer_3"), ["tokenizer_3", "tokenizer_config.json"]),
+    "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer_3"), ["model_index.json names tokenizer_3", "no such folder"]),
     "no tokens": (lambda folder: (folder / "tokenizer_2" / "tokenizer.json").write_text("{"), ["tokenizer_2"]),
     "width": (edited("transformer/config.json", lambda c: c.update(joint_attention_dim=90)), ["CLIP 64, T5 96", "joint_attention_dim=90"]),
     "pooled": (edited("transformer/config.json", lambda c: c.update(pooled_projection_dim=47)), ["48 channels", "pooled_projection_dim=47"]),

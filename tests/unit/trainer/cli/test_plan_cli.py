@@ -35,7 +35,7 @@ def test_a_recipe_that_does_not_fit_says_what_would() -> None:
     result = CliRunner().invoke(app, ["plan", SD35, "--gpu", "l40s-48"])
     assert result.exit_code == 2
     assert "does not fit: a GPU would hold" in result.stderr
-    assert "Nearest change: a smaller micro-batch (learner.micro_batch=" in result.stderr
+    assert "Nearest change: activation checkpointing (learner.recompute=true)" in result.stderr
     assert "activation checkpointing" in result.stdout
 
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
+import diffusion.weights
 import trainer.learn.checkpoint
-from diffusion.checkpoint import save_policy
+from diffusion.checkpoint import build_network, save_policy
 from replay.records import Claim
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
@@ -61,10 +62,22 @@ SCENARIOS = {
     "plain": Scenario(),
     "padding rows": Scenario({"learner": {"ranks": 1, "micro_batch": 1}}),
     "clipped gradient in one unit": Scenario({"optimizer": {"grad_clip": 0.02}, "learner": {"ranks": 1, "shard_blocks": False}}),
+    "recomputed": Scenario({"learner": {"ranks": 1, "micro_batch": 4, "recompute": True}}),
+    "sharded gradients": Scenario({"learner": {"ranks": 1, "micro_batch": 1, "accumulate": "sharded"}}),
     "kl": Scenario({"objective": {"kl_weight": 0.5}}),
     "lora": Scenario({"model": {"lora": {"rank": 4, "alpha": 8.0}}, "objective": {"kl_weight": 0.5}, "optimizer": {"lr": 5e-2, "eps": 1e-5}}),
     "two steps in sigma space": Scenario({"sampler": {"kernel": "edm_2ab", "noise_level": 1.0, "guidance": 2.0}, "objective": {"data_noise": "shared"}}),
 }
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    "weights": {},
+    "weights and adapter": {"lora": {"rank": 3, "alpha": 8.0}},
+    "weights in bf16 and adapter": {"lora": {"rank": 3, "alpha": 8.0}, "dtype": "bfloat16", "base_dtype": "bfloat16"},
+    "drawn": {"init": True},
+    "drawn, and adapter": {"init": True, "lora": {"rank": 3, "alpha": 8.0}},
+}
+"""How a learner gets its first values: keys of `model`."""
 
 
 class Held:
@@ -129,6 +142,35 @@ def checkpoint_of(folder: Path, name: str, world: int) -> Path:
     return path
 
 
+class Counted:
+    """A tensor in a file that says how many of its values were read."""
+
+    def __init__(self, values: Any, read: list[int]) -> None:
+        self._values, self._read = values, read
+
+    def __getitem__(self, where: Any) -> torch.Tensor:
+        part: torch.Tensor = self._values[where]
+        self._read.append(part.numel())
+        return part
+
+
+def started(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A learner before its first update; how many values of sharded parameters this rank read, and how many are its own."""
+    config, read, place = Scenario({"model": {"path": str(folder / "policy"), **keys}}).config(folder), list[int](), diffusion.weights.place
+
+    def counting(model: Any, name: str, values: Any, *where: Any) -> None:
+        place(model, name, Counted(values, read) if name in parameters else values, *where)
+
+    parameters = {n for n, _ in build_network(config.model)[0].named_parameters()}
+    diffusion.weights.place = counting  # type: ignore[assignment]
+    try:
+        learner = Learner(config, CPU)
+    finally:
+        diffusion.weights.place = place
+    own = sum(p.to_local().numel() for n, p in learner.model.named_parameters() if ".lora_" not in n)  # type: ignore[attr-defined]
+    return {"state": whole(learner.full_state()), "average": whole(learner.full_state(ema=True)), "read": sum(read), "own": own}
+
+
 def poisoned(folder: Path, rank: int, world: int) -> dict[str, Any]:
     """An update in which the last rank alone has a gradient that is no number."""
     held, learner = Held(folder, "plain"), Learner(SCENARIOS["plain"].config(folder), CPU)
@@ -183,6 +225,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world, timeout=timedelta(seconds=DEADLINE_S))
     out: dict[str, Any] = {name: scenario(name, folder, rank, world) for name in SCENARIOS}
     out |= {f"{name}, resumed": resumed(name, folder, rank, world, saved_by=1) for name in SAVED}
+    out |= {"starts": {name: started(keys, folder) for name, keys in STARTS.items()}}
     out |= {"poisoned": poisoned(folder, rank, world), "slow export": slow_export(folder, rank, world)}
     missing_export(folder, rank, world)
     torch.save(out, folder / f"out-{rank}.pt")

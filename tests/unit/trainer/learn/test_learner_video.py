@@ -1,6 +1,6 @@
 """Clips through the learner, on the Wan network: the update is the gradient of the whole sum, as for pictures.
 
-`load_policy` refuses video policies (there is no codec yet), so the parts of one are put together here.
+`open_policy` refuses video policies (there is no codec yet), so the parts of one are put together here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import trainer.learn.learner
 from actors.groups import group_payload
 from actors.payload import decode_group, encode
 from diffusion.attention import resolve_provider
-from diffusion.checkpoint import Policy
+from diffusion.checkpoint import Skeleton
 from diffusion.codecs import IdentityCodec
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
@@ -44,14 +44,16 @@ def _group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def video_policy(*_: Any) -> Policy:
-    return Policy(wan(), GlyphTextEncoder.create(), IdentityCodec(), PROCESS, resolve_provider("auto", CPU, torch.float32), Source(Path()))
+def video_policy(*_: Any) -> Skeleton:
+    return Skeleton(wan(), IdentityCodec(), PROCESS, resolve_provider("auto", CPU, torch.float32), Source(Path()))
 
 
 @pytest.mark.parametrize("kernel", PARTS)
 @pytest.mark.parametrize("micro_batch", [2, 100])
 def test_an_update_on_clips_is_the_gradient_of_the_whole_sum(kernel: str, micro_batch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(trainer.learn.learner, "load_policy", video_policy)
+    monkeypatch.setattr(trainer.learn.learner, "open_policy", video_policy)
+    monkeypatch.setattr(trainer.learn.learner, "load_text_encoder", lambda *_: GlyphTextEncoder.create())
+    monkeypatch.setattr(trainer.learn.learner, "fill_network", lambda *_: None)
     config = parse_config(
         {
             "sampler": {"steps": 4, "trained_steps": [0, 1], **PARTS[kernel]},

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 
 from actors.groups import group_payload, group_request
 from actors.payload import DataPayload, encode
-from diffusion.checkpoint import load_policy, save_policy
+from diffusion.checkpoint import load_network, load_policy, save_policy
 from diffusion.config import ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.families.glyph.policy import write_skeleton
 from diffusion.weights import WEIGHTS
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
-from tests.unit.trainer.learn.ranks import DEADLINE_S, GROUPS, MEMBERS, SAVED, SCENARIOS, SHAPE, UPDATES, resumed, scenario
+from tests.unit.trainer.learn.ranks import DEADLINE_S, GROUPS, MEMBERS, SAVED, SCENARIOS, SHAPE, STARTS, UPDATES, resumed, scenario
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -142,9 +142,34 @@ def test_two_ranks_compute_what_one_does(name: str, one: dict[str, Any], two: li
     assert "kl_weight" not in SCENARIOS[name].sections.get("objective", {}) or said[-1]["reverse_kl"] > 1e-7
 
 
+def test_recomputing_changes_no_bit_on_one_rank_or_two(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for found in (one, *two):
+        assert_same(found["recomputed"], {part: found["plain"][part] for part in ("said", "state")}, rtol=0)
+
+
+def test_gradients_may_stay_sharded_while_passes_accumulate(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert_same(found["sharded gradients"], {part: found["padding rows"][part] for part in ("said", "state")}, rtol=1e-6, atol=1e-6)
+
+
 def test_a_gradient_above_the_limit_is_scaled_by_the_norm_of_all_ranks(one: dict[str, Any]) -> None:
     said = one["clipped gradient in one unit"]["said"]
     assert said[0]["grad_norm"] > 2 * 0.02
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_two_ranks_start_from_the_network_that_one_process_loads(name: str, folder: Path, two: list[dict[str, Any]]) -> None:
+    """To the bit, and of the files each rank has read its own part alone."""
+    config = ModelConfig(**{"path": str(folder / "policy"), **STARTS[name]})
+    expected = load_network(config)[0].state_dict()
+    for rank in two:
+        found = rank["starts"][name]
+        assert found["state"].keys() == expected.keys()
+        for state in (found["state"], found["average"]):
+            assert all(torch.equal(state[n], value) and state[n].dtype == value.dtype for n, value in expected.items())
+        assert found["read"] == (0 if config.init else found["own"])
+    parameters = sum(t.numel() for n, t in expected.items() if ".lora_" not in n and n != "pos_embed.pos_embed")
+    assert sum(rank["starts"][name]["own"] for rank in two) == parameters
 
 
 @pytest.mark.parametrize("name", SAVED)

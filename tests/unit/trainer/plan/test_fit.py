@@ -75,7 +75,7 @@ def test_the_first_change_is_the_one_that_alters_least() -> None:
     assert not full.placement().fits
     found = {c.name: c for c in changes(full)}
     assert list(found)[:3] == ["activation checkpointing", "an adapter instead of all weights", "a smaller micro-batch"]
-    assert not found["activation checkpointing"].available
+    assert found["activation checkpointing"].keys == ("learner.recompute=true",)
     assert found["an adapter instead of all weights"].keys == ("model.lora.rank=32", "model.lora.alpha=64")
     assert found["another GPU"].keys == ("--gpu h200-141",)
 
@@ -105,12 +105,12 @@ def test_half_precision_of_what_is_frozen_is_proposed() -> None:
 def test_changes_are_made_together_before_another_gpu_is_bought() -> None:
     tight = setting("l40s-48", learner={"ranks": 1, "gpus": 0.5, "micro_batch": 8})
     found = changes(tight)
-    assert [c.name for c in found if c.fits and c.available] == [
-        "an adapter instead of all weights and frozen weights in bf16 and a smaller micro-batch",
+    assert [c.name for c in found if c.fits] == [
+        "activation checkpointing and an adapter instead of all weights and frozen weights in bf16",
         "another GPU",
     ]
-    together = next(c for c in found if c.fits and c.available)
-    assert together.keys[:2] == ("model.lora.rank=32", "model.lora.alpha=64")
+    together = next(c for c in found if c.fits)
+    assert together.keys[:3] == ("learner.recompute=true", "model.lora.rank=32", "model.lora.alpha=64")
 
 
 def test_too_few_gpus() -> None:

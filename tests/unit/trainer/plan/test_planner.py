@@ -40,7 +40,7 @@ def test_a_smaller_gpu_names_the_nearest_change() -> None:
     assert kinds(plan)["memory"] == "error"
     assert not plan.fits
     assert plan.nearest is not None
-    assert plan.nearest.name == "a smaller micro-batch"
+    assert plan.nearest.name == "activation checkpointing"
 
 
 def test_payloads_must_fit_their_store() -> None:
@@ -63,8 +63,11 @@ def test_gpus_that_nobody_uses() -> None:
 
 
 def test_gradients_of_several_passes_are_told() -> None:
-    plan = planned(sd35("model.lora.rank=0", "model.base_dtype=float32", "learner.ranks=8", "rollout.generators=8"), count=8)
+    full = "model.lora.rank=0", "model.base_dtype=float32", "learner.ranks=8", "rollout.generators=8"
+    plan = planned(sd35(*full), count=8)
     assert kinds(plan)["gradients"] == "note"
+    assert "sharded gradients" in [c.name for c in plan.changes]
+    assert "gradients" not in kinds(planned(sd35(*full, "learner.accumulate=sharded"), count=8))
 
 
 def test_the_plan_as_json() -> None:

@@ -128,7 +128,7 @@ def test_mistakes_are_said(path: str, side: int, message: str) -> None:
 
 
 def test_assumptions_name_the_nearest_key() -> None:
-    assert parse_assumptions(["usable=0.8", "recompute=true"]) == Assumptions(usable=0.8, recompute=True)
+    assert parse_assumptions(["usable=0.8", "frames=5"]) == Assumptions(usable=0.8, frames=5)
     with pytest.raises(ConfigError, match="did you mean 'usable'"):
         parse_assumptions(["usabel=0.8"])
     with pytest.raises(ConfigError, match="--assume usable"):

@@ -37,12 +37,12 @@ def work(config: RunConfig, count: int = 4, price: float | None = None, gpu: str
 
 
 def test_forwards_of_an_update() -> None:
-    found = forwards(recipe(), recompute=False)
+    found = forwards(recipe())
     assert found == {"sampling": 24 * 10 * 2, "policy loss": 24 * 9 * (3 + 1), "data loss": 24 * 3}  # the unconditional branch has no backward
-    assert forwards(recipe(), recompute=True)["policy loss"] == 24 * 9 * (4 + 1)
-    assert forwards(recipe(objective={"kl_weight": 0.04}), False)["policy loss"] == 24 * 9 * (3 + 1 + 2)  # the reference is guided too
-    assert forwards(recipe(objective={"data_per": "transition"}), False)["data loss"] == 24 * 9 * 3
-    sft = forwards(recipe(objective={"preset": "sft"}, data={"batch_size": 5}), False)
+    assert forwards(recipe(learner={"recompute": True}))["policy loss"] == 24 * 9 * (4 + 1)
+    assert forwards(recipe(objective={"kl_weight": 0.04}))["policy loss"] == 24 * 9 * (3 + 1 + 2)  # the reference is guided too
+    assert forwards(recipe(objective={"data_per": "transition"}))["data loss"] == 24 * 9 * 3
+    sft = forwards(recipe(objective={"preset": "sft"}, data={"batch_size": 5}))
     assert sft == {"sampling": 0, "policy loss": 0, "data loss": 15}
 
 

@@ -1,0 +1,47 @@
+"""A network over the ranks: what is recomputed and what is sharded. The family declares its blocks (`PackedModel.blocks`)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from diffusion.families.base import PackedModel
+from trainer.config.learner import LearnerConfig
+
+SHARD = "shard"
+"""Dimension of the mesh over which parameters, gradients and the optimiser's state are cut."""
+
+
+def mesh_of(device: torch.device) -> DeviceMesh:
+    """All ranks along the dimension `shard`, on devices of this rank's kind; collective."""
+    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(SHARD,))
+
+
+def parallelize(model: PackedModel, mesh: DeviceMesh, config: LearnerConfig) -> None:
+    """Recompute every block in the backward pass (`recompute`) and shard the network with FSDP2: block by block and the rest
+    (`shard_blocks`), or as one unit. Works on the meta device; names of parameters stay as they are.
+
+    Args:
+        mesh: has a dimension `shard`.
+    """
+    if config.recompute:
+        for block in model.blocks:
+            _recompute(block)
+    shard = mesh[SHARD]
+    if config.shard_blocks:
+        for block in model.blocks:
+            fully_shard(block, mesh=shard)
+    fully_shard(model, mesh=shard, reshard_after_forward=config.shard_blocks)
+
+
+def _recompute(block: nn.Module) -> None:
+    """Keep of the block's forward pass only its inputs. FSDP's hooks stand outside, so that weights are gathered once for the
+    recomputation and the backward pass behind it. No block draws random numbers, so none of their state is kept."""
+    forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    object.__setattr__(block, "forward", forward)
