@@ -24,7 +24,7 @@ from actors.rewards import RunRewards
 from actors.sources.draws import data_source, held_out_prompts, held_out_rows, prompt_source
 from actors.sources.latents import clean_latents
 from actors.sources.prepared import PreparedSource
-from actors.weights import Weights
+from actors.weights.whole import Weights
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.engine import Engine

@@ -29,7 +29,7 @@ from actors.rewards import RunRewards
 from actors.sources.draws import prompt_source, training_example
 from actors.sources.example import Example
 from actors.sources.latents import clean_latents
-from actors.weights import pull
+from actors.weights.whole import pull
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.device import resolve_device

@@ -14,7 +14,7 @@ from actors.connect import Target
 from actors.evaluator import Evaluator, EvaluatorSpec
 from actors.rewards import RunRewards
 from actors.rollout import RolloutGenerator, RolloutSpec
-from actors.weights import VersionGone, Weights, WeightStore
+from actors.weights.whole import VersionGone, Weights, WeightStore
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from diffusion.lora import read_adapter
 from diffusion.weights import WEIGHTS

@@ -23,7 +23,7 @@ from actors.rewards import RunRewards
 from actors.sources.draws import held_out_prompts
 from actors.sources.glyph import GlyphSource
 from actors.sources.text import TextSource
-from actors.weights import Weights
+from actors.weights.whole import Weights
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from services.config import FleetConfig

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from actors.weights import KEEP, VersionGone, Weights, WeightStore, assemble
+from actors.weights.whole import KEEP, VersionGone, Weights, WeightStore, assemble
 
 
 def weights(version: int, lineage: int = 1) -> Weights:
