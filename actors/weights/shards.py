@@ -36,7 +36,7 @@ def local_slices(state: Mapping[str, Tensor], rank: int) -> Iterator[Slice]:
             yield name, tuple(tensor.shape), tuple(start), local
 
 
-def write_shard(
+def write_slices(
     transport: Transport, slices: Iterator[Slice], name: Name, rank: int, world: int, dtype: torch.dtype | None = None, wanted: bool = False
 ) -> tuple[Shard, Objects]:
     """Write a rank's slices, part by part; returns its table and the objects that go with it.
@@ -95,6 +95,6 @@ def hand_in(
     """
     import ray
 
-    shard, objects = write_shard(transport, local_slices(state, rank), name, rank, world, dtype, wanted)
+    shard, objects = write_slices(transport, local_slices(state, rank), name, rank, world, dtype, wanted)
     answer: bool = ray.get(store.hand_in.remote(shard, objects), timeout=deadline_s)
     return answer

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from actors.weights.table import Name, Shard, Table, TableError, complete
-from actors.weights.transport import Objects, Transport
+from actors.weights.transport import Objects, Transport, WeightsGone
 
 if TYPE_CHECKING:
     from actors.weights.reading import OpenVersion
@@ -32,7 +32,7 @@ KEEP = 2
 """Newest versions that are kept: a reader of the one before the newest is not cut off."""
 
 
-class VersionGone(LookupError):
+class VersionGone(WeightsGone):
     """A version that the store does not keep any more."""
 
 

@@ -130,11 +130,19 @@ class FolderTransport(Transport):
             table.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
+    def _names(self) -> list[Name]:
+        found = (folder.name.partition("-") for folder in Path(self.path).glob("*-*"))
+        return [(int(lineage), int(version)) for lineage, _, version in found if lineage.isdecimal() and version.isdecimal()]
+
     def sweep(self, newest: Name, kept: Container[Name]) -> None:
-        for folder in Path(self.path).glob("*-*"):
-            lineage, _, version = folder.name.partition("-")
-            if lineage.isdecimal() and version.isdecimal() and (name := (int(lineage), int(version))) < newest and name not in kept:
+        for name in self._names():
+            if name < newest and name not in kept:
                 self.forget(name)
+
+    def clear(self) -> None:
+        """Remove every version, and nothing else that lies there."""
+        for name in self._names():
+            self.forget(name)
 
     def release(self, name: Name) -> None:
         with contextlib.suppress(FileNotFoundError):  # forgotten meanwhile

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.weights.shards import Slice, write_shard
+from actors.weights.shards import Slice, write_slices
 from actors.weights.store import KEEP, Superseded, VersionGone, View, WeightStore
 from actors.weights.table import Shard, TableError
 from actors.weights.transport import FolderTransport, ObjectTransport
@@ -17,7 +17,7 @@ def shard(folder: Path, version: int, lineage: int = 1, rank: int = 0, world: in
     """A rank's shard of `w`, three rows a rank, each `value` (the version)."""
     rows = torch.full((3,), float(version if value is None else value))
     slices: list[Slice] = [("w", (3 * world,), (3 * rank,), rows)]
-    return write_shard(FolderTransport(str(folder)), iter(slices), (lineage, version), rank, world, wanted=wanted)[0]
+    return write_slices(FolderTransport(str(folder)), iter(slices), (lineage, version), rank, world, wanted=wanted)[0]
 
 
 def publish(store: WeightStore, folder: Path, version: int, lineage: int = 1, wanted: bool = False) -> None:
@@ -207,7 +207,7 @@ def test_shards_that_make_no_version_are_refused_and_the_older_one_stays(tmp_pat
     store = made(tmp_path, 4)
     slices: list[Slice] = [("w", (6,), (2,), torch.ones(3))]
     assert not store.hand_in(shard(tmp_path, 5, rank=0, world=2), {})
-    overlapping = write_shard(FolderTransport(str(tmp_path)), iter(slices), (1, 5), 1, 2)[0]
+    overlapping = write_slices(FolderTransport(str(tmp_path)), iter(slices), (1, 5), 1, 2)[0]
     with pytest.raises(TableError, match="the slices of w overlap"):
         store.hand_in(overlapping, {})
     assert store.version() == 4

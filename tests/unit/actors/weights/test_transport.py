@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from actors.weights import shards as module
 from actors.weights.reading import Exported, Needs, OpenVersion, open_version
-from actors.weights.shards import Slice, local_slices, write_shard
+from actors.weights.shards import Slice, local_slices, write_slices
 from actors.weights.store import View
 from actors.weights.table import Shard, complete
 from actors.weights.transport import FolderTransport, WeightsDamaged, WeightsGone
@@ -78,7 +78,7 @@ def test_any_cut_over_any_ranks_arrives_to_the_bit(cut: tuple[dict[str, Tensor],
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PART_BYTES", part_bytes)
         transport = FolderTransport(folder)
-        parts = [write_shard(transport, iter(slices), (1, 5), rank, len(dealt))[0] for rank, slices in enumerate(dealt)]
+        parts = [write_slices(transport, iter(slices), (1, 5), rank, len(dealt))[0] for rank, slices in enumerate(dealt)]
         found = open_version(view_of(transport, parts), 5.0)
         assert found.shapes == {n: tuple(t.shape) for n, t in state.items()}
         assert same(state_of(found, {n: t.dtype for n, t in state.items()}), state)
@@ -95,7 +95,7 @@ def test_a_reader_reads_the_slices_that_it_needs(cuts: list[int], ask: tuple[int
         transport, parts = FolderTransport(folder), []
         for rank, (start, n) in enumerate(zip(itertools.accumulate([0, *cuts]), cuts, strict=False)):
             slices: list[Slice] = [("w", (total, 4), (start, 0), w[start : start + n])] + ([("other", (3,), (0,), other)] if rank == 0 else [])
-            parts.append(write_shard(transport, iter(slices), (1, 5), rank, len(cuts))[0])
+            parts.append(write_slices(transport, iter(slices), (1, 5), rank, len(cuts))[0])
         needs: Needs = {"w": ((first, left), (rows, columns))}
         for part in Path(folder).rglob("*.safetensors"):  # what it does not need may even be gone
             stored = load_file(part)
@@ -143,7 +143,7 @@ def test_ranks_hand_in_their_own_shards_once(case: str, tmp_path: Path) -> None:
                 shape, start = compute_local_shape_and_global_offset(whole[name].shape, mesh, placements)
                 local = whole[name][tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
                 state[name] = DTensor.from_local(local, mesh, placements, run_check=False, shape=whole[name].shape, stride=whole[name].stride())
-            parts.append(write_shard(transport, local_slices(state, rank), (1, 5), rank, world)[0])
+            parts.append(write_slices(transport, local_slices(state, rank), (1, 5), rank, world)[0])
     assert same(state_of(open_version(view_of(transport, parts), 5.0)), whole)
     assert [any(e.name == "buffer" for e in p.entries) for p in parts] == [True] + [False] * (world - 1)
     if case == "replicas of shards":
@@ -159,7 +159,7 @@ def test_a_rank_holds_one_part_beside_its_model(tmp_path: Path, monkeypatch: pyt
             written.append(sum(t.nbytes for t in tensors.values()))
             return super().write(name, part, tensors)
 
-    shard, _ = write_shard(Counting(str(tmp_path)), iter([(f"t{i}", (250,), (0,), torch.ones(250)) for i in range(10)]), (1, 5), 0, 1)
+    shard, _ = write_slices(Counting(str(tmp_path)), iter([(f"t{i}", (250,), (0,), torch.ones(250)) for i in range(10)]), (1, 5), 0, 1)
     assert written == [4000, 4000, 2000]
     assert len({e.where for e in shard.entries}) == 3
 
@@ -168,7 +168,7 @@ def test_tensors_are_cast_to_what_rollouts_use_and_integers_are_not(tmp_path: Pa
     transport = FolderTransport(str(tmp_path))
     w = torch.randn(4, 4)
     slices: list[Slice] = [("w", (4, 4), (0, 0), w), ("steps", (), (), torch.tensor(3))]
-    shard, _ = write_shard(transport, iter(slices), (1, 5), 0, 1, torch.bfloat16)
+    shard, _ = write_slices(transport, iter(slices), (1, 5), 0, 1, torch.bfloat16)
     assert {e.name: e.dtype for e in shard.entries} == {"w": "bfloat16", "steps": "int64"}
     assert torch.equal(state_of(open_version(view_of(transport, [shard]), 5.0))["w"], w.bfloat16().float())
 
@@ -180,7 +180,7 @@ def test_tensors_are_cast_to_what_rollouts_use_and_integers_are_not(tmp_path: Pa
 def written(tmp_path: Path) -> View:
     transport = FolderTransport(str(tmp_path))
     slices: list[Slice] = [("a", (100,), (0,), torch.arange(100.0)), ("b", (2, 2), (0, 0), torch.ones(2, 2))]
-    return view_of(transport, [write_shard(transport, iter(slices), (1, 5), 0, 1)[0]])
+    return view_of(transport, [write_slices(transport, iter(slices), (1, 5), 0, 1)[0]])
 
 
 def file_of(view: View) -> Path:
@@ -216,7 +216,7 @@ def test_an_open_version_is_read_to_its_end_whatever_is_removed(written: View) -
 
 def test_a_part_that_is_written_again_leaves_an_open_one_alone(written: View) -> None:
     found = open_version(written, 5.0)
-    write_shard(written.transport, iter([("a", (100,), (0,), torch.zeros(100))]), (1, 5), 0, 1)
+    write_slices(written.transport, iter([("a", (100,), (0,), torch.zeros(100))]), (1, 5), 0, 1)
     assert torch.equal(state_of(found)["a"], torch.arange(100.0))
 
 
