@@ -170,9 +170,7 @@ def main() -> None:
     if given.json:
         print(json.dumps({"machine": about, **found}))
     else:
-        print(
-            f"{about['cores']} cores ({about['processor']}), load average {about['load_at_start']} before the start, Python {about['python']}. {markdown(found)}"
-        )
+        print(f"{about['cores']} cores ({about['processor']}), load average {about['load_at_start']} before, Python {about['python']}. {markdown(found)}")
 
 
 if __name__ == "__main__":
