@@ -174,9 +174,9 @@ class WeightStore:
         found = self._visible[name]
         return View(found.table, self._transport, found.objects)
 
-    def release(self, version: int) -> None:
-        """No evaluation waits for a version any more."""
-        for name in [n for n in self._visible if n[1] == version]:
+    def release(self, version: int | None = None) -> None:
+        """No evaluation waits for a version any more; None = for any."""
+        for name in [n for n in self._visible if version in (None, n[1])]:
             self._visible[name] = replace(self._visible[name], wanted=False)
             self._transport.release(name)
         self._forget_old()

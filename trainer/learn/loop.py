@@ -83,7 +83,7 @@ def run(spec: LoopSpec) -> None:
         progress.groups.extend(g.group for g in claim.groups)
         progress.data.extend(d.batch for d in claim.data)
         if config.uses_policy or is_evaluated(config, step):
-            publishing()
+            publishing(wanted=is_evaluated(config, step))
         elif rank == 0:
             buffer.publish(step, progress.epoch)  # nobody samples from this version
         if rank == 0:
@@ -169,14 +169,14 @@ def is_evaluated(config: RunConfig, step: int) -> bool:
     return every > 0 and step % every == 0 and step < config.updates
 
 
-def publish(spec: LoopSpec, buffer: ReplayBuffer, learner: Learner, progress: Progress, rank: int, world: int) -> None:
+def publish(spec: LoopSpec, buffer: ReplayBuffer, learner: Learner, progress: Progress, rank: int, world: int, wanted: bool = False) -> None:
     """Make the weights of `progress.step` live: first in the weight store, then in the ledger, which frees the slots.
 
-    Every rank hands in its own shard; the rank whose shard completes the version tells the ledger.
+    Every rank hands in its own shard; the rank whose shard completes the version tells the ledger. `wanted`: the driver will ask
+    for an evaluation of this version, and release it.
     """
     config, name = spec.config, (progress.epoch, progress.step)
     dtype = None if config.weights.dtype == "float32" else getattr(torch, config.weights.dtype)
-    wanted = is_evaluated(config, progress.step)
     if hand_in(spec.weights, spec.transport, trained_weights(learner.model), name, rank, world, PUBLISH_DEADLINE_S, dtype, wanted) and progress.step > 0:
         buffer.publish(progress.step, progress.epoch)
 

@@ -85,6 +85,7 @@ class Parts:
         # Methods are safe to run again (named by version, lease or step), so Ray may retry them after a restart.
         forever = {"max_restarts": -1, "max_task_retries": -1}
         self.weights = ray.remote(WeightStore).options(num_cpus=CPUS["weight store"], **forever).remote(self.transport)
+        self.weights.release.remote()  # what evaluations of an earlier start waited for
         spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, rewards, str(self.folder.path), config.seed)
         self.evaluator = ray.remote(Evaluator).options(num_cpus=CPUS["evaluator"], max_restarts=3, max_task_retries=3).remote(spec)
         if config.uses_policy:

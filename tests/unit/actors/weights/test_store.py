@@ -132,6 +132,15 @@ def test_a_release_outlives_a_restart(tmp_path: Path) -> None:
     assert not again.stands((1, 1))
 
 
+def test_a_driver_that_starts_again_releases_what_its_former_self_waited_for(tmp_path: Path) -> None:
+    store = made(tmp_path)
+    for version in range(5):
+        publish(store, tmp_path, version, wanted=True)
+    again = made(tmp_path)
+    again.release()
+    assert versions_on_disk(tmp_path) == {"1-3", "1-4"}
+
+
 def test_what_no_store_knows_of_is_swept(tmp_path: Path) -> None:
     """Parts of a rank that died before it could hand in; what others keep there is not touched."""
     shard(tmp_path, 1, lineage=1)
