@@ -87,7 +87,7 @@ class WeightsConfig(Strict):
         "folder",
         description="folder = files, which outlive ranks and the weight store; objects = Ray's shared memory on the ranks' nodes, gone with its rank",
     )
-    path: str | None = Field(None, description="transport: folder: one that every node sees, /dev/shm/… where there is one node; null = weights/ in the run's")
+    path: str | None = Field(None, description="transport: folder: one that every node sees, /dev/shm/… where there is one node; null = the run's weights/")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="floating point type on the way: float32 = as trained; bfloat16 = half the bytes, needs objective.old_log_prob=learner"
     )
