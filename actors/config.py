@@ -80,6 +80,19 @@ class RolloutConfig(Strict):
         return self.group_size if self.min_group_size is None else self.min_group_size
 
 
+class WeightsConfig(Strict):
+    """The way of the weights from the ranks to whoever samples."""
+
+    transport: Literal["folder", "objects"] = Field(
+        "folder",
+        description="folder = files, which outlive ranks and the weight store; objects = Ray's shared memory on the ranks' nodes, gone with its rank",
+    )
+    path: str | None = Field(None, description="transport: folder: one that every node sees, /dev/shm/… where there is one node; null = the run's weights/")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="floating point type on the way: float32 = as trained; bfloat16 = half the bytes, needs objective.old_log_prob=learner"
+    )
+
+
 class EvaluationConfig(Strict):
     """Held-out numbers: raw weights (EMA beside), ODE sampler, no guidance, fixed prompts, noise and loss points."""
 

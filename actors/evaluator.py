@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.pictures import caption, contact_sheet
@@ -24,8 +23,9 @@ from actors.rewards import RunRewards
 from actors.sources.draws import data_source, held_out_prompts, held_out_rows, prompt_source
 from actors.sources.latents import clean_latents
 from actors.sources.prepared import PreparedSource
-from actors.weights import Weights
-from diffusion.checkpoint import load_policy
+from actors.weights.reading import Exported
+from actors.weights.store import View
+from diffusion.checkpoint import load_network, load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
@@ -37,6 +37,8 @@ from services.contract import ItemScore, ScoreFailure
 
 SCORED_AT_ONCE = 64
 """Samples of one scoring call, which must end within `fleet.timeout_s`."""
+READ_DEADLINE_S = 300.0
+"""For the bytes of a version to arrive."""
 Column = list[float | None]
 """One number per prompt; None where the reward failed."""
 
@@ -111,12 +113,16 @@ class Evaluator:
         self.engine = Engine(self.policy.transformer, self.policy.process, spec.sampler.max_tokens, spec.model.dtype, self.policy.text_encoder)
         self.prompts, self.data = prompt_source(spec.prompts, spec.data), data_source(spec.data)
         self.client = spec.rewards.connect()
-        self._start = Weights.of(0, save(trained_weights(self.policy.transformer)))
+        self._starts = True  # whether the policy is the one that it started with
         self.run_dir = Path(spec.run_dir)
 
-    def _use(self, weights: Weights | None) -> None:
-        chosen = weights or self._start
-        self.engine.set_weights(chosen.state(), chosen.version)
+    def _use(self, weights: View | Exported | None) -> None:
+        if weights is not None:
+            self.engine.set_weights(weights.open(READ_DEADLINE_S), weights.version)
+        elif not self._starts:  # asked for before all others, so hardly ever loaded again; kept, it would be a second model
+            network, _ = load_network(self.spec.model, seed=self.spec.seed)
+            self.engine.set_weights(trained_weights(network), 0)
+        self._starts = weights is None
 
     def _sample(self, prompts: list[str], repeats: int, name: str) -> NDArray[np.uint8]:
         """Pixels `[len(prompts) · repeats, H, W, 3]`, prompt-major."""
@@ -159,14 +165,14 @@ class Evaluator:
         drawn = [split, list(prompts), list(captions), *sizes, *prepared]
         return hashlib.blake2b(json.dumps(drawn).encode(), digest_size=8).hexdigest()
 
-    def evaluate(self, weights: Weights | None, split: str, step: int, kind: str = "raw", full: bool = True) -> dict[str, Any]:
+    def evaluate(self, weights: View | Exported | None, split: str, step: int, kind: str = "raw", full: bool = True) -> dict[str, Any]:
         """Evaluate one version and keep its per-prompt numbers in `eval/<split>-<step>-<kind>.json`.
 
         Args:
             weights: version to evaluate, which is also the step recorded; None = the policy folder itself, at `step`.
             full: the sizes of the before/after evaluation; otherwise the smaller periodic ones.
         Returns:
-            The metrics line (`kind: evaluation`). Raises EvaluationFailed, ValueError.
+            The metrics line (`kind: evaluation`). Raises EvaluationFailed, WeightsGone, WeightsDamaged.
         """
         step = step if weights is None else weights.version
         self._use(weights)
@@ -201,7 +207,7 @@ class Evaluator:
         partial.rename(partial.with_suffix(".json"))
         return record
 
-    def grid(self, weights: Weights | None, name: str) -> str:
+    def grid(self, weights: View | Exported | None, name: str) -> str:
         """Captioned sample grid of fixed test prompts and fixed noise, `samples/<name>.png`; returns its path."""
         self._use(weights)
         prompts = held_out_prompts(self.prompts, "test", self.spec.evaluation.grid_prompts)

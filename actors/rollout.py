@@ -29,7 +29,8 @@ from actors.rewards import RunRewards
 from actors.sources.draws import prompt_source, training_example
 from actors.sources.example import Example
 from actors.sources.latents import clean_latents
-from actors.weights import pull
+from actors.weights.reading import pull
+from actors.weights.transport import WeightsDamaged, WeightsGone
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.device import resolve_device
@@ -209,20 +210,34 @@ class RolloutGenerator:
         return self.held is not None
 
     def _refresh(self, least: int, wait_s: float | None = None) -> None:
-        """Give the engine the newest weights; wait until they are at least version `least`."""
+        """Give the engine the newest weights; wait until they are at least version `least`. Weights that cannot be read change nothing."""
         wait_s = self.spec.target.wait_s if wait_s is None else wait_s
         deadline = time.monotonic() + wait_s
+        trouble = ""
         while True:
-            fresh = pull(self.weights, self.held, self.spec.target.wait_s)
-            if fresh is not None:
-                swap = self.engine.set_weights(fresh.state(), fresh.version, fresh.sha256, self.spec.rollout.weights)
-                swap.result(self.spec.target.wait_s)
-                self.held = fresh.name
+            try:
+                self._take_newest()
+            except (WeightsGone, WeightsDamaged) as error:
+                trouble = f"; {error}"
             if self.held is not None and self.held[1] >= least:
                 return
             if time.monotonic() > deadline:
-                raise WeightsMissing(f"weights of version {least} did not appear within {wait_s:.0f} s; newest is {self.held}")
+                raise WeightsMissing(f"weights of version {least} did not appear within {wait_s:.0f} s; newest is {self.held}{trouble}")
             time.sleep(0.05)
+
+    def _take_newest(self) -> None:
+        """Swap to the newest weights, unless the engine has them. Raises WeightsGone, WeightsDamaged; the store is told."""
+        wait_s = self.spec.target.wait_s
+        view = pull(self.weights, self.held, wait_s)
+        if view is None:
+            return
+        try:
+            fresh = view.open(wait_s)
+        except (WeightsGone, WeightsDamaged) as error:
+            self.weights.lost.remote(view.table.name, str(error))
+            raise
+        self.engine.set_weights(fresh, fresh.version, fresh.digest, self.spec.rollout.weights).result(wait_s)
+        self.held = fresh.name
 
     def _score_and_commit(self, group: _Group, sampled: Future[list[Trajectory]], sampling_s: float) -> bool:
         lease, stage, start, text = group.lease, "sampling", time.monotonic(), group.example.text

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from diffusion.config import LoRAConfig
@@ -150,11 +150,6 @@ def adapter_bytes(state: dict[str, Tensor], config: LoRAConfig) -> bytes:
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({PREFIX + key: value for key, value in settings.items()})}
     data: bytes = save({PREFIX + n: t.detach().cpu().contiguous() for n, t in state.items() if ".lora_" in n}, metadata=metadata)
     return data
-
-
-def read_adapter(data: bytes) -> dict[str, Tensor]:
-    """The parameters in a file of `adapter_bytes`, by the network's own names (`trained_weights`)."""
-    return {name.removeprefix(PREFIX): tensor for name, tensor in load(data).items()}
 
 
 def merged_state(state: dict[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:

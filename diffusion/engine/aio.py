@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusion.engine.engine import Engine, StepFailed, SwapPolicy
+from diffusion.engine.incoming import Incoming
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.engine.stats import EngineStats
 
@@ -114,7 +115,7 @@ class AsyncEngine:
         with suppress(EngineClosed):  # nothing is left to abort
             self._command(drop)
 
-    def set_weights(self, state: dict[str, Tensor], version: int, digest: str | None = None, policy: SwapPolicy = "in_flight") -> Future[None]:
+    def set_weights(self, state: Mapping[str, Tensor] | Incoming, version: int, digest: str | None = None, policy: SwapPolicy = "in_flight") -> Future[None]:
         """`Engine.set_weights` between two steps; requests submitted later are sampled with these weights or newer ones."""
         return self._call(lambda: self._engine.set_weights(state, version, digest, policy))
 

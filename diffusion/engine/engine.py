@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Series
 from dataclasses import replace
 from itertools import chain
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from diffusion.engine.cache import MAX_BYTES, PromptCache
+from diffusion.engine.incoming import Incoming, Whole
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.engine.runner import OutOfMemory, Runner
 from diffusion.engine.scheduler import Scheduler
@@ -136,7 +137,7 @@ class Engine:
 
     # --- weights
 
-    def set_weights(self, state: dict[str, Tensor], version: int, digest: str | None = None, policy: SwapPolicy = "in_flight") -> None:
+    def set_weights(self, state: Mapping[str, Tensor] | Incoming, version: int, digest: str | None = None, policy: SwapPolicy = "in_flight") -> None:
         """Swap weights between steps.
 
         `in_flight`: at once; what runs goes on with the new weights. `drain`: when every request that has begun has finished;
@@ -144,14 +145,15 @@ class Engine:
         carries its oldest and newest version.
 
         Args:
-            state: everything that is trained (`diffusion.lora.trained_weights`): the whole state dict, or an adapter.
+            state: everything that is trained (`diffusion.lora.trained_weights`): the whole state dict, or an adapter; tensors, or
+                weights that are put in place as they come.
             version: its number.
             digest: hash of its bytes; a swap to the digest that is in place only takes over the number.
 
         Raises:
             ValueError: names or shapes differ from the model's; nothing has changed then.
         """
-        self.runner.propose(state, version, digest)
+        self.runner.propose(Whole(state) if isinstance(state, Mapping) else state, version, digest)
         self._scheduler.hold = policy == "drain"
         if policy == "in_flight" or not self._scheduler.started:
             self._swap()

@@ -2,7 +2,9 @@
 
 The engine says what runs; the runner runs it and says when it did not fit. Weights change only between forward passes:
 
-    propose(state) ─► checked, held ─► swap() ─► in place       a swap to the digest in place only takes over the number
+    propose(incoming) ─► checked, held ─► swap() ─► in place       a swap to the digest in place only takes over the number
+
+What is held is where the weights come from, not a copy: `swap` puts one piece after another in place.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion.engine.forward import Rows, predict, rows_of
+from diffusion.engine.incoming import Incoming
 from diffusion.engine.memory import keep_freed_memory, out_of_memory, plan_memory
 from diffusion.engine.sequence import Sequence
 from diffusion.families.base import PackedModel
@@ -55,7 +58,7 @@ class Runner:
         self.plan = plan_memory(model.activation_bytes(itemsize(dtype)), self.device, max_tokens)
         self.version = 0
         self.digest: str | None = None
-        self._next: tuple[dict[str, Tensor], int, str | None] | None = None
+        self._next: tuple[Incoming, int, str | None] | None = None
 
     def describe(self) -> str:
         """How the network runs, for a log: precision, device, padding."""
@@ -69,26 +72,32 @@ class Runner:
             raise ValueError(f"one sample of {shape} needs {tokens} tokens, more than the budget: {self.plan}")
         return tokens
 
-    def propose(self, state: dict[str, Tensor], version: int, digest: str | None) -> None:
+    def propose(self, incoming: Incoming, version: int, digest: str | None) -> None:
         """Hold weights for the next `swap`. Raises ValueError when names or shapes differ from the model's; nothing has changed then."""
-        own = trained_weights(self.model)
-        wrong = sorted(own.keys() ^ state.keys()) or sorted(n for n in own if own[n].shape != state[n].shape)
+        own, shapes = trained_weights(self.model), incoming.shapes
+        wrong = sorted(own.keys() ^ shapes.keys()) or sorted(n for n in own if own[n].shape != shapes[n])
         if wrong:
             raise ValueError(
                 f"weights of version {version} do not fit the model: {len(wrong)} tensors missing, unexpected or of another shape, e.g. {wrong[0]}"
             )
-        self._next = (state, version, digest)
+        self._next = (incoming, version, digest)
 
     def swap(self) -> None:
         """Put the proposed weights in place, if there are any."""
         if self._next is None:
             return
-        state, self.version, digest = self._next
+        incoming, self.version, digest = self._next
         if digest is None or digest != self.digest:
-            self.model.load_state_dict(state, strict=False)  # names were checked; with an adapter the rest stays
+            self._put(incoming)
             if self.merge:
                 merge_lora(self.model)
         self.digest, self._next = digest, None
+
+    @torch.no_grad()
+    def _put(self, incoming: Incoming) -> None:
+        own = trained_weights(self.model)  # names were checked; with an adapter the rest stays
+        for name, place, piece in incoming.pieces():
+            own[name][place].copy_(piece)
 
     def forward(self, batch: list[Sequence]) -> list[tuple[Rows, Tensor]]:
         """Predictions of one packed forward pass, by rows of one kernel and shape.

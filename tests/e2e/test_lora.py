@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.weights.store import WeightStore
+from actors.weights.transport import FolderTransport
 from diffusion import weights
-from diffusion.lora import WEIGHTS, read_adapter
+from diffusion.lora import PREFIX, WEIGHTS
 from tests.e2e.test_kernels import FEW, trained
 from tests.pipeline import ROOT, Run, settings
 
@@ -25,12 +27,17 @@ def test_an_adapter_is_trained_published_and_exported(merge: bool, start: Callab
     _, updates = trained(run)
     assert all(update["ratio_deviation"] < 1e-5 for update in updates)
     assert updates[-1]["reverse_kl"] > 0
-    (published,) = (run.folder / "weights").glob("weights-*.safetensors")
-    adapter = load_file(published)
+    newest_version = max((run.folder / "weights").iterdir(), key=lambda f: [int(n) for n in f.name.split("-")])
+    view = WeightStore(FolderTransport(str(run.folder / "weights"))).view()
+    assert view is not None
+    assert "-".join(map(str, view.table.name)) == newest_version.name
+    adapter = {name: torch.empty(shape) for name, shape in view.table.shapes.items()}
+    for name, place, piece in view.open(60.0).pieces():
+        adapter[name][place].copy_(piece)
     assert adapter
     assert all(".lora_" in name for name in adapter)
     out = newest(run.folder / "exports")
-    stored = read_adapter((out / WEIGHTS).read_bytes())
+    stored = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(out / WEIGHTS).items()}
     assert stored.keys() == adapter.keys()
     assert all(torch.equal(stored[name], adapter[name]) for name in adapter)
     before, after = (load_file(f / "transformer" / weights.WEIGHTS) for f in (ROOT / "recipes" / "glyph-base", out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from actors.config import DataConfig, EvaluationConfig, PromptConfig, RolloutConfig
+from actors.config import DataConfig, EvaluationConfig, PromptConfig, RolloutConfig, WeightsConfig
 from diffusion.config import ModelConfig, SamplerConfig, Strict
 from replay.config import RedisConfig, ReplayConfig
 from services.config import FleetConfig, fleet_of
@@ -51,6 +51,7 @@ class RunConfig(Strict):
     fleet: FleetConfig = Field(default_factory=lambda: FleetConfig(), description="where rewards are scored, and what kind each is (as in rewards.yaml)")
     replay: ReplayConfig = Field(default_factory=lambda: ReplayConfig(), description="replay buffer")
     redis: RedisConfig = Field(default_factory=lambda: RedisConfig(), description="Redis server of the replay buffer")
+    weights: WeightsConfig = Field(default_factory=lambda: WeightsConfig(), description="how weights are published")
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig(), description="held-out numbers")
     ray: RayConfig = Field(default_factory=lambda: RayConfig(), description="Ray cluster")
 
@@ -113,6 +114,11 @@ class RunConfig(Strict):
             raise ValueError(
                 "model.lora.merge=true rounds otherwise than the adapter that is trained, and log-probabilities of such rollouts would not match; "
                 "set objective.old_log_prob=learner, or model.lora.merge=false"
+            )
+        if self.weights.dtype == "bfloat16" and self.uses_policy and self.objective.old_log_prob == "rollout":
+            raise ValueError(
+                "weights.dtype=bfloat16 rounds the weights that rollouts are sampled with, and log-probabilities of such rollouts would not match; "
+                "set objective.old_log_prob=learner, or weights.dtype=float32"
             )
         if self.objective.data_noise == "shared" and not self.uses_policy:
             raise ValueError("objective.data_noise=shared needs rollouts; use fresh")

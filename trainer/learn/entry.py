@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.connect import Target
+from actors.weights.transport import Transport
 from trainer.config.run import RunConfig
 
 FOLDER_VARIABLE = "DDRL_RAY_FOLDER"
@@ -14,12 +15,13 @@ FOLDER_VARIABLE = "DDRL_RAY_FOLDER"
 
 @dataclass
 class LoopSpec:
-    """What every rank is given. `weights` is the WeightStore's actor handle."""
+    """What every rank is given. `weights` is the WeightStore's actor handle, `transport` the way that bytes take."""
 
     config: RunConfig
     target: Target
     run_dir: str
     weights: Any
+    transport: Transport
 
 
 def train_loop(settings: dict[str, Any]) -> None:

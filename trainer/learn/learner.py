@@ -67,7 +67,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class Learner:
-    """See the module's docstring. Every method but `shard` is collective: all ranks call it, in the same order.
+    """See the module's docstring. Every method is collective: all ranks call it, in the same order.
 
     Args:
         config: the run.
@@ -220,11 +220,6 @@ class Learner:
             for name, parameter in self.model.named_parameters():
                 if name in self.ema:
                     _local(self.ema[name]).lerp_(_local(parameter.detach()), 1 - decay)
-
-    def shard(self, rank: int) -> dict[str, Tensor]:
-        """This rank's part of what is trained (dimension 0), CPU fp32, without a collective; buffers from rank 0 only."""
-        state = trained_weights(self.model)
-        return {n: _local(t.detach()).cpu().contiguous() for n, t in state.items() if rank == 0 or isinstance(t, DTensor)}
 
     def full_state(self, ema: bool = False, keep: bool = True) -> dict[str, Tensor]:
         """A copy of the whole state dict, gathered one tensor at a time, CPU fp32; with `ema`, averaged weights where there are

@@ -9,15 +9,18 @@ forgot. `report` returning does not mean that a checkpoint is registered; settli
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import ray
 import ray.train
 import torch
-from safetensors.torch import save
 
+from actors.weights.shards import hand_in
 from diffusion.device import resolve_device
 from diffusion.engine.memory import keep_freed_memory
+from diffusion.lora import trained_weights
 from replay.buffer import Claim, ReplayBuffer
 from replay.errors import ClaimTimeout
 from trainer.config.run import RunConfig
@@ -31,11 +34,13 @@ from trainer.learn.selftest import self_test
 from trainer.learn.update_line import Warnings, update_record
 
 PUBLISH_DEADLINE_S = 60.0
+STORE_DEADLINE_S = 5.0
+"""For the weight store to say whether the version in place can be read; no answer says nothing."""
 START_DEADLINE_S = 1800.0
 """For the reward fleet, whose models may have to be loaded over a network."""
 START_POLL_S = 0.1
 CLAIM_SLICE_S = 2.0
-WAITING, CLAIMED, STOPPED = range(3)
+WAITING, CLAIMED, STOPPED, LOST = range(4)
 
 
 def run(spec: LoopSpec) -> None:
@@ -56,7 +61,8 @@ def run(spec: LoopSpec) -> None:
     progress.epoch, progress.groups, progress.data = from_rank_zero(epoch, device), [], []
     if rank == 0:
         drop_metrics_after(run_dir, progress.step)
-    publish(spec, buffer, learner, progress, rank, world)
+    publishing = partial(publish, spec, buffer, learner, progress, rank, world)
+    publishing()
     if config.uses_policy and progress.step < config.updates and not passes_self_test(learner, progress.step, run_dir if rank == 0 else None):
         return
     exports = Exports(run_dir / "exports", config.model, rank)
@@ -65,7 +71,8 @@ def run(spec: LoopSpec) -> None:
     skipped, claims, warnings = 0, ClaimMetrics(config.name), Warnings()
     while progress.step < config.updates:
         step, started = progress.step + 1, time.monotonic()
-        claim = next_claim(buffer, step, progress.epoch, config.replay.claim_timeout_s, rank, device)
+        readable = partial(can_be_read, spec, progress.epoch, progress.step)
+        claim = next_claim(buffer, step, progress.epoch, config.replay.claim_timeout_s, rank, device, readable, publishing)
         if claim is None:
             break
         claimed = time.monotonic()
@@ -76,7 +83,7 @@ def run(spec: LoopSpec) -> None:
         progress.groups.extend(g.group for g in claim.groups)
         progress.data.extend(d.batch for d in claim.data)
         if config.uses_policy or is_evaluated(config, step):
-            publish(spec, buffer, learner, progress, rank, world)
+            publishing(wanted=is_evaluated(config, step))
         elif rank == 0:
             buffer.publish(step, progress.epoch)  # nobody samples from this version
         if rank == 0:
@@ -107,20 +114,32 @@ def await_start(buffer: ReplayBuffer, deadline_s: float = START_DEADLINE_S) -> N
         time.sleep(START_POLL_S)
 
 
-def next_claim(buffer: ReplayBuffer, step: int, epoch: int, timeout_s: float, rank: int, device: torch.device) -> Claim | None:
+def next_claim(
+    buffer: ReplayBuffer,
+    step: int,
+    epoch: int,
+    timeout_s: float,
+    rank: int,
+    device: torch.device,
+    readable: Callable[[], bool] = lambda: True,
+    publishing: Callable[[], None] = lambda: None,
+) -> Claim | None:
     """The claim of `step`, or None on every rank when the run was asked to stop, also while it waits for groups. Collective.
 
     Rank 0 waits, in slices far below the deadline of a collective, and tells the others; a claim is the same whoever asks.
-    Raises ClaimTimeout after `timeout_s`.
+    Groups may be late because the weights that they need are gone (with the store, or damaged): they are those in place, and while
+    they are not `readable`, `publishing` hands them in again. Raises ClaimTimeout after `timeout_s`.
     """
     end = time.monotonic() + timeout_s
     while True:
-        state = from_rank_zero(_look(buffer, step, epoch, end) if rank == 0 else 0, device)
-        if state != WAITING:
+        state = from_rank_zero(_look(buffer, step, epoch, end, readable) if rank == 0 else 0, device)
+        if state == LOST:
+            publishing()
+        elif state != WAITING:
             return None if state == STOPPED else buffer.claim(step, epoch, timeout_s)
 
 
-def _look(buffer: ReplayBuffer, step: int, epoch: int, end: float) -> int:
+def _look(buffer: ReplayBuffer, step: int, epoch: int, end: float, readable: Callable[[], bool]) -> int:
     if buffer.stop_requested():
         return STOPPED
     left = end - time.monotonic()
@@ -129,7 +148,7 @@ def _look(buffer: ReplayBuffer, step: int, epoch: int, end: float) -> int:
     except ClaimTimeout:
         if left <= CLAIM_SLICE_S:
             raise
-        return WAITING
+        return WAITING if readable() else LOST
     return CLAIMED
 
 
@@ -150,14 +169,26 @@ def is_evaluated(config: RunConfig, step: int) -> bool:
     return every > 0 and step % every == 0 and step < config.updates
 
 
-def publish(spec: LoopSpec, buffer: ReplayBuffer, learner: Learner, progress: Progress, rank: int, world: int) -> None:
+def publish(spec: LoopSpec, buffer: ReplayBuffer, learner: Learner, progress: Progress, rank: int, world: int, wanted: bool = False) -> None:
     """Make the weights of `progress.step` live: first in the weight store, then in the ledger, which frees the slots.
 
-    Every rank hands in its own shard; the rank whose shard completes the version tells the ledger.
+    Every rank hands in its own shard; the rank whose shard completes the version tells the ledger. `wanted`: the driver will ask
+    for an evaluation of this version, and release it.
     """
-    shard = spec.weights.publish_shard.remote(progress.step, progress.epoch, rank, world, save(learner.shard(rank)))
-    if ray.get(shard, timeout=PUBLISH_DEADLINE_S) and progress.step > 0:
+    config, name = spec.config, (progress.epoch, progress.step)
+    dtype = None if config.weights.dtype == "float32" else getattr(torch, config.weights.dtype)
+    if hand_in(spec.weights, spec.transport, trained_weights(learner.model), name, rank, world, PUBLISH_DEADLINE_S, dtype, wanted) and progress.step > 0:
         buffer.publish(progress.step, progress.epoch)
+
+
+def can_be_read(spec: LoopSpec, epoch: int, step: int) -> bool:
+    """Whether generators can read the version in place; True while that cannot be told, and where nobody samples from it."""
+    if not spec.config.uses_policy:
+        return True
+    try:
+        return bool(ray.get(spec.weights.stands.remote((epoch, step)), timeout=STORE_DEADLINE_S))
+    except ray.exceptions.GetTimeoutError:
+        return True
 
 
 def _states(buffer: ReplayBuffer) -> dict[str, int]:

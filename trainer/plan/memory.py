@@ -27,8 +27,10 @@ MASTER = 4
 """Bytes of a parameter, its gradient, its average, and of each of Adam's two moments."""
 PROMPT_CACHE = 256 * 2**20
 """Bound of a generator's encoded prompts (`diffusion.engine.cache`)."""
-WEIGHT_VERSIONS = 4
-"""Versions that the weight store keeps in memory."""
+WEIGHT_VERSIONS = 2
+"""Newest versions of the weights that are kept (`actors.weights.store`); beside them the next one arrives, and one waits for its evaluation."""
+PART = 64 * 2**20
+"""Bytes of weights that a rank hands in at a time (`actors.weights.shards`)."""
 
 
 @dataclass(frozen=True)
@@ -219,18 +221,33 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     repeats = trained_steps(config) if config.uses_policy and config.objective.data_per == "transition" else 1
     evaluations = config.data_rows * repeats if config.uses_data else 0
     network = weights_bytes(config, sizes) + buffers_bytes(config, sizes)
-    version = MASTER * sizes.published_values
-    rank = [Part("transitions", transitions * row), Part("anchor evaluations", evaluations * row + (config.data_rows * row if config.uses_data else 0))]
+    version = version_bytes(config, sizes)
+    rank = [
+        Part("part of the weights", min(PART, version / config.learner.ranks), "while it hands in"),
+        Part("transitions", transitions * row),
+        Part("anchor evaluations", evaluations * row + (config.data_rows * row if config.uses_data else 0)),
+    ]
     first = [Part("export in the making", network * (2 if config.optimizer.ema else 1), "rank 0 only")]
     whole = Part("policy", network + encoders_bytes(config, sizes) + vae_bytes(sizes), "on the CPU")
     found = [Process("learner rank", config.learner.ranks, 0, tuple(p for p in rank if p.bytes)), Process("export of rank 0", 1, 0, tuple(first))]
     if config.uses_policy:
-        found.append(Process("generator", config.rollout.generators, 0, (Part("weights that arrive", 2.0 * version),)))
+        found.append(Process("generator", config.rollout.generators, 0, (Part("weights that arrive", version, "mapped or shared memory of its node"),)))
     found.append(Process("evaluator", 1, 0, (whole,)))
     if config.feeds_data:
         found.append(Process("anchor feeder", 1, 0, (whole,)))
-    found.append(Process("weight store", 1, 0, (Part("versions", WEIGHT_VERSIONS * version, f"the newest {WEIGHT_VERSIONS}"),)))
+    if config.weights.transport == "objects":
+        found.append(Process("object store", 1, 0, (Part("versions", kept_versions(config) * version, "Ray's, over the nodes of the ranks"),)))
     return found
+
+
+def version_bytes(config: RunConfig, sizes: Sizes) -> float:
+    """A published version, in `weights.dtype`."""
+    return BYTES[config.weights.dtype] * float(sizes.published_values)
+
+
+def kept_versions(config: RunConfig) -> int:
+    """Most versions that lie anywhere at a time."""
+    return WEIGHT_VERSIONS + 1 + (config.evaluation.every > 0)
 
 
 def floor_tokens(config: RunConfig, sizes: Sizes) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from replay.policy import BufferSettings, disk_needed, memory_needed
 from trainer.config.run import RunConfig
-from trainer.plan.memory import MASTER, Part, trained_steps
+from trainer.plan.memory import MASTER, Part, kept_versions, trained_steps, version_bytes
 from trainer.plan.sizes import Sizes
 
 REDIS_VALUE = 512 * 2**20
@@ -104,8 +104,10 @@ def _disk(config: RunConfig, sizes: Sizes, in_redis: bool) -> tuple[Part, ...]:
     parts = [
         Part("checkpoints", KEPT * checkpoint, f"{KEPT} of weights, optimiser and average"),
         Part("exports", KEPT * (1 + ema) * export, f"{KEPT} policies in fp32{' and their averages' if ema else ''}, with text_encoder and vae"),
-        Part("weights", 2 * version, "the newest version and the shards of the next"),
     ]
+    if config.weights.transport == "folder":
+        kept = kept_versions(config)
+        parts.append(Part("weights", kept * version_bytes(config, sizes), f"{kept} versions: the newest two, the next, one that is evaluated"))
     if in_redis:
         parts.append(Part("log of Redis", disk_needed(config.replay.max_bytes), "embedded server; elsewhere on its own machine"))
     else:

@@ -8,7 +8,7 @@ from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass
 from trainer.plan.gpus import GPU
-from trainer.plan.memory import MASTER, trained_steps
+from trainer.plan.memory import trained_steps, version_bytes
 from trainer.plan.sizes import Sizes
 from trainer.plan.storage import Storage
 
@@ -98,7 +98,7 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     turns = config.uses_policy and (colocated or config.replay.max_staleness == 0)
     update = sample_s + train_s if turns else max(sample_s, train_s)
     hours = config.updates * update / 3600
-    version = MASTER * float(sizes.published_values)
+    version = version_bytes(config, sizes)
     generators = r.generators if config.uses_policy else 0
     return Work(
         tokens=sizes.tokens,
@@ -114,8 +114,8 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
         | ({"evaluation": evaluation / (cpu * config.evaluation.threads)} if evaluation is not None else {}),
         colocated=colocated,
         links={
-            "weights up, ranks to store": version,
-            "weights down, store to generators": version * generators,
+            "weights, handed in by ranks": version,
+            "weights, read by generators": version * generators,
             "groups, written and read": 2.0 * config.rollout.groups_per_step * storage.group if config.uses_policy else 0.0,
             "anchor batch, written and read by each rank": storage.data * (1.0 + learner.ranks),
         },

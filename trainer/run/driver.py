@@ -202,9 +202,7 @@ class Driver:
             time.sleep(POLL_S)
 
     def _look(self, now: float) -> Look:
-        from trainer.run.parts import collect
-
-        results = collect(self._jobs)
+        results = self._parts.collect(self._jobs)
         for record in results.made.values():
             if isinstance(record, dict):
                 self.folder.append_evaluation(record)

@@ -1,7 +1,7 @@
 """The run folder: where everything a run leaves behind lies, who may write there, and how the run stands.
 
     config.yaml  state.json  metrics.jsonl  evaluations.jsonl  tensorboard/  summary.json  report.html  eval/  samples/  exports/
-    checkpoints/  redis/ (embedded server)  weights/ (newest published version)  ray.log, redis.log …
+    checkpoints/  redis/ (embedded server)  weights/ (newest published versions)  ray.log, redis.log …
 
 A folder belongs to one run at a time: a lock file holds the driver's process id while it runs. `state.json` says how the run
 stands: `running` (nobody holds the lock: it was killed), `finished`, `interrupted` or `failed`. A folder whose run never finished
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from actors.weights.transport import FolderTransport
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_config
 from trainer.config.render import render_config
@@ -76,6 +77,10 @@ class RunFolder:
                 self._clear()
             elif started:
                 self._go_on(config)
+            if config.weights.path is not None:
+                self.weights = Path(config.weights.path) / config.name
+                if not (resume and started):
+                    FolderTransport(str(self.weights)).clear()  # of another run of this name
             free = shutil.disk_usage(self.path).free >> 20
             if free < MIN_FREE_MB:
                 raise RunFolderError(

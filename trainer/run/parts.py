@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
-from safetensors.torch import save
 
 from actors.anchor import AnchorFeeder, AnchorSpec
 from actors.connect import Target
 from actors.evaluator import Evaluator, EvaluatorSpec
 from actors.rewards import RunRewards
 from actors.rollout import RolloutGenerator, RolloutSpec
-from actors.weights import VersionGone, Weights, WeightStore
+from actors.weights.reading import Exported
+from actors.weights.store import WeightStore
+from actors.weights.transport import FolderTransport, ObjectTransport, Transport, WeightsGone
+from diffusion.lora import PREFIX
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
-from diffusion.lora import read_adapter
 from diffusion.weights import WEIGHTS
 from trainer.config.run import RunConfig
 from trainer.learn.entry import LoopSpec
@@ -52,7 +53,7 @@ def collect(jobs: Jobs) -> Results:
         try:
             results.made[name] = ray.get(reference)
         except Exception as error:
-            lost = results.gone if isinstance(root_cause(error), VersionGone) else results.broken
+            lost = results.gone if isinstance(root_cause(error), WeightsGone) else results.broken
             lost[name] = describe(error)
     return results
 
@@ -69,11 +70,13 @@ class Parts:
     def __init__(self, config: RunConfig, target: Target, folder: RunFolder) -> None:
         self.config, self.target, self.folder = config, target, folder
         # handles of Ray actors: their methods grow a `.remote` that type checkers do not see
+        self.transport: Transport = FolderTransport(str(folder.weights)) if config.weights.transport == "folder" else ObjectTransport()
         self.weights: Any = None
         self.evaluator: Any = None
         self.generators: list[Any] = []
         self.feeder: Any = None
         self._running: dict[Any, str] = {}
+        self._evaluated: dict[int, set[str]] = {}  # evaluations that are being made of a published version, by step
         self._learners: LearnerGroup | None = None
 
     def create_actors(self, rewards: RunRewards) -> None:
@@ -81,7 +84,8 @@ class Parts:
         config = self.config
         # Methods are safe to run again (named by version, lease or step), so Ray may retry them after a restart.
         forever = {"max_restarts": -1, "max_task_retries": -1}
-        self.weights = ray.remote(WeightStore).options(num_cpus=CPUS["weight store"], **forever).remote(str(self.folder.weights))
+        self.weights = ray.remote(WeightStore).options(num_cpus=CPUS["weight store"], **forever).remote(self.transport)
+        self.weights.release.remote()  # what evaluations of an earlier start waited for
         spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, rewards, str(self.folder.path), config.seed)
         self.evaluator = ray.remote(Evaluator).options(num_cpus=CPUS["evaluator"], max_restarts=3, max_task_retries=3).remote(spec)
         if config.uses_policy:
@@ -137,7 +141,7 @@ class Parts:
 
     def start_training(self) -> None:
         """Start the learner group; its ranks wait until the buffer says that training may begin."""
-        self._learners = LearnerGroup(LoopSpec(self.config, self.target, str(self.folder.path), self.weights), self.folder.checkpoints.name)
+        self._learners = LearnerGroup(LoopSpec(self.config, self.target, str(self.folder.path), self.weights, self.transport), self.folder.checkpoints.name)
 
     def training_result(self) -> tuple[int | None, str | None]:
         """See `LearnerGroup.result`."""
@@ -151,13 +155,29 @@ class Parts:
 
     def evaluate_during(self, step: int) -> Jobs:
         """Start a small evaluation of version `step`, with its weights or not at all."""
-        return self._evaluate(self.weights.get.remote(None, step), step, f"step-{step:06d}", "raw", final=False)
+        jobs = self._evaluate(self.weights.view.remote(None, step), step, f"step-{step:06d}", "raw", final=False)
+        self._evaluated[step] = set(jobs)
+        self._release({})
+        return jobs
+
+    def collect(self, jobs: Jobs) -> Results:
+        """`collect`; weights that no evaluation needs any more are let go."""
+        results = collect(jobs)
+        self._release(results.made | results.broken | results.gone)
+        return results
+
+    def _release(self, ended: Mapping[str, Any]) -> None:
+        for step, names in list(self._evaluated.items()):
+            names -= ended.keys()
+            if not names:
+                del self._evaluated[step]
+                self.weights.release.remote(step)
 
     def evaluate_after(self, step: int) -> Jobs:
         """Start the evaluations of the exported final policy, raw and averaged."""
-        jobs = self._evaluate(ray.put(self._exported(step, "")), step, "after", "raw", final=True)
+        jobs = self._evaluate(self._exported(step, ""), step, "after", "raw", final=True)
         if self.config.optimizer.ema > 0:
-            jobs |= self._evaluate(ray.put(self._exported(step, "-ema")), step, None, "ema", final=True)
+            jobs |= self._evaluate(self._exported(step, "-ema"), step, None, "ema", final=True)
         return jobs
 
     def _evaluate(self, weights: Any, step: int, grid: str | None, kind: str, final: bool) -> Jobs:
@@ -172,12 +192,12 @@ class Parts:
                 jobs[name] = self.evaluator.evaluate.remote(weights, split, step, kind, split == "test")
         return jobs
 
-    def _exported(self, step: int, suffix: str) -> Weights:
+    def _exported(self, step: int, suffix: str) -> Exported:
         """What was trained, of an exported policy."""
-        folder: Path = self.folder.exports / f"step-{step:06d}{suffix}"
+        folder = self.folder.exports / f"step-{step:06d}{suffix}"
         if self.config.model.lora.rank:
-            return Weights.of(step, save(read_adapter((folder / LORA_WEIGHTS).read_bytes())))
-        return Weights.of(step, (folder / "transformer" / WEIGHTS).read_bytes())
+            return Exported(step, str(folder / LORA_WEIGHTS), PREFIX)
+        return Exported(step, str(folder / "transformer" / WEIGHTS))
 
     def close(self) -> None:
         """End the learner group and kill the actors; safe at any time."""

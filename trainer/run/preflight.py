@@ -193,6 +193,7 @@ def absolute(config: RunConfig) -> RunConfig:
             "model": model.model_copy(update=update),
             "prompts": config.prompts.model_copy(update={"path": path(config.prompts.path)}),
             "data": config.data.model_copy(update={"path": path(config.data.path)}),
+            "weights": config.weights.model_copy(update={"path": path(config.weights.path)}),
             "replay": config.replay if config.replay.payloads == "redis" else config.replay.model_copy(update={"payloads": path(config.replay.payloads)}),
         }
     )

@@ -17,6 +17,7 @@ from trainer.run.lines import lines_of
 RESUMABLE = ("updates", "checkpoint_every", "max_dead_groups", "stop_deadline_s", "wandb_project", "learner", "evaluation", "redis", "ray")
 """Settings that may change when a run goes on; the others would make it another run."""
 INFRASTRUCTURE = {
+    "weights": ("transport", "path"),
     "fleet": ("url", "api_key_env", "timeout_s", "host", "port", "hosts", "keys_file", "start_timeout_s", "drain_s", "ingress", "limits"),
 }
 """Keys of a section that say where and how fast something runs, not what it answers; of each reward in `fleet.rewards`: `SCALE`."""

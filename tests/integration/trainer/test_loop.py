@@ -77,3 +77,18 @@ def test_groups_that_come_late_are_claimed_and_none_at_all_is_an_error(buffer: R
     assert claim is not None
     assert [group.group for group in claim.groups] == [lease.group]
     made.join()
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_that_went_missing_are_handed_in_again_while_groups_are_waited_for(buffer: ReplayBuffer) -> None:
+    """A store of objects that was killed has none; a generator that starts now could wait for ever, and the learner for it."""
+    epoch = buffer.rollback(0)
+    looks, published = [True, False, True], []
+    lease = buffer.lease("a", 0)
+    assert lease is not None
+    made = threading.Timer(5.0, buffer.commit, (lease, b"x", [0.0, 1.0], 0))
+    made.start()
+    claim = next_claim(buffer, 1, epoch, 60.0, 0, CPU, lambda: looks.pop(0) if looks else True, lambda: published.append(1))
+    assert claim is not None
+    assert published == [1]
+    made.join()

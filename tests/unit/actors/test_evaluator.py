@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.evaluator import EvaluationFailed, Evaluator, EvaluatorSpec
@@ -23,7 +23,11 @@ from actors.rewards import RunRewards
 from actors.sources.draws import held_out_prompts
 from actors.sources.glyph import GlyphSource
 from actors.sources.text import TextSource
-from actors.weights import Weights
+from actors.weights.reading import Exported
+from actors.weights.shards import local_slices, write_slices
+from actors.weights.store import View
+from actors.weights.table import complete
+from actors.weights.transport import FolderTransport, WeightsDamaged
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from services.config import FleetConfig
@@ -68,10 +72,16 @@ def evaluator(folder: Path, run_dir: Path, scorer: Scorer | None = None, rewards
     return made
 
 
-def changed_weights(folder: Path, version: int) -> Weights:
+def changed_state(folder: Path, version: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(version)
     state = load_policy(ModelConfig(path=str(folder), init=True)).transformer.state_dict()
-    return Weights.of(version, save({k: v + 0.1 * torch.randn_like(v) for k, v in state.items()}))
+    return {k: v + 0.1 * torch.randn_like(v) for k, v in state.items()}
+
+
+def changed_weights(folder: Path, version: int) -> View:
+    transport = FolderTransport(str(folder.parent / "weights"))
+    shard, objects = write_slices(transport, local_slices(changed_state(folder, version), 0), (1, version), 0, 1)
+    return View(complete([shard]), transport, objects)
 
 
 SCHEDULERS = [
@@ -167,9 +177,21 @@ def test_a_reward_without_any_score_fails_the_evaluation(policy_folder: Path, tm
 
 
 def test_damaged_weights_are_not_evaluated(policy_folder: Path, tmp_path: Path) -> None:
-    good = changed_weights(policy_folder, 3)
-    with pytest.raises(ValueError, match="weights of version 3 are damaged"):
-        evaluator(policy_folder, tmp_path).evaluate(Weights(3, good.data[:-1] + b"x", good.sha256), "test", 3)
+    weights, made = changed_weights(policy_folder, 3), evaluator(policy_folder, tmp_path)
+    (file,) = (tmp_path / "weights").rglob("*.safetensors")
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(WeightsDamaged, match="weights of version 3 are damaged"):
+        made.evaluate(weights, "test", 3)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_an_exported_policy_is_evaluated_like_the_version_it_came_from(policy_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "exported.safetensors"
+    save_file({f"transformer.{k}": v for k, v in changed_state(policy_folder, 7).items()}, file)
+    made = evaluator(policy_folder, tmp_path)
+    exported = made.evaluate(Exported(7, str(file), "transformer."), "dev", 7, full=False)
+    assert exported == made.evaluate(changed_weights(policy_folder, 7), "dev", 7, full=False)
 
 
 def test_the_sample_grid_is_fixed(policy_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.engine.engine import Engine
+from diffusion.engine.incoming import Piece
 from diffusion.kernels import log_prob, make_kernel
 from tests.unit.diffusion.sampling import PLENTY, PROCESS, Build, batched, request, same, stepped
 
@@ -98,6 +100,37 @@ def test_weights_that_do_not_fit_change_nothing(tiny_model: Build) -> None:
             engine.set_weights(state, 3)
     assert engine.runner.version == 0
     assert all(torch.equal(t, before[n]) for n, t in engine.runner.model.state_dict().items())
+
+
+class InRows:
+    """Weights that come row by row, and are looked at only then."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state, self.asked = state, 0
+        self.shapes = {n: tuple(t.shape) for n, t in state.items()}
+
+    def pieces(self) -> Iterator[Piece]:
+        for name, tensor in self.state.items():
+            for i in range(len(tensor)):
+                self.asked += 1
+                yield name, (slice(i, i + 1),), tensor[i : i + 1]
+
+
+def test_weights_that_come_in_pieces_are_put_in_place_at_the_swap(tiny_model: Build) -> None:
+    engine, rows = Engine(tiny_model(seed=0), PROCESS, PLENTY), InRows(tiny_model(seed=3).state_dict())
+    places = {n: t.data_ptr() for n, t in engine.runner.model.state_dict().items()}
+    engine.add_request(request(0, steps=2))
+    engine.step()
+    engine.set_weights(rows, 3, policy="drain")
+    assert rows.asked == 0
+    assert stepped(engine)[0].versions == (0, 0)
+    assert stepped(engine) == []
+    found = engine.runner.model.state_dict()
+    assert all(torch.equal(t, rows.state[n]) for n, t in found.items())
+    assert {n: t.data_ptr() for n, t in found.items()} == places
+    rows.shapes["proj_out.bias"] = (1,)
+    with pytest.raises(ValueError, match=r"weights of version 4 do not fit the model: 1 tensors .* proj_out\.bias"):
+        engine.set_weights(rows, 4)
 
 
 def test_a_digest_that_is_in_place_is_not_loaded_again(tiny_model: Build) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from diffusion.checkpoint import load_policy, save_policy
 from diffusion.config import LoRAConfig, ModelConfig
@@ -16,7 +17,7 @@ from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
 from diffusion.families.conditioning import Conditioning
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
-from diffusion.lora import WEIGHTS, adapter_bytes, add_lora, merge_lora, merged_state, read_adapter, trained_weights, without_lora
+from diffusion.lora import PREFIX, WEIGHTS, adapter_bytes, add_lora, merge_lora, merged_state, trained_weights, without_lora
 from diffusion.processes import RectifiedFlow
 
 Build = Callable[..., SD3Transformer]
@@ -139,9 +140,8 @@ def test_a_folder_with_an_adapter_loads_in_diffusers_both_ways(tmp_path: Path, p
         adapted.load_lora_adapter(tmp_path / "out", weight_name=WEIGHTS, prefix="transformer")
         found = adapted(hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=1000 * t).sample
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    data = (tmp_path / "out" / WEIGHTS).read_bytes()
-    own = trained_weights(model)
-    assert {n: torch.equal(t, own[n]) for n, t in read_adapter(data).items()} == dict.fromkeys(own, True)
+    own, stored = trained_weights(model), load_file(tmp_path / "out" / WEIGHTS)
+    assert {n.removeprefix(PREFIX): torch.equal(t, own[n.removeprefix(PREFIX)]) for n, t in stored.items()} == dict.fromkeys(own, True)
 
 
 SD35_MEDIUM: dict[str, Any] = {

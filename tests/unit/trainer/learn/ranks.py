@@ -20,7 +20,10 @@ from torch.distributed.tensor import DTensor
 
 import diffusion.weights
 import trainer.learn.checkpoint
+from actors.weights.shards import local_slices, write_slices
+from actors.weights.transport import FolderTransport
 from diffusion.checkpoint import build_network, save_policy
+from diffusion.lora import trained_weights
 from replay.records import Claim
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
@@ -119,6 +122,8 @@ def scenario(name: str, folder: Path, rank: int, world: int) -> dict[str, Any]:
     """Train and, where it is SAVED, write a checkpoint and train one update more; what came of it."""
     held, learner = Held(folder, name), Learner(SCENARIOS[name].config(folder), CPU)
     out: dict[str, Any] = {"said": train(learner, held, rank, world, range(1, UPDATES + 1)), "state": state_of(learner)}
+    slices = local_slices(trained_weights(learner.model), rank)
+    out["published"] = write_slices(transport_of(folder, name, world), slices, (1, UPDATES), rank, world)[0]
     if name not in SAVED:
         return out
     write(checkpoint_of(folder, name, world), learner, Progress(step=UPDATES, groups=[1, 2], data=[3]), rank)
@@ -169,6 +174,10 @@ def started(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
         diffusion.weights.place = place
     own = sum(p.to_local().numel() for n, p in learner.model.named_parameters() if ".lora_" not in n)  # type: ignore[attr-defined]
     return {"state": whole(learner.full_state()), "average": whole(learner.full_state(ema=True)), "read": sum(read), "own": own}
+
+
+def transport_of(folder: Path, name: str, world: int) -> FolderTransport:
+    return FolderTransport(str(folder / f"weights-{world}-{name}"))
 
 
 def poisoned(folder: Path, rank: int, world: int) -> dict[str, Any]:

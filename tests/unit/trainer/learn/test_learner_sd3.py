@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 
 from actors.groups import group_payload, group_request
 from actors.payload import decode_group, encode
 from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
 from diffusion.families.sd3.tiny import write_tiny
+from diffusion.lora import PREFIX, trained_weights
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
-from diffusion.lora import read_adapter, trained_weights
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, transitions_of
@@ -85,7 +86,7 @@ def test_a_policy_with_clip_and_t5_trains_and_its_export_opens_whole(base: str, 
     exports.take(learner, 1)
     exports.finish(60)
     folder = tmp_path / "exports" / "step-000001"
-    stored = read_adapter((folder / LORA_WEIGHTS).read_bytes())
+    stored = {n.removeprefix(PREFIX): t for n, t in load_file(folder / LORA_WEIGHTS).items()}
     assert all(torch.equal(stored[n], after[n]) for n in trained_weights(policy.transformer))
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)

@@ -20,13 +20,15 @@ from safetensors.torch import load_file
 
 from actors.groups import group_payload, group_request
 from actors.payload import DataPayload, encode
+from actors.weights.store import View
+from actors.weights.table import complete
 from diffusion.checkpoint import load_network, load_policy, save_policy
 from diffusion.config import ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.families.glyph.policy import write_skeleton
 from diffusion.weights import WEIGHTS
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
-from tests.unit.trainer.learn.ranks import DEADLINE_S, GROUPS, MEMBERS, SAVED, SCENARIOS, SHAPE, STARTS, UPDATES, resumed, scenario
+from tests.unit.trainer.learn.ranks import DEADLINE_S, GROUPS, MEMBERS, SAVED, SCENARIOS, SHAPE, STARTS, UPDATES, resumed, scenario, transport_of
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -150,6 +152,18 @@ def test_recomputing_changes_no_bit_on_one_rank_or_two(one: dict[str, Any], two:
 def test_gradients_may_stay_sharded_while_passes_accumulate(two: list[dict[str, Any]]) -> None:
     for found in two:
         assert_same(found["sharded gradients"], {part: found["padding rows"][part] for part in ("said", "state")}, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_what_ranks_hand_in_is_the_trained_policy_to_the_bit(name: str, folder: Path, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    """Whoever cut it: FSDP's shards, uneven ones too. Of an adapter nothing else travels."""
+    for ranks in ([one[name]], [rank[name] for rank in two]):
+        opened = View(complete([rank["published"] for rank in ranks]), transport_of(folder, name, len(ranks)), {}).open(DEADLINE_S)
+        found = {n: torch.full(shape, torch.nan) for n, shape in opened.shapes.items()}
+        for n, place, piece in opened.pieces():
+            found[n][place].copy_(piece)
+        trained = ranks[0]["state"]["model"]
+        assert_same(found, {n: t for n, t in trained.items() if ".lora_" in n} if name == "lora" else trained, rtol=0)
 
 
 def test_a_gradient_above_the_limit_is_scaled_by_the_norm_of_all_ranks(one: dict[str, Any]) -> None:

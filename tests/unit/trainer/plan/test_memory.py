@@ -158,3 +158,14 @@ def test_hosts_hold_the_evaluations_of_all_ranks() -> None:
     row = (2 * 16 * 64 * 64 + 333 * 4096 + 2048) * 4
     assert evaluations(few) == 2 * 64 * row
     assert evaluations(many) == (4 + 1) * 64 * row
+
+
+def test_objects_of_published_versions_lie_in_the_nodes_memory() -> None:
+    """Two newest, one that arrives, one that is evaluated; in the type that travels. Files take none of it."""
+    config = recipe(weights={"transport": "objects"})
+    held = {p.name: p.parts[0].bytes for p in hosts(config, sizes_of(config, Assumptions()))}
+    assert held["object store"] == 4 * (P + BUFFERS) * 4
+    half = recipe(weights={"transport": "objects", "dtype": "bfloat16"}, objective={"old_log_prob": "learner"}, evaluation={"every": 0})
+    held = {p.name: p.parts[0].bytes for p in hosts(half, sizes_of(half, Assumptions()))}
+    assert held["object store"] == 3 * (P + BUFFERS) * 2
+    assert "object store" not in {p.name for p in hosts(recipe(), sizes_of(config, Assumptions()))}

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.config import WeightsConfig
 from actors.payload import DataPayload, GroupPayload, encode
 from replay.errors import BudgetExceeded
 from replay.policy import budget_error
@@ -85,3 +86,6 @@ def test_the_disk(rank: int) -> None:
     else:
         assert kept["checkpoints"] == 2 * (16 * network.trained + 4 * network.buffers)
         assert kept["exports"] == 2 * 2 * 4 * plain
+    assert kept["weights"] == 4 * 4 * sizes.published_values
+    objects = storage_of(config.model_copy(update={"weights": WeightsConfig(transport="objects")}), sizes)
+    assert "weights" not in {part.name for part in objects.disk}

@@ -85,8 +85,8 @@ def test_utilisation_precision_and_price() -> None:
 def test_links() -> None:
     found = work(recipe(rollout={"generators": 3}))
     version = 4 * (2_243_171_520 + 226_492_416)
-    assert found.links["weights up, ranks to store"] == version
-    assert found.links["weights down, store to generators"] == 3 * version
+    assert found.links["weights, handed in by ranks"] == version
+    assert found.links["weights, read by generators"] == 3 * version
     assert found.links["anchor batch, written and read by each rank"] == 3 * 24 * (65_536 + 333 * 4096 + 2048) * 4
 
 
