@@ -13,12 +13,12 @@ from trainer.cli.data import data, prepare_data
 from trainer.cli.exits import fail as _fail
 from trainer.cli.plan import plan
 from trainer.cli.presample import presample
+from trainer.cli.recipe import TinyFlag, read_recipe
 from trainer.cli.replay import app as replay
 from trainer.cli.rewards import add_to
 from trainer.cli.sample import sample
 from trainer.cli.train import train
 from trainer.config.errors import ConfigError
-from trainer.config.load import load_config
 from trainer.config.render import render_config
 from trainer.run.preflight import check_files
 
@@ -46,12 +46,12 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 
 
 @app.command()
-def config(recipe: Recipe, set_: Overrides = None) -> None:
+def config(recipe: Recipe, set_: Overrides = None, tiny: TinyFlag = False) -> None:
     """Print the resolved configuration, with a comment for each key; a file that is missing is a mistake."""
     try:
-        settings = load_config(recipe, set_)
+        settings, notes = read_recipe(recipe, set_ or [], tiny)
         check_files(settings)
-        typer.echo(render_config(settings), nl=False)
+        typer.echo(render_config(settings, notes), nl=False)
     except ConfigError as error:
         _fail(str(error), 2)
 
