@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.errors import ConfigError
-from trainer.config.load import load_config
+from trainer.config.load import all_keys, load_config
 from trainer.config.run import RunConfig
 from trainer.config.tiny import shrunk, value_at
 
@@ -85,8 +85,13 @@ def tiny_config(recipe: Path, overrides: list[str], folder: Path | None = None, 
     if data and full.data.kind == "prepared" and not fits and not {"data.path", "data"} & fixed:
         low["data.path"] = str(_anchors(config))
         config = _applied(recipe, low, overrides)
-    found = [(key, _plain(value_at(full, key)), _plain(value_at(config, key))) for key in low]
+    found = [(key, _plain(value_at(full, key)), _plain(value_at(config, key))) for key in sorted(low, key=_place)]
     return Tiny(config, tuple(change for change in found if change[1] != change[2] and change[2] == low[change[0]]))
+
+
+def _place(key: str) -> int:
+    """Keys in the order of the tree, those of single rewards last."""
+    return all_keys().index(key) if key in all_keys() else len(all_keys())
 
 
 def _size(config: RunConfig) -> tuple[int, int]:
@@ -123,6 +128,7 @@ def _cached(name: str, made_of: object, write: Callable[[Path], object]) -> Path
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+        _quiet()
         try:
             write(partial)
             if not folder.is_dir():  # another process may have been quicker
@@ -132,6 +138,18 @@ def _cached(name: str, made_of: object, write: Callable[[Path], object]) -> Path
     except OSError as error:
         raise ConfigError(f"--tiny writes to {folder.parent}, and cannot: {error.strerror or error}; set XDG_CACHE_HOME to a folder of yours") from None
     return folder
+
+
+def _quiet() -> None:
+    """What transformers and xformers tell of parts that no tiny weights need is not said."""
+    import logging
+
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    from transformers.utils import logging as told
+
+    quiet: Any = told
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
 
 
 def _libraries() -> list[str]:
