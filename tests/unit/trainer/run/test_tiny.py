@@ -90,7 +90,7 @@ def test_what_cannot_be_made_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         tiny_config(recipe, [])
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match="--tiny writes to .*, and cannot: Not a directory; set XDG_CACHE_HOME"):
+    with pytest.raises(ConfigError, match=r"--tiny writes to .*, and cannot: Not a directory; set XDG_CACHE_HOME"):
         tiny_config(SD35, [])
 
 
