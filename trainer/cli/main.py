@@ -79,12 +79,14 @@ def export(
     run: Annotated[Path, typer.Argument(help="run folder", show_default=False)],
     out: Annotated[Path, typer.Argument(help="folder to write, in diffusers' layout", show_default=False)],
     ema: Annotated[bool, typer.Option(help="the moving average instead of the raw weights")] = False,
+    hub_folder: Annotated[bool, typer.Option("--hub-folder", help="add a model card, README.md, as the Hugging Face hub shows it")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what the folder holds")] = False,
 ) -> None:
     """Copy the newest exported policy of a run, with the run's recipe and curve beside it."""
     from trainer.cli.export import ExportError, export_run
 
     try:
-        typer.echo(f"policy: {export_run(run, out, ema)}")
+        typer.echo(f"policy: {export_run(run, out, ema, overwrite, hub_folder)}")
     except ExportError as error:
         _fail(str(error), 2)
 
