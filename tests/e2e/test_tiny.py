@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def test_a_recipe_runs_to_its_report(recipe: str, tiny: Callable[..., Run]) -> N
     run = tiny(recipe)
     code, out, err = run.finish()
     assert code == 0, (out, err)
-    assert "sampler.height                512 → 32" in out
+    assert re.search(r"^  sampler\.height +512 → 32$", out, re.MULTILINE)
     full, config = load_config(ROOT / "recipes" / f"{recipe}.yaml"), load_config(run.folder / "config.yaml")
     assert (run.folder / "config.yaml").read_text().startswith("# tiny: sizes and weights are swapped")
     assert (config.objective, config.optimizer, config.model.lora) == (full.objective, full.optimizer, full.model.lora)
@@ -66,7 +67,7 @@ def test_a_recipe_runs_to_its_report(recipe: str, tiny: Callable[..., Run]) -> N
     updates = records(run.folder, "update")
     assert all(update["skipped"] == 0 for update in updates)
     assert all(("data_loss" in update) == full.uses_data for update in updates)
-    assert any(update.get("reverse_kl", 0) > 0 for update in updates) == (full.objective.kl_weight > 0)
+    assert all(("reverse_kl" in update) == (full.objective.kl_weight > 0) for update in updates)
     if "ocr" in full.rewards:  # nothing can be read: no group's rewards vary, and nothing broke
         assert all(update["zero_variance_groups"] == config.rollout.groups_per_step for update in updates)
     summary = json.loads((run.folder / "summary.json").read_text())
@@ -99,11 +100,11 @@ def test_stopped_resumed_exported_and_opened_by_diffusers(tiny: Callable[..., Ru
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     ddrl("sample", str(exported), "--prompts", str(tmp_path / "prompts.txt"), "--steps", str(STEPS), "--out", str(drawn), *EXACT)
     ours = np.stack([np.asarray(Image.open(drawn / f"{i:04d}.png")).astype(int) for i in range(len(PROMPTS))])
-    whole = pictures(StableDiffusion3Pipeline.from_pretrained(exported))
+    whole = pictures(opened(exported))
     assert ours.std() > 1
     assert np.abs(whole - ours).max() <= 1
 
-    base = StableDiffusion3Pipeline.from_pretrained(load_config(run.folder / "config.yaml").model.path)
+    base = opened(Path(load_config(run.folder / "config.yaml").model.path))
     before = pictures(base)
     base.load_lora_weights(exported, weight_name=WEIGHTS)
     adapted = pictures(base)
@@ -112,6 +113,10 @@ def test_stopped_resumed_exported_and_opened_by_diffusers(tiny: Callable[..., Ru
     assert {PREFIX + name for name in loaded} == stored.keys()
     assert all(torch.equal(loaded[name.removeprefix(PREFIX)], tensor) for name, tensor in stored.items())
     assert np.abs(adapted - before).mean() > 2 * np.abs(adapted - whole).mean()  # the export's network is held in bfloat16
+
+
+def opened(folder: Path) -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def model_card(run: Path, policy: Path, config: RunConfig, step: int, weights: s
 def header(config: RunConfig, adapter: bool) -> ModelCardData:
     """The card's YAML. A starting policy that is a folder of somebody's has no id that the hub knows, so it is not named here."""
     base = config.model.path
-    known = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune", "license_link": f"https://huggingface.co/{base}"}
+    known: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune", "license_link": f"https://huggingface.co/{base}"}
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",

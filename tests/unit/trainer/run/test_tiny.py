@@ -48,7 +48,7 @@ def test_an_sd3_recipe_becomes_one_that_two_cores_run(tmp_path: Path) -> None:
     assert config.data.kind == "prepared"
     anchors = PreparedSource(str(config.data.path))
     assert {example.split for example in anchors} == {"train", "dev", "test"}
-    assert read_manifest(anchors.folder).latent == [16, 4, 4]
+    assert read_manifest(anchors.folder).latent == (16, 4, 4)
     before = {p: p.stat().st_mtime_ns for p in cache_folder().rglob("*")}
     assert tiny_config(SD35, [], tmp_path / "run") == made  # a run that goes on finds the same files
     assert {p: p.stat().st_mtime_ns for p in cache_folder().rglob("*")} == before
