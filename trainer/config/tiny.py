@@ -51,7 +51,7 @@ def shrunk(config: RunConfig, fixed: Collection[str] = ()) -> dict[str, Any]:
         fixed: dotted keys that the command line sets; others are chosen to go with them.
     """
     low: dict[str, Any] = {key: min(value_at(config, key), most) for key, most in MOST.items()}
-    low |= _pictures(config.sampler) | _steps(config.sampler, fixed) | _rewards(config.fleet)
+    low |= _pictures(config.sampler, fixed) | _steps(config.sampler, fixed) | _rewards(config.fleet)
     ranks = config.learner.ranks if "learner.ranks" in fixed else min(config.learner.ranks, RANKS)
     size = config.rollout.group_size if "rollout.group_size" in fixed else low["rollout.group_size"]
     low |= {"learner.ranks": ranks, "rollout.groups_per_step": min(config.rollout.groups_per_step, max(ranks, RANKS))}
@@ -71,13 +71,11 @@ def value_at(config: RunConfig, key: str) -> Any:
     return value
 
 
-def _pictures(sampler: SamplerConfig) -> dict[str, Any]:
+def _pictures(sampler: SamplerConfig, fixed: Collection[str]) -> dict[str, Any]:
     """Both sides, their ratio about the same."""
-    scale = SIDE / min(sampler.height, sampler.width)
-    if scale >= 1:
-        return {}
-    sides = {"sampler.height": sampler.height, "sampler.width": sampler.width}
-    return {key: min(LONGEST, MULTIPLE * round(scale * side / MULTIPLE)) for key, side in sides.items()}
+    sides = {key: side for key, side in (("sampler.height", sampler.height), ("sampler.width", sampler.width)) if key not in fixed}
+    scale = SIDE / min(sides.values(), default=SIDE)
+    return {key: min(LONGEST, MULTIPLE * round(scale * side / MULTIPLE)) for key, side in sides.items()} if scale < 1 else {}
 
 
 def _steps(sampler: SamplerConfig, fixed: Collection[str]) -> dict[str, Any]:
