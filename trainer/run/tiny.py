@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +153,11 @@ def _quiet() -> None:
 
 
 def _libraries() -> list[str]:
-    return [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
+    """What writes the weights, with versions. Raises ConfigError."""
+    try:
+        return [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
+    except PackageNotFoundError as error:
+        raise ConfigError(f"--tiny needs {error.name} to write such weights: pip install 'ddrl[models]'") from None
 
 
 def _policy(path: str, revision: str | None) -> Path | None:
