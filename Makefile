@@ -49,7 +49,7 @@ results: setup  ## every run of docs/results.md, one after the other (about 45 m
 glyph-base: setup  ## train the demo's starting policy again (about 35 minutes)
 	@$(BIN)/python -m diffusion.families.glyph.policy recipes/glyph-base
 	@$(BIN)/ddrl train recipes/glyph-base.yaml
-	@$(BIN)/ddrl export runs/glyph-base recipes/glyph-base --ema
+	@$(BIN)/ddrl export runs/glyph-base recipes/glyph-base --ema --overwrite
 
 test: setup-dev  ## the tests: unit, integration and whole runs (12 to 18 minutes on 2 cores)
 	@$(PYTEST) $(PARALLEL) -m "not long and not chaos"

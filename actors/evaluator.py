@@ -154,7 +154,8 @@ class Evaluator:
         t = (torch.arange(points) + torch.rand(points, generator=g)) / points
         t = self.policy.process.spread_times(t[torch.randperm(points, generator=g)])
         eps = torch.randn(x0.shape, generator=g)
-        losses: NDArray[np.float32] = diffusion_losses(self.policy.transformer, self.policy.process, x0, eps, t, text.prompt_embeds, text.pooled).numpy()
+        found = diffusion_losses(self.policy.transformer, self.policy.process, x0, eps, t, text.prompt_embeds, text.pooled, dtype=self.spec.model.dtype)
+        losses: NDArray[np.float32] = found.numpy()
         return captions, losses
 
     def _set(self, split: str, prompts: Sequence[str], captions: Sequence[str]) -> str:

@@ -196,7 +196,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished set. Raises PreparedError."""
     if not (folder / MANIFEST).exists():
         unfinished = (folder / PLAN).exists()
-        raise PreparedError(f"{folder} is " + ("unfinished; run the command that makes it once more" if unfinished else "no prepared set (ddrl prepare-data)"))
+        why = "unfinished; run the command that makes it once more" if unfinished else "no prepared set (ddrl prepare-data, ddrl presample)"
+        raise PreparedError(f"{folder} is {why}")
     values = _read(folder / MANIFEST)
     if values.get("format") != FORMAT:
         raise PreparedError(f"{folder} has format {values.get('format')}, this build reads {FORMAT}; prepare the data again")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from diffusion.families.conditioning import TextEncoder
 from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
 from diffusion.families.sd3.text import CLIP_CLASS, SD3TextEncoder
+from diffusion.families.sd3.tiny import write_like
 from diffusion.families.wan.network import WanConfig, WanTransformer
 
 
@@ -48,3 +49,7 @@ TEXT_ENCODERS: dict[str, Callable[[Path, ModelConfig, torch.device], TextEncoder
 }
 """Reads the encoder of a policy's folder, by the class of its `text_encoder`. Raises ValueError for a config it does not know, and what
 reading files raises."""
+
+TINY: dict[str, Callable[[Path, Mapping[str, Mapping[str, Any]]], None]] = {CLIP_CLASS: write_like}
+"""Writes the tiny policy of a policy's kind (its classes, its layout, random weights) into a folder, by the class of its `text_encoder`, from
+the keys of its components' config.json. One whose encoder is not listed is small itself. Raises ValueError for a layout it does not know."""

@@ -13,12 +13,12 @@ from trainer.cli.data import data, prepare_data
 from trainer.cli.exits import fail as _fail
 from trainer.cli.plan import plan
 from trainer.cli.presample import presample
+from trainer.cli.recipe import TinyFlag, read_recipe
 from trainer.cli.replay import app as replay
 from trainer.cli.rewards import add_to
 from trainer.cli.sample import sample
 from trainer.cli.train import train
 from trainer.config.errors import ConfigError
-from trainer.config.load import load_config
 from trainer.config.render import render_config
 from trainer.run.preflight import check_files
 
@@ -46,12 +46,12 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 
 
 @app.command()
-def config(recipe: Recipe, set_: Overrides = None) -> None:
+def config(recipe: Recipe, set_: Overrides = None, tiny: TinyFlag = False) -> None:
     """Print the resolved configuration, with a comment for each key; a file that is missing is a mistake."""
     try:
-        settings = load_config(recipe, set_)
+        settings, notes = read_recipe(recipe, set_ or [], tiny)
         check_files(settings)
-        typer.echo(render_config(settings), nl=False)
+        typer.echo(render_config(settings, notes), nl=False)
     except ConfigError as error:
         _fail(str(error), 2)
 
@@ -79,12 +79,14 @@ def export(
     run: Annotated[Path, typer.Argument(help="run folder", show_default=False)],
     out: Annotated[Path, typer.Argument(help="folder to write, in diffusers' layout", show_default=False)],
     ema: Annotated[bool, typer.Option(help="the moving average instead of the raw weights")] = False,
+    hub_folder: Annotated[bool, typer.Option("--hub-folder", help="add a model card, README.md, as the Hugging Face hub shows it")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what the folder holds")] = False,
 ) -> None:
     """Copy the newest exported policy of a run, with the run's recipe and curve beside it."""
     from trainer.cli.export import ExportError, export_run
 
     try:
-        typer.echo(f"policy: {export_run(run, out, ema)}")
+        typer.echo(f"policy: {export_run(run, out, ema, overwrite, hub_folder)}")
     except ExportError as error:
         _fail(str(error), 2)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer.cli.exits import fail
+from trainer.cli.recipe import TinyFlag, read_recipe
 from trainer.config.errors import ConfigError
-from trainer.config.load import load_config
 from trainer.plan.assumptions import Assumptions, parse_assumptions
 from trainer.plan.gpus import gpu_of
 
@@ -34,16 +34,19 @@ def plan(
     assume: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="change what the plan assumes; may be repeated", show_default=False)] = None,
     price: Annotated[float | None, typer.Option(min=0, help="price of one GPU an hour, for the cost", show_default=False)] = None,
     json_: Annotated[bool, typer.Option("--json", help="print the plan as JSON: bytes, operations, seconds")] = False,
+    tiny: TinyFlag = False,
 ) -> None:
     """Say what a recipe takes of memory, disk, links and time on N GPUs, whether it fits, and what would make it fit."""
     try:
-        config, kind, assumptions = load_config(recipe, set_), gpu_of(gpu), parse_assumptions(assume or [])
+        (config, notes), kind, assumptions = read_recipe(recipe, set_ or [], tiny, data=False), gpu_of(gpu), parse_assumptions(assume or [])
 
         from trainer.plan.planner import make_plan
 
         found = make_plan(config, kind, gpus, assumptions, price)
     except ConfigError as error:
         fail(str(error), 2)
+    for line in notes:
+        typer.echo(line, err=json_)
     if json_:
         typer.echo(json.dumps(found.json(), indent=2))
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from trainer.cli.recipe import read_recipe
 from trainer.config.errors import ConfigError
 from trainer.config.load import apply_overrides, load_config, parse_config
 from trainer.config.run import RunConfig
@@ -45,10 +46,12 @@ class PolicySource:
         return f"policy {self.path}: {self.weights} weights" + ("" if self.step is None else f" of step {self.step}")
 
 
-def policy_source(where: Path, overrides: list[str], ema: bool = False) -> PolicySource:
-    """Find the policy that `where` names. Raises ConfigError."""
+def policy_source(where: Path, overrides: list[str], ema: bool = False, tiny: bool = False) -> PolicySource:
+    """Find the policy that `where` names; `tiny`: of a recipe made tiny. Raises ConfigError."""
     if where.name == "config.yaml" and any((where.parent / name).exists() for name in RUN_FILES):
         where = where.parent
+    if where.is_dir() and tiny:
+        raise ConfigError(f"--tiny is for a recipe; {where} is a folder whose policy is as large as it is")
     if where.is_dir() and (where / "transformer" / "config.json").exists():
         if ema:
             raise ConfigError(f"{where} is one exported policy; --ema chooses among a run's exports: give the run's folder")
@@ -59,7 +62,7 @@ def policy_source(where: Path, overrides: list[str], ema: bool = False) -> Polic
         return _of(load_config(where / "config.yaml", overrides), newest_export(where, ema))
     if ema:
         raise ConfigError(f"--ema needs a run folder; {where} is a recipe, which starts from one policy")
-    return PolicySource(load_config(where, overrides), None, "start")
+    return PolicySource(read_recipe(where, overrides, tiny, data=False)[0], None, "start")
 
 
 def newest_export(run: Path, ema: bool) -> Path:

@@ -14,6 +14,7 @@ from trainer.cli.data import progress, summary
 from trainer.cli.device import Device, usable
 from trainer.cli.exits import fail
 from trainer.cli.policy import policy_source
+from trainer.cli.recipe import TinyFlag
 from trainer.config.errors import ConfigError
 
 
@@ -31,10 +32,11 @@ def presample(
     shard_rows: Annotated[int, typer.Option(min=1, help="samples of a shard, rounded to whole prompts: what is drawn at once")] = 64,
     device: Device = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)] = None,
+    tiny: TinyFlag = False,
 ) -> None:
     """Draw anchor data from a policy: exactly N samples of each prompt, a prepared set. Run again after a stop, it goes on."""
     try:
-        policy = policy_source(source, set_ or [], ema)
+        policy = policy_source(source, set_ or [], ema, tiny)
     except ConfigError as error:
         fail(str(error), 2)
     from actors.preparing.presampling import Presampling, PresamplingFailed, chosen

@@ -18,6 +18,7 @@ import typer
 from trainer.cli.device import Device, usable
 from trainer.cli.exits import fail
 from trainer.cli.policy import PolicySource, policy_source
+from trainer.cli.recipe import TinyFlag
 from trainer.config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,10 +68,11 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="folder of the pictures [default: samples/NAME]", show_default=False)] = None,
     device: Device = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)] = None,
+    tiny: TinyFlag = False,
 ) -> None:
     """Draw pictures: every mix of sizes and steps in one packed batch. Writes PNG files, samples.jsonl and grid.png."""
     try:
-        policy = policy_source(source, set_ or [], ema)
+        policy = policy_source(source, set_ or [], ema, tiny)
         config = policy.config
         sizes = parse_sizes(size) if size else [(config.sampler.height, config.sampler.width)]
         counts = parse_steps(steps) if steps else [config.sampler.eval_steps]

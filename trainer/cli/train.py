@@ -11,6 +11,7 @@ import typer
 
 from diffusion.source import is_hub_id
 from trainer.cli.exits import fail
+from trainer.cli.recipe import TinyFlag, read_recipe
 from trainer.config.composition import composition
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_config
@@ -28,6 +29,7 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help="folder of the run [default: runs/NAME]", show_default=False)] = None,
     resume: Annotated[bool, typer.Option(help="go on with the run in the folder")] = False,
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join; without it a local one is started", show_default=False)] = None,
+    tiny: TinyFlag = False,
 ) -> None:
     """Train: start what is missing, join what is given, clean up at the end. Ctrl-C and SIGTERM checkpoint and stop."""
     signals = StopSignals()
@@ -35,13 +37,18 @@ def train(
     folder: RunFolder | None = None
     try:
         overrides = list(set_ or []) + ([f"ray.address={ray_address}"] if ray_address else [])
-        settings = load_config(recipe, overrides)
+        if tiny:
+            prepare(load_config(recipe, overrides).ray.address)  # before torch draws anchor data
+        with signals.held():  # torch has threads
+            settings, notes = read_recipe(recipe, overrides, tiny, run_dir)
         folder = RunFolder(run_dir or Path("runs") / settings.name)
         check_files(settings)
         settings = absolute(settings)
         if is_hub_id(settings.model.path):
             check_files(settings)  # again: its files are here now
-        _run(settings, folder, signals, resume)
+        for line in notes:
+            typer.echo(line)
+        _run(settings, folder, signals, resume, notes)
         typer.echo(f"report: {folder.path / 'report.html'}")
     except ConfigError as error:
         fail(str(error), 2)
@@ -53,9 +60,9 @@ def train(
             folder.close()
 
 
-def _run(settings: RunConfig, folder: RunFolder, signals: StopSignals, resume: bool) -> None:
+def _run(settings: RunConfig, folder: RunFolder, signals: StopSignals, resume: bool, notes: list[str]) -> None:
     """Open the folder, run, show the summary. What libraries print goes to ray.log."""
-    folder.open(settings, resume)
+    folder.open(settings, resume, notes)
     try:
         prepare(settings.ray.address)
         with ExitStack() as stack:

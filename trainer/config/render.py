@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -28,10 +29,10 @@ def _dump(model: BaseModel, indent: int) -> list[str]:
     return lines
 
 
-def render_config(config: RunConfig) -> str:
+def render_config(config: RunConfig, notes: Sequence[str] = ()) -> str:
     """The resolved tree as YAML with a comment for each key; reads back to the same configuration, but for a password in
-    `redis.url`, which is never shown or stored."""
-    return "\n".join(_dump(config, 0)).lstrip("\n") + "\n"
+    `redis.url`, which is never shown or stored. `notes` are lines of comment above it."""
+    return "".join(f"# {line}\n" for line in notes) + "\n".join(_dump(config, 0)).lstrip("\n") + "\n"
 
 
 def _without_password(value: Any) -> Any:

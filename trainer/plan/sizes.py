@@ -158,10 +158,10 @@ def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
         prompt_tokens(parts[name], config.model.t5_tokens) for name in ("text_encoder", "text_encoder_3") if name in parts
     )
     prompt = (tokens, channels, int(values.get("pooled_projection_dim", 0)))
-    return Sizes(network, transformer, vae, encoders, shape, prompt, vae_config, _class_of(parts.get(ENCODERS[0], {})), origin)
+    return Sizes(network, transformer, vae, encoders, shape, prompt, vae_config, class_of(parts.get(ENCODERS[0], {})), origin)
 
 
-def _class_of(values: dict[str, Any]) -> str:
+def class_of(values: dict[str, Any]) -> str:
     """Class of a part: diffusers writes it under `_class_name`, transformers under `architectures`."""
     return str(values.get("_class_name") or next(iter(values.get("architectures", ())), ""))
 

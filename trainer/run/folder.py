@@ -1,7 +1,7 @@
 """The run folder: where everything a run leaves behind lies, who may write there, and how the run stands.
 
     config.yaml  state.json  metrics.jsonl  evaluations.jsonl  tensorboard/  summary.json  report.html  eval/  samples/  exports/
-    checkpoints/  redis/ (embedded server)  weights/ (newest published versions)  ray.log, redis.log …
+    checkpoints/  redis/ (embedded server)  weights/ (newest published versions)  payloads/ (of a tiny run)  ray.log, redis.log …
 
 A folder belongs to one run at a time: a lock file holds the driver's process id while it runs. `state.json` says how the run
 stands: `running` (nobody holds the lock: it was killed), `finished`, `interrupted` or `failed`. A folder whose run never finished
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -60,8 +61,9 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._started = time.time()
 
-    def open(self, config: RunConfig, resume: bool) -> None:
-        """Create or reopen the folder. Raises RunFolderError, or ConfigError for settings that are another run's."""
+    def open(self, config: RunConfig, resume: bool, notes: Sequence[str] = ()) -> None:
+        """Create or reopen the folder; `notes` are lines of comment in its config.yaml. Raises RunFolderError, or ConfigError for settings
+        that are another run's."""
         recipe = self.path / "config.yaml"
         if resume and not recipe.exists():
             raise RunFolderError(f"nothing to resume: {self.path} holds no run; start it without --resume")
@@ -87,7 +89,7 @@ class RunFolder:
                     f"the disk of run folder {self.path} has {free} MB free, a run needs {MIN_FREE_MB} MB; free some space or choose another --run-dir"
                 )
             partial = self.path / "config.partial"
-            partial.write_text(render_config(config))
+            partial.write_text(render_config(config, notes))
             partial.rename(recipe)
             self.mark("running")
         except BlockingIOError:
@@ -105,7 +107,7 @@ class RunFolder:
     def _clear(self) -> None:
         """Remove what a start that came to nothing has left."""
         self.leftover = True
-        for folder in ("redis", "weights", "checkpoints", "exports", "eval", "samples", "tensorboard"):
+        for folder in ("redis", "weights", "checkpoints", "exports", "eval", "samples", "tensorboard", "payloads"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
         for file in (self.metrics, self.evaluations, self.summary, self.state, self.path / "report.html"):
             file.unlink(missing_ok=True)

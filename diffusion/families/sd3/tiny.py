@@ -6,11 +6,14 @@ that shrinks by 8 and has 16 channels, a scheduler of shift 3. Nothing is downlo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+Style = Literal["sd3", "sd35", "sd35-large"]
 
 WORDS = ["a", "an", "the", "of", "on", "in", "and", "red", "green", "blue", "black", "white", "small", "large", "circle", "square", "sign", "cat"]
 """Words that are one token to CLIP and one piece to T5; all others go letter by letter."""
@@ -60,11 +63,27 @@ def _stirred(module: nn.Module) -> Any:
     return module.eval()
 
 
-def write_tiny(folder: Path, style: Literal["sd3", "sd35"] = "sd35", t5: bool = True, seed: int = 0) -> None:
+def write_like(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the tiny one of a policy's kind: its style, and with a T5 where it has one.
+
+    Args:
+        parts: the policy's components, by name, and the keys of their config.json.
+
+    Raises:
+        ValueError: it has no VAE, which every tiny folder has.
+    """
+    if "vae" not in parts:
+        raise ValueError("it has CLIP's text encoders and no vae/, and a tiny policy of that layout is not known")
+    network = parts["transformer"]
+    newer: Style = "sd35" if network.get("dual_attention_layers") else "sd35-large"
+    write_tiny(folder, newer if network.get("qk_norm") else "sd3", "text_encoder_3" in parts)
+
+
+def write_tiny(folder: Path, style: Style = "sd35", t5: bool = True, seed: int = 0) -> None:
     """Write a pipeline's folder, 1 MB, that `StableDiffusion3Pipeline.from_pretrained` opens (without T5: given `text_encoder_3=None, tokenizer_3=None`).
 
     Args:
-        style: `sd35` has what SD3 lacks: qk-norm, and a second attention in the first half of its blocks.
+        style: `sd35` (medium) has what SD3 lacks: qk-norm, and a second attention in the first half of its blocks; `sd35-large` qk-norm alone.
         t5: with `text_encoder_3` and `tokenizer_3`; without, model_index.json says null.
         seed: of all weights. The process's own random state stays as it was.
     """
@@ -73,7 +92,7 @@ def write_tiny(folder: Path, style: Literal["sd3", "sd35"] = "sd35", t5: bool = 
         _pipeline(style, t5).save_pretrained(folder)
 
 
-def _pipeline(style: str, t5: bool) -> Any:
+def _pipeline(style: Style, t5: bool) -> Any:
     import diffusers as found
     import transformers as text
 
@@ -88,7 +107,8 @@ def _pipeline(style: str, t5: bool) -> Any:
     clip_2 = transformers.CLIPTextConfig(
         hidden_size=40, intermediate_size=80, projection_dim=28, hidden_act="gelu", eos_token_id=len(tokens) - 1, pad_token_id=tokens_2.pad_token_id, **common
     )
-    new = {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)} if style == "sd35" else {}
+    norm, dual = {"qk_norm": "rms_norm"}, {"dual_attention_layers": (0, 1)}
+    newer: dict[Style, Any] = {"sd3": {}, "sd35": norm | dual, "sd35-large": norm}
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -101,7 +121,7 @@ def _pipeline(style: str, t5: bool) -> Any:
         caption_projection_dim=32,
         pooled_projection_dim=48,
         pos_embed_max_size=16,
-        **new,
+        **newer[style],
     )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),

@@ -79,6 +79,23 @@ def test_held_out_loss_of_each_point_whatever_the_chunk(chunk: int, shape: tuple
     torch.testing.assert_close(diffusion_losses(model, process, x0, eps, t, embeds, pooled, chunk), expected)
 
 
+def test_a_network_held_in_bfloat16_runs_as_it_trains() -> None:
+    """As beside an adapter (`model.base_dtype`), where inputs of another type would be refused."""
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 4, 3, 4, 4, generator=g)
+    t, none = torch.rand(4, generator=g), torch.zeros(4, 1)
+    layer = torch.nn.Conv2d(3, 3, 1)
+
+    def losses(dtype: str) -> torch.Tensor:
+        return diffusion_losses(lambda x, t, embeds, pooled: layer(x), RectifiedFlow(2.0), x0, eps, t, none, none, dtype=dtype)
+
+    expected = losses("float32")
+    layer.to(torch.bfloat16)
+    found = losses("bfloat16")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
 def test_codec_round_trip_is_exact_for_all_levels() -> None:
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     codec = IdentityCodec()

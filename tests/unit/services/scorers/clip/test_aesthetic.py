@@ -16,8 +16,8 @@ from services.contract import ItemScore
 from services.media.base import Image, Media
 from services.scorers.clip.aesthetic import AestheticScorer
 from services.scorers.clip.errors import ModelFolderError
+from services.scorers.clip.tiny import PROJECTION
 from services.scorers.settings import AestheticReward
-from tests.unit.services.scorers.clip.conftest import PROJECTION
 
 IMAGES: list[Image] = [np.random.default_rng(h).integers(0, 256, (h, 40, 3), np.uint8) for h in (30, 50, 70)]
 

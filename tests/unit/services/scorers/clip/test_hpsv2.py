@@ -16,8 +16,8 @@ from services.scorers.clip.errors import ModelFolderError
 from services.scorers.clip.openclip import to_transformers
 from services.scorers.clip.preparation import Preparation
 from services.scorers.clip.scorers import Hpsv2Scorer
+from services.scorers.clip.tiny import PATCH, PROJECTION, SIDE, TEXT_LENGTH, clip_tokenizer
 from services.scorers.settings import Hpsv2Reward
-from tests.unit.services.scorers.clip.conftest import PATCH, PROJECTION, SIDE, TEXT_LENGTH, clip_tokenizer
 
 HEADS, LAYERS, VISION, TEXT, MLP = 4, 2, 48, 32, 64
 PROMPTS = ["a red square", "two dogs", "日本"]

@@ -18,8 +18,8 @@ from services.media.base import Image, Media
 from services.media.frames import take
 from services.scorers.clip.errors import ModelFolderError
 from services.scorers.clip.scorers import ClipScorer, PickScorer
+from services.scorers.clip.tiny import TEXT_LENGTH, write_clip
 from services.scorers.settings import ClipScoreReward, PickScoreReward
-from tests.unit.services.scorers.clip.conftest import TEXT_LENGTH, write_clip
 
 PROMPTS = ["a red square", "Two dogs, RED and blue!", "日本 née", ""]
 RNG = np.random.default_rng(3)

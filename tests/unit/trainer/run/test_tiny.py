@@ -1,0 +1,111 @@
+"""`--tiny`: weights of the recipe's kind, written once, and what a person is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from actors.prepared import read_manifest
+from actors.sources.prepared import PreparedSource
+from diffusion.checkpoint import load_policy
+from services.scorers.registry import build_scorer
+from trainer.cli.main import app
+from trainer.config.errors import ConfigError
+from trainer.config.load import load_config
+from trainer.run.preflight import check_files, check_policy
+from trainer.run.tiny import cache_folder, tiny_config
+
+RECIPES = Path(__file__).resolve().parents[4] / "recipes"
+SD35 = RECIPES / "sd35-medium-ocr.yaml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache for all tests here, and nobody else's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_an_sd3_recipe_becomes_one_that_two_cores_run(tmp_path: Path) -> None:
+    made = tiny_config(SD35, [], tmp_path / "run")
+    config = made.config
+    check_files(config)
+    check_policy(config)
+    assert json.loads((Path(config.model.path) / "model_index.json").read_text())["_class_name"] == "StableDiffusion3Pipeline"
+    policy = load_policy(config.model)
+    assert sum(p.numel() for p in policy.transformer.parameters()) < 200_000
+    assert "norm_added_k" in "".join(policy.transformer.state_dict())  # qk-norm
+    assert "attn2" in "".join(policy.transformer.state_dict())  # the second attention of SD3.5-medium
+    assert config.replay.payloads == str(tmp_path / "run" / "payloads")
+    assert config.name == "sd35-medium-ocr-tiny"
+    full = load_config(SD35)
+    assert config.model.model_copy(update={"path": full.model.path}) == full.model
+    assert config.data.kind == "prepared"
+    anchors = PreparedSource(str(config.data.path))
+    assert {example.split for example in anchors} == {"train", "dev", "test"}
+    assert read_manifest(anchors.folder).latent == (16, 4, 4)
+    before = {p: p.stat().st_mtime_ns for p in cache_folder().rglob("*")}
+    assert tiny_config(SD35, [], tmp_path / "run") == made  # a run that goes on finds the same files
+    assert {p: p.stat().st_mtime_ns for p in cache_folder().rglob("*")} == before
+
+
+def test_what_is_changed_is_told_and_what_is_set_stays() -> None:
+    made = tiny_config(SD35, ["updates=9", "sampler.height=48", "name=mine"])
+    changed = {key: (before, now) for key, before, now in made.changes}
+    assert changed["sampler.width"] == (512, 32)
+    assert changed["model.path"][0] == "stabilityai/stable-diffusion-3.5-medium"
+    assert not {"updates", "sampler.height", "name", "model.revision", "objective.clip"} & changed.keys()
+    assert (made.config.updates, made.config.sampler.height, made.config.name) == (9, 48, "mine")
+    table = made.table()
+    assert "  sampler.width                 512 → 32" in table
+    assert "rewards say nothing" in table[-1]
+
+
+def test_the_glyph_policy_is_small_itself() -> None:
+    recipe = RECIPES / "glyph-ocr.yaml"
+    made = tiny_config(recipe, [f"model.path={RECIPES / 'glyph-base'}"])
+    assert made.config.model.path == str(RECIPES / "glyph-base")
+    assert made.config.data == load_config(recipe).data
+    assert not any("rewards say nothing" in line for line in made.table())
+
+
+def test_a_reward_on_towers_gets_tiny_ones() -> None:
+    config = tiny_config(RECIPES / "sd35-medium-pickscore.yaml", [], data=False).config
+    settings = config.fleet.rewards["pickscore"]
+    assert (settings.kind, settings.device, settings.gpus) == ("pickscore", "cpu", 0)
+    scorer = build_scorer(settings)
+    scorer.self_test()
+    assert config.held_out_rewards == ("ocr",)
+
+
+def test_what_cannot_be_made_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SD35.read_text().replace("stabilityai/stable-diffusion-3.5-medium", "team/unknown"))
+    with pytest.raises(ConfigError, match=r"model\.path: team/unknown is neither a folder nor a published policy"):
+        tiny_config(recipe, [])
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"--tiny writes to .*, and cannot: Not a directory; set XDG_CACHE_HOME"):
+        tiny_config(SD35, [])
+
+
+def test_the_commands_take_it(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["config", str(SD35), "--tiny"])
+    assert shown.exit_code == 0, shown.output
+    assert "#   sampler.height                512 → 32" in shown.stdout.splitlines()
+    (tmp_path / "again.yaml").write_text(shown.stdout)
+    assert load_config(tmp_path / "again.yaml") == tiny_config(SD35, []).config
+    planned = CliRunner().invoke(app, ["plan", str(SD35), "--tiny", "--gpus", "0"])
+    assert planned.exit_code == 0, planned.output
+    assert planned.stdout.startswith("tiny: sizes and weights are swapped")
+    (tmp_path / "prompts.txt").write_text('a sign "407"\n')
+    drawn = CliRunner().invoke(app, ["sample", str(SD35), "--tiny", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "drawn")])
+    assert drawn.exit_code == 0, drawn.output
+    assert (tmp_path / "drawn" / "0000.png").exists()
+    refused = CliRunner().invoke(app, ["sample", str(tmp_path), "--tiny", "--prompts", str(tmp_path / "prompts.txt")])
+    assert (refused.exit_code, "--tiny is for a recipe" in refused.stderr) == (2, True)
