@@ -30,7 +30,7 @@ def local_slices(state: Mapping[str, Tensor], rank: int) -> Iterator[Slice]:
             continue
         coordinate = tensor.device_mesh.get_coordinate()
         replica = coordinate is None or any(isinstance(p, Replicate) and i > 0 for p, i in zip(tensor.placements, coordinate, strict=True))
-        local = tensor.detach().to_local()
+        local = tensor.to_local().detach()
         if not replica and local.numel():
             _, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             yield name, tuple(tensor.shape), tuple(start), local
@@ -74,7 +74,7 @@ def write_slices(
 
 def digest(tensor: Tensor) -> str:
     """xxh3-64 of a CPU tensor's bytes, hex."""
-    return xxhash.xxh3_64_hexdigest(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return xxhash.xxh3_64_hexdigest(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def hand_in(

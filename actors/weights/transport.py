@@ -4,7 +4,7 @@
 
 A part is a few tensors of one rank, so that neither end holds more than one part beside its model. The store keeps no bytes: with
 `FolderTransport` files outlive the ranks, the store and the run, and a store that is started again finds every table. With
-`ObjectTransport` bytes are Ray objects of the rank that put them: they end with it, at once for a reader.
+`ObjectTransport` bytes are Ray objects of the rank that put them: they end with it, and a reader has them or is told so.
 
 Another way (NCCL, say) is another class with these methods.
 """
@@ -151,7 +151,7 @@ class FolderTransport(Transport):
 
 @dataclass(frozen=True)
 class ObjectTransport(Transport):
-    """Ray objects, put by the ranks into their nodes' shared memory. They end with the rank that put them: a reader is told at once."""
+    """Ray objects, put by the ranks into their nodes' shared memory. They end with the rank that put them: a reader has them or is told so."""
 
     def write(self, name: Name, part: str, tensors: Mapping[str, Tensor]) -> tuple[str, Objects]:
         import ray

@@ -146,12 +146,14 @@ def test_two_ranks_compute_what_one_does(name: str, one: dict[str, Any], two: li
 
 def test_recomputing_changes_no_bit_on_one_rank_or_two(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for found in (one, *two):
-        assert_same(found["recomputed"], {part: found["plain"][part] for part in ("said", "state")}, rtol=0)
+        recomputed, plain = ({part: found[name][part] for part in ("said", "state")} for name in ("recomputed", "plain"))
+        assert_same(recomputed, plain, rtol=0)
 
 
 def test_gradients_may_stay_sharded_while_passes_accumulate(two: list[dict[str, Any]]) -> None:
     for found in two:
-        assert_same(found["sharded gradients"], {part: found["padding rows"][part] for part in ("said", "state")}, rtol=1e-6, atol=1e-6)
+        sharded, whole = ({part: found[name][part] for part in ("said", "state")} for name in ("sharded gradients", "padding rows"))
+        assert_same(sharded, whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
