@@ -243,6 +243,13 @@ class Nobody:
         return self
 
 
+def until_gone(store: Any, name: tuple[int, int]) -> None:
+    """The store has been told that a version cannot be read, and does not serve it any more."""
+    deadline = time.monotonic() + DEADLINE_S
+    while ray.get(store.stands.remote(name), timeout=DEADLINE_S):
+        assert time.monotonic() < deadline
+
+
 def test_a_generator_keeps_what_it_has_when_the_newest_cannot_be_read(tmp_path: Path) -> None:
     folder = tmp_path / "policy"
     write_skeleton(folder)
@@ -274,13 +281,12 @@ def test_a_generator_keeps_what_it_has_when_the_newest_cannot_be_read(tmp_path: 
     generator._refresh(1)
     assert generator.held == (1, 1)
     assert all(torch.equal(own[n], t + 1) for n, t in state.items())
-    deadline = time.monotonic() + DEADLINE_S
-    while ray.get(store.stands.remote((1, 2)), timeout=DEADLINE_S):  # it was told, and does not serve it any more
-        assert time.monotonic() < deadline
+    until_gone(store, (1, 2))
 
     next(publish(3).glob("*.safetensors")).unlink()
     with pytest.raises(WeightsMissing, match=r"weights of version 3 did not appear within 0 s; newest is \(1, 1\); weights of version 3 are gone"):
         generator._refresh(3, 0.0)
+    until_gone(store, (1, 3))  # as the learner does: what a store that has not heard of it forgets may be the new files
     publish(3)  # handed in again
     generator._refresh(3)
     assert all(torch.equal(own[n], t + 3) for n, t in state.items())
