@@ -80,9 +80,7 @@ class RunFolder:
             elif started:
                 self._go_on(config)
             if config.weights.path is not None:
-                self.weights = Path(config.weights.path) / config.name
-                if not (resume and started):
-                    FolderTransport(str(self.weights)).clear()  # of another run of this name
+                self._share_weights(Path(config.weights.path) / config.name, started)
             free = shutil.disk_usage(self.path).free >> 20
             if free < MIN_FREE_MB:
                 raise RunFolderError(
@@ -96,6 +94,16 @@ class RunFolder:
             raise RunFolderError(f"run folder {self.path} is in use by another ddrl process") from None
         except OSError as error:
             raise RunFolderError(f"run folder {self.path} cannot be written: {error.strerror}") from None
+
+    def _share_weights(self, folder: Path, started: bool) -> None:
+        """Take a folder outside of the run's own for its weights. What lies there of another run, which may be live, is not touched."""
+        self.weights, there = folder, FolderTransport(str(folder))
+        if self.leftover:
+            there.clear()
+        elif not started and there.recall():
+            raise RunFolderError(
+                f"weights.path: {folder} holds weights of another run of this name; choose another name (--set name=…), or remove that folder if the run is over"
+            )
 
     def _take_lock(self) -> None:
         self._lock = (self.path / "lock").open("a+")

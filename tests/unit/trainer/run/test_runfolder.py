@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from actors.weights.table import Shard
+from actors.weights.transport import FolderTransport
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_config, parse_config
 from trainer.config.run import RunConfig
@@ -80,6 +82,22 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     assert "nothing to resume" in message
     assert "holds no run; start it without --resume" in message
     assert not (tmp_path / "none").exists()
+
+
+def test_weights_of_another_run_in_a_shared_folder_are_not_touched(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"weights": CONFIG.weights.model_copy(update={"path": str(tmp_path / "weights")})})
+    transport = FolderTransport(str(tmp_path / "weights" / config.name))
+    first = RunFolder(tmp_path / "first")
+    first.open(config, resume=False)
+    assert first.weights == Path(transport.path)
+    transport.remember(Shard(1, 0, 0, 1, ()))
+    assert "holds weights of another run of this name; choose another name (--set name=…)" in refused(tmp_path / "second", False, config)
+    assert transport.recall() == [Shard(1, 0, 0, 1, ())]
+    first.close()
+    again = RunFolder(tmp_path / "first")  # it came to nothing: no update was made
+    again.open(config, resume=False)
+    assert transport.recall() == []
+    again.close()
 
 
 def test_a_folder_another_process_works_in(started: Path) -> None:
