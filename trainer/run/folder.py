@@ -102,7 +102,7 @@ class RunFolder:
             there.clear()
         elif not started and there.recall():
             raise RunFolderError(
-                f"weights.path: {folder} holds weights of another run of this name; choose another name (--set name=…), or remove that folder if the run is over"
+                f"weights.path: {folder} holds weights of another run of this name; choose another name (--set name=…), or remove it if that run is over"
             )
 
     def _take_lock(self) -> None:
