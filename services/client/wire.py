@@ -158,6 +158,7 @@ class Exchange:
     def __init__(self, where: str, backoff: Backoff, timeout_s: float, keys: Keys, connect_s: float | None) -> None:
         self._where, self._backoff, self._timeout_s, self._keys, self._connect_s = where, backoff, timeout_s, keys, connect_s
         self._started = time.monotonic()
+        self._heard: tuple[str, int] | None = None  # the last refusal: what it said, its status
 
     def limits(self) -> httpx.Timeout:
         """Httpx' limits of the next attempt."""
@@ -174,7 +175,10 @@ class Exchange:
         waited = time.monotonic() - self._started
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) and self._connect_s is not None and waited >= self._connect_s:
             raise unavailable(self._where, f"{what}, given up after {waited:.0f} s", None, self._keys)
-        return self._wait(what, None, 0.0)
+        if self._heard is None:
+            return self._wait(what, None, 0.0)
+        refusal, status = self._heard  # the deadline often cuts the last attempt short: what the service said before is the trouble
+        return self._wait(f"{refusal}, then {'no answer in time' if isinstance(error, httpx.TimeoutException) else what}", status, 0.0)
 
     def answered(self, answer: httpx.Response) -> float | None:
         """None when ``answer`` is it, else seconds to wait. Raises ``RewardUnavailable`` for a refusal for good."""
@@ -183,7 +187,8 @@ class Exchange:
         # 409 is our own first attempt with this idempotency key, still being worked on.
         if answer.status_code not in (408, 409, 429) and answer.status_code < 500:
             raise unavailable(self._where, _refusal(answer), answer.status_code, self._keys)
-        return self._wait(_refusal(answer), answer.status_code, retry_after_seconds(answer.headers.get("retry-after")))
+        self._heard = _refusal(answer), answer.status_code
+        return self._wait(*self._heard, retry_after_seconds(answer.headers.get("retry-after")))
 
     def _wait(self, what: str, status: int | None, at_least_s: float) -> float:
         wait = self._backoff.next_wait(at_least_s)
