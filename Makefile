@@ -61,7 +61,7 @@ test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in 
 test-chaos: setup-dev  ## a seeded storm of 50 kills over the whole pipeline, then the audit (about 15 minutes)
 	@$(PYTEST) -m chaos -s
 
-test-mutation: setup-dev  ## break ledger, learner and driver on purpose, one place at a time: the tests must notice (about 45 minutes)
+test-mutation: setup-dev  ## break ledger, learner and driver on purpose, one place at a time: the tests must notice (about an hour)
 	@$(BIN)/python -m tests.mutation.run
 
 benchmark-replay: setup-dev  ## the figures of docs/benchmarks.md (about 8 minutes on a quiet machine)
