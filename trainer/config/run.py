@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from actors.config import DataConfig, EvaluationConfig, PromptConfig, RolloutConfig, WeightsConfig
+from actors.config import DataConfig, EncoderConfig, EvaluationConfig, PromptConfig, RolloutConfig, WeightsConfig
 from diffusion.config import ModelConfig, SamplerConfig, Strict
 from replay.config import RedisConfig, ReplayConfig
 from services.config import FleetConfig, fleet_of
@@ -39,6 +39,7 @@ class RunConfig(Strict):
     sampler: SamplerConfig = Field(default_factory=lambda: SamplerConfig(), description="rollout sampling")
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description="rollout generators")
     prompts: PromptConfig = Field(default_factory=lambda: PromptConfig(), description="prompt source")
+    encoder: EncoderConfig = Field(default_factory=lambda: EncoderConfig(), description="where prompts are encoded")
     data: DataConfig = Field(default_factory=lambda: DataConfig(), description="anchor data")
     objective: ObjectiveConfig = Field(default_factory=lambda: ObjectiveConfig(), description="the loss")
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="optimiser and EMA")

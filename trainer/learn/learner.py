@@ -72,6 +72,7 @@ class Learner:
     Args:
         config: the run.
         device: this rank's device.
+        encoder: of the prompts that it needs at start; None = the policy's own text encoders, loaded for that time.
     Attributes:
         process: the policy's forward process.
         kernel: step kernel of its rollouts; `kernel.process` is the space of their states.
@@ -82,8 +83,8 @@ class Learner:
             `updates` goes on at the rate it had.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: RunConfig, device: torch.device, encoder: TextEncoder | None = None) -> None:
+        self.config, self.device, self._encoder = config, device, encoder
         policy = open_policy(config.model, device)
         self.process = policy.process
         self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
@@ -103,7 +104,7 @@ class Learner:
     def _texts(self, policy: Skeleton) -> tuple[Guidance | None, Conditioning]:
         """Guidance and probe. The text encoders are gone before the network comes."""
         config = self.config
-        encoder = load_text_encoder(policy.source.folder, config.model, self.device)
+        encoder = self._encoder or load_text_encoder(policy.source.folder, config.model, self.device)
         probe = training_example(prompt_source(config.prompts, config.data), config.seed, 0).text
         return guidance_of(config, encoder, self.device), encoder.encode([probe])[0]
 
@@ -221,11 +222,11 @@ class Learner:
                 if name in self.ema:
                     _local(self.ema[name]).lerp_(_local(parameter.detach()), 1 - decay)
 
-    def full_state(self, ema: bool = False, keep: bool = True) -> dict[str, Tensor]:
+    def full_state(self, ema: bool = False, keep: bool = True, frozen: bool = True) -> dict[str, Tensor]:
         """A copy of the whole state dict, gathered one tensor at a time, CPU fp32; with `ema`, averaged weights where there are
-        any. A rank that does not `keep` it helps to gather and gets an empty dict."""
+        any; without `frozen`, what is trained alone. A rank that does not `keep` it helps to gather and gets an empty dict."""
         state: dict[str, Tensor] = {}
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in (self.model.state_dict() if frozen else trained_weights(self.model)).items():
             whole = _full(self.ema.get(name, tensor) if ema else tensor).detach()
             if keep:
                 state[name] = whole.to("cpu", copy=True)

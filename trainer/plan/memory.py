@@ -157,7 +157,7 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
         spare = activations + casts
         parts.append(Part("reduction", max(0.0, reduced - spare), "gradients of the whole network at once"))
     update = sum(part.bytes for part in parts)
-    loaded = encoders_bytes(config, sizes) if config.uses_policy else 0.0
+    loaded = encoders_bytes(config, sizes) if config.uses_policy and not config.encoder.actors else 0.0
     if config.model.init and not config.learner.gpus:
         loaded = max(loaded, MASTER * network.values)
     parts.append(Part("loading", max(0.0, loaded - update), "at start: text encoders, then the rank's shards; random weights are drawn whole"))
@@ -184,11 +184,34 @@ def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
         Part("states", states, f"{members} samples with their trained transitions, fp32"),
         Part("encoded prompts", min(PROMPT_CACHE, config.updates * rollout.groups_per_step * sizes.prompt_values * 4.0), "cache of at most 256 MiB"),
     ]
-    parts.append(Part("text encoders", encoders_bytes(config, sizes), config.model.text_dtype))
+    if not config.encoder.actors:
+        parts.append(Part("text encoders", encoders_bytes(config, sizes), config.model.text_dtype))
     if sizes.vae is not None:
         parts.append(Part("VAE", vae_bytes(sizes), "fp32"))
         batch = min(vae.batch, rollout.group_size)
         parts.append(Part("decoding", batch * vae.decode.peak, f"{batch} pictures of {sampler.height}x{sampler.width} in one call"))
+    return tuple(part for part in parts if part.bytes)
+
+
+def encoder(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
+    """An Encoder actor: the text encoders. What a pass of theirs computes with is small beside them, and not counted."""
+    parts = [Part("text encoders", encoders_bytes(config, sizes), config.model.text_dtype)]
+    if not config.encoder.gpus:
+        parts.append(Part("encoded prompts", config.encoder.cache_mb * 2.0**20, "cache"))
+    return tuple(part for part in parts if part.bytes)
+
+
+def evaluator(config: RunConfig, sizes: Sizes, vae: VAEPass) -> tuple[Part, ...]:
+    """The evaluator: a policy of its own, the engine's largest forward pass, or pictures being decoded."""
+    network, e, s = sizes.transformer, BYTES[config.model.dtype], config.sampler
+    computed = min(s.max_tokens, config.evaluation.test_prompts * sizes.tokens) * sizes.network.activation_bytes(e)
+    parts = [
+        Part("weights", weights_bytes(config, sizes) + buffers_bytes(config, sizes)),
+        Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype),
+        Part("VAE", vae_bytes(sizes), "fp32"),
+        Part("activations", max(float(computed), vae.batch * vae.decode.peak), "a forward pass of the engine, or decoding"),
+        Part("casts of weights", 0.0 if e == 4 else 2.0 * (network.trained if config.model.base_dtype == "bfloat16" else network.parameters), "bf16"),
+    ]
     return tuple(part for part in parts if part.bytes)
 
 
@@ -209,12 +232,16 @@ def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     found = [Process("learner rank", config.learner.ranks, config.learner.gpus, learner_rank(config, sizes))]
     if config.uses_policy:
         found.append(Process("generator", config.rollout.generators, config.rollout.gpus, generator(config, sizes, vae, assumptions)))
+    if config.encoder.actors:
+        found.append(Process("encoder", config.encoder.actors, config.encoder.gpus, encoder(config, sizes)))
+    if config.evaluation.gpus:
+        found.append(Process("evaluator", 1, config.evaluation.gpus, evaluator(config, sizes, vae)))
     return [replace(p, parts=(*p.parts, own)) if p.gpus else p for p in found] + rewards(config)
 
 
 def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     """Host memory of a run's processes, without Python and its libraries, and without what `learner_rank` and `generator` count. In this
-    build evaluator and anchor feeder run on CPUs, each with a policy of its own; a rank draws the anchor evaluations of all ranks before
+    build the anchor feeder runs on a CPU, and the evaluator where it has no GPU; a rank draws the anchor evaluations of all ranks before
     it takes its own."""
     row = (2 * sizes.latent_values + sizes.prompt_values) * 4.0
     transitions, _ = rank_rows(config)
@@ -228,16 +255,24 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
         Part("anchor evaluations", evaluations * row + (config.data_rows * row if config.uses_data else 0)),
     ]
     first = [Part("export in the making", network * (2 if config.optimizer.ema else 1), "rank 0 only")]
-    whole = Part("policy", network + encoders_bytes(config, sizes) + vae_bytes(sizes), "on the CPU")
+    texts = Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype)
+    pixels = Part("VAE", vae_bytes(sizes), "fp32")
+    shown = Part("network", network, "the files themselves, mapped and shared" if maps_weights(config) else "on the CPU")
     found = [Process("learner rank", config.learner.ranks, 0, tuple(p for p in rank if p.bytes)), Process("export of rank 0", 1, 0, tuple(first))]
     if config.uses_policy:
         found.append(Process("generator", config.rollout.generators, 0, (Part("weights that arrive", version, "mapped or shared memory of its node"),)))
-    found.append(Process("evaluator", 1, 0, (whole,)))
-    if config.feeds_data:
-        found.append(Process("anchor feeder", 1, 0, (whole,)))
+    if not config.evaluation.gpus:
+        found.append(Process("evaluator", 1, 0, tuple(p for p in (shown, texts, pixels) if p.bytes)))
+    if config.feeds_data and texts.bytes + pixels.bytes:
+        found.append(Process("anchor feeder", 1, 0, tuple(p for p in (texts, pixels) if p.bytes)))
     if config.weights.transport == "objects":
         found.append(Process("object store", 1, 0, (Part("versions", kept_versions(config) * version, "Ray's, over the nodes of the ranks"),)))
     return found
+
+
+def maps_weights(config: RunConfig) -> bool:
+    """Whether the network's frozen weights on CPUs are their files, where those are of `base_dtype`."""
+    return config.model.map_weights and config.model.lora.rank > 0
 
 
 def version_bytes(config: RunConfig, sizes: Sizes) -> float:

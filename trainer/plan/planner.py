@@ -152,10 +152,16 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
         found.append(Finding("warning", "idle", f"{placement.idle} of {len(placement.devices)} GPUs hold nothing: raise {counts}"))
     seconds = work.seconds
     if asks and seconds["encoding"] > seconds["update"]:
-        told = f"anchor data with its texts of an update take {seconds['encoding']:.0f} s of one CPU thread, GPUs {seconds['update']:.0f} s"
-        found.append(Finding("warning", "encoding", f"{told}: the anchor feeder runs on a CPU in this build, and training would wait for it"))
+        told = f"anchor data with its texts of an update take {seconds['encoding']:.0f} s, GPUs {seconds['update']:.0f} s: training would wait for it"
+        remedy = (
+            "the VAE of the anchor feeder runs on a CPU: prepare the data"
+            if config.encoder.actors and config.encoder.gpus
+            else "encode prompts on a GPU (encoder.actors, encoder.gpus)"
+        )
+        found.append(Finding("warning", "encoding", f"{told}; {remedy}"))
     if work.evaluation is not None and seconds["evaluation"] > config.evaluation.every * seconds["update"]:
-        told = f"a periodic evaluation takes {seconds['evaluation'] / 3600:.1f} h on {config.evaluation.threads} CPU threads"
+        where = "its share of a GPU" if config.evaluation.gpus else f"{config.evaluation.threads} CPU threads (evaluation.gpus puts it on a GPU)"
+        told = f"a periodic evaluation takes {seconds['evaluation'] / 3600:.1f} h on {where}"
         found.append(Finding("warning", "evaluation", f"{told}, longer than the {config.evaluation.every} updates between two: it falls behind"))
     rank = machines[0].total
     if rank > 16e9:

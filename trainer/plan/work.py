@@ -22,10 +22,10 @@ class Work:
         forward: operations of one forward pass of one sample.
         forwards: passes of the network in an update, in forwards: `sampling`, and `training` with its backward passes.
         sampling, prompts, decoding, training: operations of an update where generators and learner run; `prompts` through the text encoders.
-        encoding: operations of an update on CPUs: anchor pictures through the VAE and their captions through the text encoders; a set
-            that `ddrl prepare-data` made has its pictures encoded.
-        evaluation: operations of one periodic evaluation on the CPU, None without.
-        seconds: of an update by stage: `sampling` with prompts and decoding, `training`, `encoding` (one thread); `update`, the whole on GPUs.
+        encoding: operations of an update beside generators and learner: anchor pictures through the VAE, on a CPU thread, and their captions
+            through the text encoders; a set that `ddrl prepare-data` made has its pictures encoded.
+        evaluation: operations of one periodic evaluation, None without.
+        seconds: of an update by stage: `sampling` with prompts and decoding, `training`, `encoding`; `update`, the whole on GPUs; `evaluation`.
         colocated: sampling and training take turns on the same GPUs.
         links: bytes of an update by what they are.
         hours: of the whole run, by the seconds of an update.
@@ -73,7 +73,8 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     prompts = prompt * config.rollout.groups_per_step if config.uses_policy else 0.0
     sampling, decoding = passes["sampling"] * forward, rollouts * vae.decode.flops
     training = (passes["policy loss"] + passes["data loss"]) * forward
-    encoding = pictures * vae.encode.flops + anchors * prompt
+    drawn = pictures * vae.encode.flops
+    encoding = drawn + anchors * prompt
     evaluation = None
     if config.evaluation.every:
         e = config.evaluation
@@ -89,12 +90,19 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
         return operations / (min(parts, count) * rate) if count else float("nan")
 
     r, learner, rate = config.rollout, config.learner, gpu.rate(config.model.dtype)
-    text_rate = gpu.rate(config.model.text_dtype)
+    text_rate = gpu.rate(config.model.text_dtype) * assumptions.rollout_utilisation
     sample_s = seconds(sampling, r.generators, r.gpus, rate * assumptions.rollout_utilisation)
-    sample_s += seconds(prompts, r.generators, r.gpus, text_rate * assumptions.rollout_utilisation)
+    texts = config.encoder
+    actors = texts.actors * (1 if texts.gpus else texts.threads)
+    sample_s += seconds(prompts, actors, texts.gpus, text_rate) if actors else seconds(prompts, r.generators, r.gpus, text_rate)
+    encoding_s = (drawn + anchors * prompt) / cpu if not actors else drawn / cpu + seconds(anchors * prompt, actors, texts.gpus, text_rate)
     sample_s += seconds(decoding, r.generators, r.gpus, gpu.fp32 * assumptions.rollout_utilisation)  # the VAE runs in fp32
     train_s = seconds(training, learner.ranks, learner.gpus, rate * assumptions.train_utilisation)
     colocated = r.gpus > 0 and learner.gpus > 0 and r.generators + learner.ranks > count
+    evaluated: dict[str, float] = {}
+    if evaluation is not None:
+        evaluators = 1 if config.evaluation.gpus else config.evaluation.threads
+        evaluated["evaluation"] = seconds(evaluation, evaluators, config.evaluation.gpus, rate * assumptions.rollout_utilisation)
     turns = config.uses_policy and (colocated or config.replay.max_staleness == 0)
     update = sample_s + train_s if turns else max(sample_s, train_s)
     hours = config.updates * update / 3600
@@ -110,8 +118,7 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
         training=training,
         encoding=encoding,
         evaluation=evaluation,
-        seconds={"sampling": sample_s, "training": train_s, "update": update, "encoding": encoding / cpu}
-        | ({"evaluation": evaluation / (cpu * config.evaluation.threads)} if evaluation is not None else {}),
+        seconds={"sampling": sample_s, "training": train_s, "update": update, "encoding": encoding_s} | evaluated,
         colocated=colocated,
         links={
             "weights, handed in by ranks": version,

@@ -111,6 +111,17 @@ def test_loading_is_said_where_it_takes_most() -> None:
     assert sum(drawn.values()) >= 4 * (P + BUFFERS)
 
 
+def test_text_encoders_are_held_once_where_actors_hold_them() -> None:
+    parts: dict[str, dict[str, Any]] = {"encoder": {"actors": 2, "gpus": 0.1}, "evaluation": {"gpus": 0.2}, "data": {"kind": "prepared", "path": "/sets/a"}}
+    own, shared = recipe(data=parts["data"]), recipe(**parts)
+    for config, holders in ((own, {"generator", "evaluator", "anchor feeder"}), (shared, {"encoder"})):
+        sizes = sizes_of(config, Assumptions())
+        found = processes(config, sizes, vae_pass(sizes, 512, 512), Assumptions()) + hosts(config, sizes)
+        assert {p.name for p in found for part in p.parts if part.name == "text encoders" and part.bytes == 4 * TEXT} == holders
+        placed = {(p.name, p.count, p.gpus) for p in found}
+        assert ({("encoder", 2, 0.1), ("evaluator", 1, 0.2)} <= placed) == (config is shared)
+
+
 def test_a_generator() -> None:
     config = recipe(sampler={"guidance": 4.5, "max_tokens": 50_000})
     sizes = sizes_of(config, Assumptions())
@@ -120,7 +131,7 @@ def test_a_generator() -> None:
     assert found["casts of weights"].bytes == P * 2
     assert found["text encoders"].bytes == 4 * TEXT  # they are where the generator runs
     assert found["activations"].bytes == 8 * 2 * 1357 * sizes.network.activation_bytes(2)
-    assert found["decoding"].bytes == 8 * vae.decode.peak
+    assert found["decoding"].bytes == 4 * vae.decode.peak
     assert found["states"].bytes == 8 * (2 * 4 + 3) * 16 * 64 * 64 * 4
     merged = recipe(model={"path": MEDIUM, "lora": {"rank": 32, "merge": True}}, objective={"old_log_prob": "learner"})
     kept = {part.name: part.bytes for part in generator(merged, sizes_of(merged, Assumptions()), vae, Assumptions())}
@@ -132,7 +143,7 @@ def test_a_vae_is_run_without_its_numbers() -> None:
     assert found.decode.flops == pytest.approx(2.51e12, rel=0.01)  # counted of diffusers' AutoencoderKL
     assert found.encode.flops == pytest.approx(1.12e12, rel=0.01)
     assert found.decode.peak == 3 * 256 * 512 * 512 * 4  # three tensors of 256 channels at full size
-    assert found.batch == 16
+    assert found.batch == 4
     big = vae_pass(sizes_of(recipe(sampler={"height": 2048, "width": 2048}), Assumptions()), 2048, 2048)
     assert big.decode.peak == 4 * found.decode.peak  # tiles of 1024
     assert big.batch == 1

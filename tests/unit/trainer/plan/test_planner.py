@@ -32,7 +32,13 @@ def test_the_recipe_fits_one_gpu() -> None:
     assert plan.fits
     assert plan.changes == ()
     assert plan.components[0].trained == 18_776_064  # Flow-GRPO's 191 layers at rank 32, not the second attentions
-    assert kinds(plan) == {"encoding": "warning", "evaluation": "warning"}
+    assert kinds(plan) == {}
+
+
+def test_text_encoders_and_evaluations_on_cpus_are_too_slow() -> None:
+    found = {f.kind: f.message for f in planned(sd35("encoder.actors=0", "evaluation.gpus=0")).findings}
+    assert "encode prompts on a GPU (encoder.actors, encoder.gpus)" in found["encoding"]
+    assert "evaluation.gpus puts it on a GPU" in found["evaluation"]
 
 
 def test_a_smaller_gpu_names_the_nearest_change() -> None:
@@ -78,4 +84,4 @@ def test_the_plan_as_json() -> None:
     assert found["gpu"]["name"] == "l40s-48"
     assert found["processes"][0]["bytes"] == plan.processes[0].total
     assert found["assumptions"]["train_utilisation"] == 0.4
-    assert found["placement"]["devices"] == [{"index": 0, "bytes": plan.placement.most, "holds": ["learner rank", "generator"]}]
+    assert found["placement"]["devices"] == [{"index": 0, "bytes": plan.placement.most, "holds": ["learner rank", "generator", "encoder", "evaluator"]}]
