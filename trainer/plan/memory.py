@@ -31,6 +31,8 @@ WEIGHT_VERSIONS = 2
 """Newest versions of the weights that are kept (`actors.weights.store`); beside them the next one arrives, and one waits for its evaluation."""
 PART = 64 * 2**20
 """Bytes of weights that a rank hands in at a time (`actors.weights.shards`)."""
+SHARD = 2 * 10**9
+"""Bytes of a file of an export (`diffusion.weights.SHARD_BYTES`)."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,12 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
         Part("transitions", transitions * row),
         Part("anchor evaluations", evaluations * row + (config.data_rows * row if config.uses_data else 0)),
     ]
-    first = [Part("export in the making", network * (2 if config.optimizer.ema else 1), "rank 0 only")]
+    copies = 2 if config.optimizer.ema else 1
+    if sizes.adapted and not config.model.init:
+        making, why = copies * MASTER * sizes.transformer.trained + 2 * min(SHARD, network), "rank 0 only: the adapter, and a file of the merged network"
+    else:
+        making, why = copies * network + min(SHARD, network), "rank 0 only"
+    first = [Part("export in the making", making, why)]
     texts = Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype)
     pixels = Part("VAE", vae_bytes(sizes), "fp32")
     shown = Part("network", network, "the files themselves, mapped and shared" if maps_weights(config) else "on the CPU")
