@@ -113,8 +113,10 @@ def test_blocks_that_do_not_pair_or_hold_nothing_are_refused(lens: tuple[list[in
 
 def test_provider_on_a_cpu() -> None:
     cpu = torch.device("cpu")
-    assert resolve_provider("auto", cpu) == ("sdpa", "attention: sdpa, because xformers and torch_varlen have no kernels for cpu")
-    assert resolve_provider("sdpa", cpu) == ("sdpa", "attention: sdpa, as model.attention says")
+    chosen = resolve_provider("auto", cpu)
+    assert chosen == ("sdpa", "which runs everywhere", {"xformers": "no kernels for cpu", "torch_varlen": "no kernels for cpu"})
+    assert chosen.why == "attention: sdpa, which runs everywhere (xformers: no kernels for cpu; torch_varlen: no kernels for cpu)"
+    assert resolve_provider("sdpa", cpu).why == "attention: sdpa, as model.attention says"
     for name in set(PROVIDERS) - {"sdpa"}:
         with pytest.raises(ValueError, match=f"'{name}' has no kernels for cpu; use model.attention=auto or sdpa"):
             resolve_provider(name, cpu)
@@ -135,17 +137,20 @@ def halves(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def test_provider_on_a_gpu() -> None:
     gpu = torch.device("cuda")
-    assert resolve_provider("auto", gpu, trial=works) == ("xformers", "attention: xformers, which works on this GPU")
+    chosen = resolve_provider("auto", gpu, trial=works)
+    assert (chosen.name, chosen.because) == ("xformers", "which works on this GPU")
+    assert chosen.others == {"sdpa": "for where xformers does not work", "torch_varlen": "taken only when model.attention names it"}
     for name in PROVIDERS:
         assert resolve_provider(name, gpu, trial=works).name == name
 
 
 def test_a_provider_that_does_not_work_on_a_gpu() -> None:
     gpu = torch.device("cuda")
-    name, why = resolve_provider("auto", gpu, trial=fails)
-    assert name == "sdpa"
-    assert "xformers does not work here (ImportError: no xformers)" in why
-    assert "ddrl[gpu]" in why
+    chosen = resolve_provider("auto", gpu, trial=fails)
+    assert chosen.name == "sdpa"
+    assert chosen.others["xformers"] == "does not work here (ImportError: no xformers); pip install 'ddrl[gpu]'"
+    assert set(chosen.others) == {"xformers", "torch_varlen"}
+    assert resolve_provider("auto", gpu, torch.float32, halves).others["xformers"].endswith("; ddrl doctor says more")
     assert resolve_provider("sdpa", gpu, trial=fails).name == "sdpa"
     with pytest.raises(ValueError, match=r"'torch_varlen' does not work on cuda with torch.bfloat16 \(ImportError: no torch_varlen\)"):
         resolve_provider("torch_varlen", gpu, trial=fails)
