@@ -175,3 +175,14 @@ def test_a_trial_tells_what_happens() -> None:
 def test_an_unknown_provider_is_refused_with_the_known_ones(device: str) -> None:
     with pytest.raises(ValueError, match="unknown attention provider 'flash3'; known: auto, sdpa, xformers, torch_varlen"):
         resolve_provider("flash3", torch.device(device))
+
+
+def test_the_attention_kernels_of_xformers_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it does not matter that its own library, built for another torch and CUDA, does not load beside ours (docs/doctor.md)."""
+    from xformers.ops.fmha import cutlass
+    from xformers.ops.fmha.torch_attention_compat import ensure_pt_flash_ok
+
+    assert cutlass.FwOp.OPERATOR is torch.ops.aten._efficient_attention_forward
+    assert cutlass.BwOp.OPERATOR is torch.ops.aten._efficient_attention_backward
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)  # what a CUDA build says
+    ensure_pt_flash_ok()  # raises where the operators of this torch have other arguments than xformers gives
