@@ -17,7 +17,7 @@ def doctor(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)] = None,
     tiny: TinyFlag = False,
     json_: Annotated[bool, typer.Option("--json", help="print a list of objects: check, level, found, advice")] = False,
-    online: Annotated[bool, typer.Option("--online", help="ask the Hugging Face hub who its token belongs to")] = False,
+    online: Annotated[bool, typer.Option("--online", help="ask the Hugging Face hub about its token and the recipe's policy")] = False,
 ) -> None:
     """Look at this machine, and at what a recipe needs: what was found, a line each, and what to do about it."""
     from trainer.doctor.examine import examine

@@ -18,17 +18,17 @@ def examine(recipe: Path | None, config: RunConfig | ConfigError | None, online:
     """Look at this machine, and at `recipe` as it was read: its settings, or why it could not be; None for no recipe."""
     runs = Path("runs") / config.name if isinstance(config, RunConfig) else Path("runs")
     software, machine = gather_software(), gather_machine(runs, online)
-    return judged(software, machine, _recipe(recipe, config, software.torch.gpus))
+    return judged(software, machine, _recipe(recipe, config, software.torch.gpus, online))
 
 
-def _recipe(recipe: Path | None, config: RunConfig | ConfigError | None, gpus: Sequence[GPU]) -> Recipe | None:
+def _recipe(recipe: Path | None, config: RunConfig | ConfigError | None, gpus: Sequence[GPU], online: bool) -> Recipe | None:
     if recipe is None or config is None:
         return None
     if isinstance(config, ConfigError):
         return Recipe(str(recipe), error=str(config))
     from trainer.doctor.needs import gather_recipe
 
-    return gather_recipe(recipe, config, gpus)
+    return gather_recipe(recipe, config, gpus, online)
 
 
 def judged(software: Software, machine: Machine, recipe: Recipe | None = None) -> list[Finding]:

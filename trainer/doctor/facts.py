@@ -170,6 +170,7 @@ class Recipe:
         object_store: bytes of Ray's object store, 0 where a cluster is joined.
         lacking: modules of extras that it needs and that are not installed, with the extra.
         hub: id of its policy on the hub that is not in the cache, '' otherwise.
+        access: what the hub says of reading that policy; None: not asked.
     """
 
     path: str
@@ -179,6 +180,7 @@ class Recipe:
     object_store: int = 0
     lacking: Mapping[str, str] = field(default_factory=dict)
     hub: str = ""
+    access: HubAnswer | None = None
     plan: PlanFacts | None = None
     plan_error: str = ""
     services: tuple[Service, ...] = ()

@@ -17,6 +17,8 @@ def files(facts: Recipe) -> Finding:
     """Are its files there, and do they fit?"""
     if facts.files_error:
         return Finding("recipe files", "problem", facts.files_error, "`ddrl config` says the same until it is mended")
+    if facts.access is not None and facts.access.error:
+        return Finding("recipe files", "problem", facts.access.error, "`hf auth login`, or set model.path to a folder")
     if facts.hub:
         return Finding("recipe files", "warning", f"{facts.hub} is not in the hub's cache: a run downloads it first", f"hf download {facts.hub}")
     return Finding("recipe files", "ok", "policy, prompts and data are there")

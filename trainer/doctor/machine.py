@@ -1,4 +1,4 @@
-"""Gathering: memory, disks, limits, environment, servers, and what earlier runs have left."""
+"""Gathering: memory, disks, limits, environment, servers, and what earlier runs have left. The hub is asked in `trainer.doctor.hub`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import resource
 import shutil
 from pathlib import Path
 
-from trainer.doctor.facts import Disk, HubAnswer, Machine
+from trainer.doctor.facts import Disk, Machine
+from trainer.doctor.hub import owner
 
 WATCHED = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "TMPDIR")
 """Environment variables that matter beside RAY_*."""
@@ -34,7 +35,7 @@ def gather_machine(runs: Path, online: bool) -> Machine:
         redis_servers=tuple(servers()),
         leftovers=tuple(map(str, leftovers())),
         token=token is not None,
-        hub=ask_hub(token) if online and token is not None else None,
+        hub=owner(token) if online and token is not None else None,
     )
 
 
@@ -58,13 +59,3 @@ def disk(what: str, path: Path) -> Disk:
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     usage = shutil.disk_usage(there)
     return Disk(what, str(path), usage.free, usage.total)
-
-
-def ask_hub(token: str) -> HubAnswer:
-    """Who the token belongs to. The hub's client has deadlines of its own (10 s a request)."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HubAnswer(who=str(HfApi().whoami(token)["name"]))
-    except Exception as error:  # of the hub's client or its HTTP library; none of them shows the token
-        return HubAnswer(error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")

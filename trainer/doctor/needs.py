@@ -12,17 +12,19 @@ from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.doctor.facts import GPU, PlanFacts, Recipe, Service
 from trainer.doctor.gpus import as_planned
+from trainer.doctor.hub import access
 
 DEADLINE_S = 5.0
 """For one service to answer."""
 WITH_TRANSFORMERS = ("clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward", "videoalign")
 
 
-def gather_recipe(path: Path, config: RunConfig, gpus: Sequence[GPU], deadline_s: float = DEADLINE_S) -> Recipe:
-    """Facts about a recipe that is valid, on a machine with `gpus`. A service has `deadline_s` to answer."""
+def gather_recipe(path: Path, config: RunConfig, gpus: Sequence[GPU], online: bool = False, deadline_s: float = DEADLINE_S) -> Recipe:
+    """Facts about a recipe that is valid, on a machine with `gpus`. A service has `deadline_s` to answer. `online`: ask the hub too."""
     from trainer.run.preflight import check_files
 
     files_error = plan_error = ""
+    absent = uncached(config)
     plan: PlanFacts | None = None
     try:
         check_files(config)
@@ -38,7 +40,8 @@ def gather_recipe(path: Path, config: RunConfig, gpus: Sequence[GPU], deadline_s
         files_error=files_error,
         object_store=0 if config.ray.address else config.ray.object_store_mb << 20,
         lacking=lacking(config),
-        hub=uncached(config),
+        hub=absent,
+        access=access(absent) if online and absent else None,
         plan=plan,
         plan_error=plan_error,
         services=(*redis_of(config, deadline_s), *rewards_of(config, deadline_s)),

@@ -28,7 +28,7 @@ def gather_software(probe_deadline_s: float = PROBE_DEADLINE_S) -> Software:
     told = probe(probe_deadline_s)
     return Software(
         python=platform.python_version(),
-        requires_python=about.get("Requires-Python", ""),
+        requires_python=about["Requires-Python"],
         packages=packages(metadata.requires("ddrl") or []),
         torch=torch_of(told.get("torch", {})),
         xformers=xformers_of(told.get("xformers", {})),

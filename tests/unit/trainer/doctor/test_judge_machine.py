@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.trainer.doctor.facts import GB, MACHINE
 from trainer.doctor import judge_machine as judge
-from trainer.doctor.facts import Disk, HubAnswer, Machine
+from trainer.doctor.facts import Disk, HubAnswer
 from trainer.doctor.finding import worst
 
 
@@ -113,7 +113,3 @@ def test_leftovers() -> None:
     assert judge.leftovers(MACHINE).level == "ok"
     found = judge.leftovers(replace(MACHINE, leftovers=tuple(f"/tmp/ddrl-ray-{i}" for i in range(4))))
     assert (found.level, found.found) == ("warning", "4 of killed runs: /tmp/ddrl-ray-0, /tmp/ddrl-ray-1, /tmp/ddrl-ray-2, …")
-
-
-def test_the_facts_are_values() -> None:
-    assert Machine(**vars(MACHINE)) == MACHINE

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.trainer.doctor.facts import CPU_SOFTWARE, GB, H100, MACHINE, RECIPE
 from trainer.doctor import judge_recipe as judge
 from trainer.doctor.examine import judged
-from trainer.doctor.facts import GPU, PlanFacts, Recipe, Service
+from trainer.doctor.facts import GPU, HubAnswer, PlanFacts, Recipe, Service
 from trainer.doctor.finding import Finding, worst
 from trainer.doctor.gpus import as_planned
 from trainer.doctor.render import as_json, lines
@@ -34,6 +34,7 @@ def test_one_that_cannot_be_read_is_one_line() -> None:
     [
         (replace(RECIPE, files_error="model.path: no such folder"), "recipe files", "problem", "model.path: no such folder"),
         (replace(RECIPE, hub="team/policy"), "recipe files", "warning", "team/policy is not in the hub's cache: a run downloads it first"),
+        (replace(RECIPE, hub="team/policy", access=HubAnswer(error="it is gated")), "recipe files", "problem", "it is gated"),
         (replace(RECIPE, lacking={"wandb": "wandb"}), "package wandb", "problem", "not installed, and the recipe needs it"),
         (replace(RECIPE, plan_error="sampler: 500x512"), "plan", "problem", "sampler: 500x512"),
         (replace(RECIPE, plan=replace(FITS, errors=("too large", "too many"))), "plan", "problem", "does not fit 1 x H100: too large (and 1 more)"),
