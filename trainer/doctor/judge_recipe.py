@@ -32,6 +32,8 @@ def extras(facts: Recipe) -> list[Finding]:
 
 def plan(facts: Recipe) -> list[Finding]:
     """Does it fit the GPUs of this machine?"""
+    if facts.plan_error and facts.hub:
+        return [Finding("plan", "warning", f"not made: {facts.plan_error}", f"download {facts.hub} first")]
     if facts.plan_error:
         return [Finding("plan", "problem", facts.plan_error, "`ddrl plan` says the same until it is mended")]
     if facts.plan is None:

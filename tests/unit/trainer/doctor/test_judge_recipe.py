@@ -53,6 +53,12 @@ def test_a_cluster_that_is_joined_has_gpus_of_its_own() -> None:
     assert "whose GPUs are not looked at" in plan.found
 
 
+def test_a_policy_that_is_not_here_yet_cannot_be_planned() -> None:
+    (plan,) = judge.plan(replace(RECIPE, hub="team/policy", plan_error="team/policy is neither a folder nor a published policy"))
+    assert (plan.level, plan.found) == ("warning", "not made: team/policy is neither a folder nor a published policy")
+    assert plan.advice == "download team/policy first"
+
+
 def test_the_nearest_change_is_named() -> None:
     (plan,) = judge.plan(replace(RECIPE, plan=replace(FITS, errors=("too large",), nearest="activation checkpointing (learner.recompute=true)")))
     assert plan.advice.startswith("nearest change: activation checkpointing (learner.recompute=true)")
@@ -70,7 +76,7 @@ def test_lines_and_json_say_the_same() -> None:
     findings = [
         Finding("python", "ok", "3.11.7"),
         Finding("open files", "warning", "1024", "ulimit -n 8192"),
-        Finding("torch", "problem", "gone", "install it"),
+        Finding("torch", "problem", "gone", "install"),
     ]
     assert lines(findings) == [
         "ok       python      3.11.7",
