@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from trainer.doctor.facts import GPU, Attention, Package, Software, Torch, Xformers
 
-PROBE_DEADLINE_S = 180.0
+PROBE_DEADLINE_S = 300.0
 """For importing torch and xformers and a few small calls, also from a cold network disk."""
 DRIVER_DEADLINE_S = 20.0
 QUERY = "name,memory.total,compute_cap,driver_version"
