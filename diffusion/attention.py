@@ -193,5 +193,4 @@ def _automatic(device: torch.device, dtype: torch.dtype, trial: Callable[[str, t
     problem = trial("xformers", device, dtype)
     if problem is None:
         return Provider("xformers", "which works on this GPU", {"sdpa": "for where xformers does not work", "torch_varlen": named})
-    remedy = "pip install 'ddrl[gpu]'" if problem.startswith(("ModuleNotFoundError", "ImportError")) else "ddrl doctor says more"
-    return Provider("sdpa", "which runs everywhere", {"xformers": f"does not work here ({problem}); {remedy}", "torch_varlen": named})
+    return Provider("sdpa", "which runs everywhere", {"xformers": f"does not work here ({problem}); ddrl doctor says more", "torch_varlen": named})

@@ -71,14 +71,12 @@ class Xformers:
         built_for: torch that its own library was compiled for, by `xformers/cpp_lib.json`; '' where it has no library.
         built_cuda: CUDA version of that, as 1208 for 12.8.
         error: why its library, or the package, does not load; '' where it does, None where it was not tried.
-        operators: its forward and backward attention operators that are there, such as `cutlassF-pt`.
     """
 
     version: str | None = None
     built_for: str = ""
     built_cuda: int | None = None
     error: str | None = None
-    operators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from packaging.specifiers import SpecifierSet
 
 from trainer.doctor.facts import Attention, Package, Software, Torch, Xformers
-from trainer.doctor.finding import Finding, Level
+from trainer.doctor.finding import Finding
 
 SHOWN = ("torch", "ray", "diffusers", "transformers", "xformers", "redis")
 """Packages whose version is said even where it is the one wanted."""
@@ -92,8 +92,8 @@ def _attention(choice: Attention) -> Finding:
     if choice.device == "cpu" or choice.name != "sdpa":
         return Finding(check, "ok", found)
     others = [name for name, problem in choice.trials.items() if not problem]
-    named = f"; or set model.attention={others[0]}, which works here" if others else ""
-    return Finding(check, "warning", found, f"sdpa calls once for each length in a batch and is slower; {_install(choice)}{named}")
+    named = f"set model.attention={others[0]}, which works here; or " if others else ""
+    return Finding(check, "warning", found, f"sdpa calls once for each length in a batch and is slower; {named}see docs/doctor.md for what xformers needs")
 
 
 def _reason(choice: Attention, name: str) -> str:
@@ -105,16 +105,11 @@ def _reason(choice: Attention, name: str) -> str:
     return f"{choice.others[name]}; does not work here ({problem})"
 
 
-def _install(choice: Attention) -> str:
-    absent = choice.trials.get("xformers", "").startswith(("ModuleNotFoundError", "ImportError"))
-    return "pip install 'ddrl[gpu]'" if absent else "see docs/doctor.md for pairs of torch and xformers that work"
-
-
 def xformers(facts: Xformers, torch: Torch) -> Finding:
-    """Is xformers there, built for this torch, and does what it is used for exist?"""
+    """Is xformers there, and does its library load beside this torch?"""
     if facts.version is None:
         if torch.gpus:
-            return Finding("xformers", "warning", "not installed", "pip install 'ddrl[gpu]': packed attention on GPUs")
+            return Finding("xformers", "ok", "not installed; packed attention on GPUs is model.attention=torch_varlen then, or see docs/doctor.md")
         return Finding("xformers", "ok", "not installed; it has kernels for GPUs only")
     library = f"library built for torch {facts.built_for} and CUDA {cuda(facts.built_cuda)}" if facts.built_for else "no library of its own"
     built = f"{facts.version}, {library}"
@@ -122,12 +117,11 @@ def xformers(facts: Xformers, torch: Torch) -> Finding:
         return Finding("xformers", "ok", f"{built}; not tried, because torch does not work")
     if not facts.error:
         return Finding("xformers", "ok", f"{built}, which loads" if facts.built_for else built)
-    usable = [name for name in facts.operators if name.startswith(("fa2", "fa3", "cutlass"))]
-    if not usable:
-        level: Level = "warning" if torch.gpus else "ok"
-        return Finding("xformers", level, f"{built}, which does not load ({facts.error}); no attention kernels", "see docs/doctor.md for a pair that works")
-    why = f"{built}, which does not load beside torch {torch.version} ({facts.error}); attention does not need it: {', '.join(usable)} are torch's own kernels"
-    return Finding("xformers", "ok", why)
+    why = f"{built}, which does not load ({facts.error})"
+    if not torch.gpus:
+        return Finding("xformers", "ok", f"{why}; on a CPU it is not used")
+    advice = "set model.attention=torch_varlen, which needs no xformers, or see docs/doctor.md for what makes it load"
+    return Finding("xformers", "warning", f"{why} beside torch {torch.version}: it then refuses every call on a GPU", advice)
 
 
 def cuda(number: int | None) -> str:

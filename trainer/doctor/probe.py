@@ -31,15 +31,13 @@ def _told(trials: dict[str, str | None]) -> Callable[[str, Any, Any], str | None
 
 
 def xformers() -> dict[str, Any]:
-    """Whether xformers' own library loads, and which operators of its attention are there."""
+    """Why xformers' own library does not load; '' where it does, or where it has none."""
     try:
         from xformers import _cpp_lib
-        from xformers.ops.common import OPERATORS_REGISTRY
     except Exception as error:  # not installed, or refused by this torch: each release raises its own class
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "operators": []}
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     broken = getattr(_cpp_lib, "_cpp_library_load_exception", None)
-    there = [op.NAME for op in OPERATORS_REGISTRY if op.OPERATOR_CATEGORY == "memory_efficient_attention" and op.is_available()]
-    return {"error": "" if broken is None else " ".join(str(root_of(broken)).split())[:200], "operators": there}
+    return {"error": "" if broken is None else " ".join(str(root_of(broken)).split())[:200]}
 
 
 def root_of(error: BaseException) -> BaseException:

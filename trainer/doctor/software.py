@@ -86,7 +86,7 @@ def xformers_of(told: Mapping[str, Any]) -> Xformers:
     for file in metadata.files("xformers") or []:
         if str(file) == "xformers/cpp_lib.json":
             built = json.loads(file.read_text())["version"]
-    return Xformers(version, built.get("torch") or "", built.get("cuda"), told.get("error"), tuple(told.get("operators", ())))
+    return Xformers(version, built.get("torch") or "", built.get("cuda"), told.get("error"))
 
 
 def driver_gpus() -> tuple[GPU, ...]:

@@ -148,9 +148,8 @@ def test_a_provider_that_does_not_work_on_a_gpu() -> None:
     gpu = torch.device("cuda")
     chosen = resolve_provider("auto", gpu, trial=fails)
     assert chosen.name == "sdpa"
-    assert chosen.others["xformers"] == "does not work here (ImportError: no xformers); pip install 'ddrl[gpu]'"
+    assert chosen.others["xformers"] == "does not work here (ImportError: no xformers); ddrl doctor says more"
     assert set(chosen.others) == {"xformers", "torch_varlen"}
-    assert resolve_provider("auto", gpu, torch.float32, halves).others["xformers"].endswith("; ddrl doctor says more")
     assert resolve_provider("sdpa", gpu, trial=fails).name == "sdpa"
     with pytest.raises(ValueError, match=r"'torch_varlen' does not work on cuda with torch.bfloat16 \(ImportError: no torch_varlen\)"):
         resolve_provider("torch_varlen", gpu, trial=fails)
@@ -178,11 +177,11 @@ def test_an_unknown_provider_is_refused_with_the_known_ones(device: str) -> None
 
 
 def test_the_attention_kernels_of_xformers_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that it does not matter that its own library, built for another torch and CUDA, does not load beside ours (docs/doctor.md)."""
+    """With arguments that this torch takes. Its own library must load all the same, or it refuses every call on a GPU (docs/doctor.md)."""
     from xformers.ops.fmha import cutlass
     from xformers.ops.fmha.torch_attention_compat import ensure_pt_flash_ok
 
     assert cutlass.FwOp.OPERATOR is torch.ops.aten._efficient_attention_forward
     assert cutlass.BwOp.OPERATOR is torch.ops.aten._efficient_attention_backward
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)  # what a CUDA build says
-    ensure_pt_flash_ok()  # raises where the operators of this torch have other arguments than xformers gives
+    ensure_pt_flash_ok()

@@ -24,10 +24,9 @@ PACKAGES = (
 )
 GPU_TORCH = Torch("2.13.0+cu130", "13.0", (H100,), True, (ON_GPU,))
 CPU_TORCH = Torch("2.13.0+cpu", None, (), True, (ON_CPU,))
-FOREIGN = Xformers(
-    "0.0.35", "2.10.0+cu128", 1208, "libcudart.so.12: cannot open shared object file", ("cutlassF-pt", "cutlassB-pt", "fa2F@2.5.7", "triton_splitKF")
-)
-GPU_SOFTWARE = Software("3.11.7", ">=3.11", PACKAGES, GPU_TORCH, FOREIGN, (H100,))
+LOADS = Xformers("0.0.35", "2.10.0+cu128", 1208, "")
+FOREIGN = Xformers("0.0.35", "2.10.0+cu128", 1208, "libcudart.so.12: cannot open shared object file")
+GPU_SOFTWARE = Software("3.11.7", ">=3.11", PACKAGES, GPU_TORCH, LOADS, (H100,))
 CPU_SOFTWARE = Software("3.11.7", ">=3.11", PACKAGES, CPU_TORCH, Xformers())
 GB = 10**9
 MACHINE = Machine(

@@ -55,9 +55,9 @@ def test_torch_as_the_probe_tells_of_it() -> None:
 
 
 def test_xformers_says_in_its_wheel_what_it_was_built_for() -> None:
-    found = xformers_of({"error": "libcudart.so.12", "operators": ["cutlassF-pt"]})
+    found = xformers_of({"error": "libcudart.so.12"})
     assert (found.version, found.built_for, found.built_cuda) == ("0.0.35", "2.10.0+cu128", 1208)
-    assert (found.error, found.operators) == ("libcudart.so.12", ("cutlassF-pt",))
+    assert found.error == "libcudart.so.12"
 
 
 def test_the_reason_of_a_library_that_does_not_load() -> None:
