@@ -58,7 +58,7 @@ def planned(config: RunConfig, gpus: Sequence[GPU]) -> PlanFacts:
     kind = as_planned(gpus)
     found = make_plan(config, kind, len(gpus), Assumptions())
     return PlanFacts(
-        where=f"{len(gpus)} x {kind.name}" if gpus else "no GPU",
+        where=f"{len(gpus)} x {kind.name}" if gpus else "a machine without GPUs",
         errors=tuple(f.message for f in found.findings if f.level == "error"),
         nearest=f"{found.nearest.name} ({' '.join(found.nearest.keys)})" if found.nearest else "",
         disk=sum(part.bytes for part in found.storage.disk),

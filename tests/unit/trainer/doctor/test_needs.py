@@ -55,7 +55,7 @@ def test_the_demo_on_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert (found.files_error, found.plan_error, found.lacking, found.hub, found.services) == ("", "", {}, "", ())
     assert found.object_store >= 80 << 20
     assert found.plan is not None
-    assert (found.plan.where, found.plan.errors) == ("no GPU", ())
+    assert (found.plan.where, found.plan.errors) == ("a machine without GPUs", ())
     assert found.plan.disk > 0
     assert found.plan.hosts > 0
 
