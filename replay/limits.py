@@ -32,9 +32,7 @@ def write(client: redis.Redis, run: str, meta: str, settings: BufferSettings, pl
         raise ReplayError(f"the ledger of run {run!r} is half deleted: finish with `forget`, or choose another name")
     if held not in ("", "0") and before and (before == IN_REDIS) != (place == IN_REDIS):
         raise ImpossibleSettings(f"replay.payloads is {place}, but this run's unsettled payloads are in {before}: set it back, or start a new run")
-    info = _permitted(client.info, "INFO", "version, memory and cluster mode")
-    version = str(info["redis_version"]) if info else ""
-    check_server(version, _options(client), int((info or {}).get("total_system_memory", 0)), settings, place == IN_REDIS, recorded or None)
+    version = examine(client, settings, place, recorded or None)
     limits: dict[Any, Any] = {
         "slots": settings.slots,
         "retained": settings.retained_groups,
@@ -61,6 +59,14 @@ def write(client: redis.Redis, run: str, meta: str, settings: BufferSettings, pl
     if not deaths:  # a new ledger, or one that has not counted them: at least those that are dead now
         limits["deaths"] = dead or 0
     client.hset(meta, mapping=limits)
+
+
+def examine(client: redis.Redis, settings: BufferSettings, place: str, recorded: str | None = None) -> str:
+    """The server's version, '' where it hides it. Writes nothing. Raises `UnsuitableServer`; `recorded`: see `check_server`."""
+    info = _permitted(client.info, "INFO", "version, memory and cluster mode")
+    version = str(info["redis_version"]) if info else ""
+    check_server(version, _options(client), int((info or {}).get("total_system_memory", 0)), settings, place == IN_REDIS, recorded)
+    return version
 
 
 def read(client: redis.Redis, run: str, meta: str) -> tuple[BufferSettings, str]:

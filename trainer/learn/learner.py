@@ -74,6 +74,7 @@ class Learner:
         device: this rank's device.
         encoder: of the prompts that it needs at start; None = the policy's own text encoders, loaded for that time.
     Attributes:
+        attention: the provider in use, and why.
         process: the policy's forward process.
         kernel: step kernel of its rollouts; `kernel.process` is the space of their states.
         guidance: guidance of rollouts and of their replay, None without.
@@ -86,6 +87,7 @@ class Learner:
     def __init__(self, config: RunConfig, device: torch.device, encoder: TextEncoder | None = None) -> None:
         self.config, self.device, self._encoder = config, device, encoder
         policy = open_policy(config.model, device)
+        self.attention = policy.attention
         self.process = policy.process
         self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
         self.guidance: Guidance | None = None
@@ -125,6 +127,11 @@ class Learner:
         if self.config.model.lora.rank:
             return self.model
         return self._filled(build_network(self.config.model, self.device)[0].eval().requires_grad_(False))
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """How the ranks compute, as a line of metrics.jsonl; `step`: updates made so far."""
+        network = f"{self.config.model.dtype} on {self.device}, {dist.get_world_size()} ranks"
+        return {"kind": "learner", "step": step, "network": network, "attention": self.attention.why}
 
     def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
         """One optimiser update. A non-finite gradient skips it on all ranks alike (the norm is global).

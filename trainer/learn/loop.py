@@ -62,6 +62,7 @@ def run(spec: LoopSpec) -> None:
     progress.epoch, progress.groups, progress.data = from_rank_zero(epoch, device), [], []
     if rank == 0:
         drop_metrics_after(run_dir, progress.step)
+        append_metrics(run_dir, learner.describe(progress.step))
     publishing = partial(publish, spec, buffer, learner, progress, rank, world)
     publishing()
     if config.uses_policy and progress.step < config.updates and not passes_self_test(learner, progress.step, run_dir if rank == 0 else None):

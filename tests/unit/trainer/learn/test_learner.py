@@ -87,6 +87,17 @@ def learner_of(config: RunConfig) -> Learner:
     return made
 
 
+def test_a_learner_says_how_it_computes_and_why(policy_folder: Path, tmp_path: Path) -> None:
+    made = Learner(config_of(policy_folder), CPU)
+    assert made.describe(3) == {
+        "kind": "learner",
+        "step": 3,
+        "network": "float32 on cpu, 1 ranks",
+        "attention": "attention: sdpa, which runs everywhere (xformers: no kernels for cpu; torch_varlen: no kernels for cpu)",
+    }
+    append_metrics(tmp_path, made.describe(3))  # plain values, as a line of metrics.jsonl needs
+
+
 def batch_of(made: Learner) -> StepBatch:
     """Three real rollouts of two trained transitions, and five anchor evaluations."""
     model = load_policy(made.config.model).transformer
