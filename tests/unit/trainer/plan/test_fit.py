@@ -96,7 +96,7 @@ def test_a_change_that_suffices_is_the_smallest_of_its_kind() -> None:
 
 
 def test_shards_in_host_memory_are_proposed_where_they_suffice() -> None:
-    full = setting("h100-80", learner={"ranks": 1, "gpus": 0.5, "micro_batch": 1, "recompute": True}, model=HALF | {"text_dtype": "float32"})
+    full = setting("h100-80", learner={"ranks": 1, "gpus": 0.5, "micro_batch": 1, "recompute": True})
     found = {c.name: c for c in changes(full)}
     offloaded = found["shards in host memory"]
     p = 2_243_171_520
@@ -128,11 +128,11 @@ def test_changes_are_made_together_before_another_gpu_is_bought() -> None:
     tight = setting("l40s-48", learner={"ranks": 1, "gpus": 0.5, "micro_batch": 8})
     found = changes(tight)
     assert [c.name for c in found if c.fits] == [
-        "activation checkpointing and an adapter instead of all weights and frozen weights in bf16",
+        "activation checkpointing and shards in host memory and an adapter instead of all weights",
         "another GPU",
     ]
     together = next(c for c in found if c.fits)
-    assert together.keys[:3] == ("learner.recompute=true", "model.lora.rank=32", "model.lora.alpha=64")
+    assert together.keys == ("learner.recompute=true", "learner.offload=true", "model.lora.rank=32", "model.lora.alpha=64")
 
 
 def test_too_few_gpus() -> None:
