@@ -186,6 +186,8 @@ def _work(plan: Plan) -> Table:
     )
     trained = f"{passes['policy loss'] + passes['data loss']:,.0f} forwards, backward 2 each"
     table.add_row("training", _flops(work.training), _time(seconds["training"]), trained)
+    if "offload" in seconds:
+        table.add_row("of that offloading", "", _time(seconds["offload"]), "shards over PCIe, the optimiser's step on the host")
     table.add_row("encoding", _flops(work.encoding), _time(seconds["encoding"]), "anchor pictures on a CPU thread, texts where prompts are encoded")
     if work.evaluation is not None:
         table.add_row("an evaluation", _flops(work.evaluation), _time(seconds["evaluation"]), "on evaluation.gpus, else evaluation.threads")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,9 +28,12 @@ from trainer.config.learner import OptimizerConfig
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, take
 from trainer.learn.forward import Guidance, data_prediction, policy_prediction
-from trainer.learn.objective import Transitions, data_terms, policy_terms
-from trainer.learn.parallel import mesh_of, parallelize
+from trainer.learn.objective import Anchors, Transitions, data_terms, policy_terms
+from trainer.learn.optimizer import make_optimizer
+from trainer.learn.parallel import buffers_to, mesh_of, parallelize
 from trainer.learn.plan import passes, slices
+
+logger = logging.getLogger(__name__)
 
 
 def guidance_of(config: RunConfig, encoder: TextEncoder, device: torch.device) -> Guidance | None:
@@ -100,8 +104,9 @@ class Learner:
         o = config.optimizer
         self.decay_updates = o.decay_updates or config.updates
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(trained.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+        self.optimizer = make_optimizer(o, trained.values())
         self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
+        self._warned = False
 
     def _texts(self, policy: Skeleton) -> tuple[Guidance | None, Conditioning]:
         """Guidance and probe. The text encoders are gone before the network comes."""
@@ -117,7 +122,8 @@ class Learner:
     def _filled(self, model: PackedModel) -> PackedModel:
         """A network without values, sharded and then given those of the starting policy; no rank ever holds the whole of it."""
         self._spread(model)
-        fill_network(model, self.config.model, self.device, self.config.seed)
+        fill_network(model, self.config.model, "cpu" if self.config.learner.offload else self.device, self.config.seed)
+        buffers_to(model, self.device)
         return model
 
     def _reference(self) -> PackedModel | None:
@@ -180,8 +186,7 @@ class Learner:
 
     def _losses(self, batch: StepBatch, sums: Tensor) -> Iterator[Callable[[], Tensor]]:
         """One closure per forward pass, the same number on every rank; each adds its statistics to `sums`."""
-        config, micro = self.config, self.config.learner.micro_batch
-
+        config = self.config
         by_step = sums[len(SUMS) :].view(len(BY_STEP), -1)
 
         def policy(part: slice) -> Tensor:
@@ -207,11 +212,25 @@ class Learner:
             return config.objective.data_weight * loss / batch.anchor_count
 
         if batch.transitions is not None:
-            for part in slices(len(batch.transitions.x), passes(batch.transition_rows, micro)):
+            for part in slices(len(batch.transitions.x), passes(batch.transition_rows, self.rows_of_pass(batch.transitions))):
                 yield partial(policy, part)
         if batch.anchors is not None:
-            for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, micro)):
+            for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, self.rows_of_pass(batch.anchors))):
                 yield partial(data, part)
+
+    def rows_of_pass(self, rows: Transitions | Anchors) -> int:
+        """Most of these rows in one forward pass, the same number on every rank; collective where `micro_tokens` is set. A rank's rows
+        are of one size; those of transitions and of anchor data may differ."""
+        learner, latents = self.config.learner, rows.x if isinstance(rows, Transitions) else rows.x0
+        if learner.micro_tokens is None:
+            return learner.micro_batch
+        longest = torch.tensor(self.model.packed_tokens(latents.shape[1:], rows.prompt_embeds.shape[1]), device=self.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        tokens = int(longest)
+        if tokens > learner.micro_tokens and not self._warned and dist.get_rank() == 0:
+            self._warned = True
+            logger.warning("a sample of %d tokens exceeds learner.micro_tokens=%d and takes a pass of its own", tokens, learner.micro_tokens)
+        return learner.rows(tokens)
 
     def _clip(self) -> float:
         """Scale gradients to the largest norm allowed; returns the norm before, over all parameters and ranks. One collective."""

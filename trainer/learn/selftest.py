@@ -146,7 +146,7 @@ def replayed(learner: Learner, requests: list[SampleRequest], trajectories: list
         payload = decode_group(encode(group_payload(members, learner.probe)))
         rows = transitions_of(payload, [0.0] * len(members), learner.kernel)
         count = len(rows.x)
-        for part in slices(count, -(-count // learner.config.learner.micro_batch)):
+        for part in slices(count, -(-count // learner.rows_of_pass(rows))):
             taken = take(rows, part, learner.device)
             prediction = learner.replay(taken).detach()
             yield taken, policy_terms(prediction, None, taken, learner.kernel, learner.config.objective)[1]

@@ -3,10 +3,12 @@
 A learner rank of R, with P parameters of which T are trained (fp32 masters, as the learner keeps them; frozen ones in b bytes, as
 `model.base_dtype` says):
 
-    weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P / R (reverse KL, full training)
+    weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R (adamw8bit: some 2 T / R)
+    average 4 T / R     reference 4 P / R (reverse KL, full training)
     gradients  4 T while several passes accumulate (FSDP keeps them whole then); with one pass, or with accumulate: sharded, 4 T / R and two blocks
     gathered   with R > 1, the root and three blocks as they are held (one in use, one fetched ahead, the buffer it arrives in); everything without
                shard_blocks
+    learner.offload  weights, optimiser, average and sharded gradients are in host memory then, and what is gathered on the GPU with one rank too
     casts      2 P under bf16 autocast; with an adapter those that its gradient passes through, of one block where blocks are recomputed;
                none of weights that are bf16 already
     activations  of the rows of one pass, as the network counts them (`PackedModel.saved`)
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from trainer.config.learner import scales
 from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass
@@ -81,19 +84,30 @@ def rank_rows(config: RunConfig) -> tuple[int, int]:
     return transitions, anchors
 
 
-def pass_count(config: RunConfig) -> int:
-    """Forward and backward passes of a rank in an update."""
-    return sum(-(-rows // config.learner.micro_batch) for rows in rank_rows(config))
+def passes(config: RunConfig, tokens: int) -> tuple[int, int]:
+    """Forward and backward passes of a rank in an update, over transitions and over anchor data; `tokens` of one sample."""
+    transitions, anchors = (-(-rows // config.learner.rows(tokens)) for rows in rank_rows(config))
+    return transitions, anchors
 
 
-def micro_rows(config: RunConfig) -> int:
+def pass_count(config: RunConfig, tokens: int) -> int:
+    """Forward and backward passes of a rank in an update; `tokens` of one sample."""
+    return sum(passes(config, tokens))
+
+
+def micro_rows(config: RunConfig, tokens: int) -> int:
     """Rows of the largest pass: those of an update are cut into passes of almost equal size."""
-    return max(-(-rows // -(-rows // config.learner.micro_batch)) for rows in rank_rows(config) if rows)
+    return max(-(-rows // count) for rows, count in zip(rank_rows(config), passes(config, tokens), strict=True) if rows)
 
 
-def gathers_gradients(config: RunConfig) -> bool:
+def gathers_gradients(config: RunConfig, tokens: int) -> bool:
     """Whether gradients are whole on every rank while passes accumulate; a network that is one unit has whole ones in every pass."""
-    return (config.learner.accumulate == "whole" or not config.learner.shard_blocks) and pass_count(config) > 1
+    return (config.learner.accumulate == "whole" or not config.learner.shard_blocks) and pass_count(config, tokens) > 1
+
+
+def offloads(config: RunConfig) -> bool:
+    """Whether shards rest in host memory; on CPUs they are there anyway."""
+    return config.learner.offload and config.learner.gpus > 0
 
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -110,6 +124,18 @@ def buffers_bytes(config: RunConfig, sizes: Sizes) -> float:
     return BYTES[config.model.base_dtype] * sizes.transformer.buffers
 
 
+def moments_bytes(config: RunConfig, sizes: Sizes) -> float:
+    """Both of Adam's moments of everything that is trained, all ranks together."""
+    if config.optimizer.kind == "adamw":
+        return 2.0 * MASTER * sizes.transformer.trained
+    total = 0
+    for parameter in sizes.network.parameters():
+        if parameter.requires_grad:
+            coded = scales(parameter.shape)
+            total += 2 * (MASTER * parameter.numel() if coded is None else parameter.numel() + MASTER * coded[0] * coded[1])
+    return float(total)
+
+
 def encoders_bytes(config: RunConfig, sizes: Sizes) -> float:
     """The text encoders in `model.text_dtype`."""
     return BYTES[config.model.text_dtype] * sum(e.parameters for e in sizes.encoders)
@@ -124,25 +150,27 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     """A rank at the peak of an update. What the process itself takes is not counted."""
     ranks, network = config.learner.ranks, sizes.transformer
     parameters, buffers, trained = weights_bytes(config, sizes), buffers_bytes(config, sizes), MASTER * network.trained
-    e, rows, passes, based = BYTES[config.model.dtype], micro_rows(config), pass_count(config), config.model.base_dtype
+    e, rows, count, based = BYTES[config.model.dtype], micro_rows(config, sizes.tokens), pass_count(config, sizes.tokens), config.model.base_dtype
     saved = sizes.network.saved(sizes.shape, sizes.prompt[0], e, sizes.adapted)
     per_parameter = parameters / network.parameters  # adapters lie in the blocks evenly
     largest = per_parameter * max(sizes.blocks)
-    sharded = config.learner.shard_blocks
-    whole = gathers_gradients(config) or ranks == 1
-    gradients = trained if whole else trained / ranks + (min(trained, 2 * largest) if sharded else 0)
-    gathered = 0.0 if ranks == 1 else (min(parameters, per_parameter * sizes.root + 3 * largest) if sharded else parameters)
+    sharded, offloaded = config.learner.shard_blocks, offloads(config)
+    whole = gathers_gradients(config, sizes.tokens) or (ranks == 1 and not offloaded)
+    gradients = trained if whole else (0.0 if offloaded else trained / ranks) + (min(trained, 2 * largest) if sharded else 0)
+    gathered = min(parameters, per_parameter * sizes.root + 3 * largest) if sharded else parameters
+    if ranks == 1 and not offloaded:
+        gathered = 0.0  # FSDP computes with the shards themselves
     # autocast remembers casts of weights that are trained until the forward pass is over, recomputed or not; those of frozen ones autograd keeps
     kept = (max(saved.weights) if config.learner.recompute else sum(saved.weights)) if sizes.adapted else network.parameters
     casts = 0.0 if e == 4 else 2.0 * (network.trained if based == "bfloat16" else kept)
     activations = rows * saved.peak(config.learner.recompute)
     masters = "fp32 masters" if based == "float32" else f"fp32 adapters, frozen weights {based}"
     how = "blocks recomputed" if config.learner.recompute else "nothing recomputed"
+    shards = tuple(replace(p, bytes=p.bytes + buffers, why=p.why + ", buffers whole") if p.name == "weights" else p for p in _shards(config, sizes, masters))
+    reduced = "of two blocks before they go to the host" if offloaded else "sharded, and of two blocks before they are reduced"
     parts = [
-        Part("weights", parameters / ranks + buffers, masters + (f" over {ranks} ranks" if ranks > 1 else "") + ", buffers whole"),
-        Part("optimiser", 2 * trained / ranks, "AdamW's two moments, fp32"),
-        Part("average", trained / ranks if config.optimizer.ema else 0.0, "moving average of the weights, fp32"),
-        Part("gradients", gradients, f"whole while {passes} passes accumulate" if whole else "sharded, and of two blocks before they are reduced"),
+        *((Part("weights", buffers, "buffers; the rest in host memory"),) if offloaded else shards),
+        Part("gradients", gradients, f"whole while {count} passes accumulate" if whole else reduced),
         Part(
             "gathered weights",
             gathered,
@@ -153,17 +181,39 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
         Part("rows of a pass", rows * (sizes.prompt_values + 4 * sizes.latent_values) * 4.0 + 6 * rows * sizes.latent_values * 8.0, "inputs; moments in fp64"),
     ]
     if config.objective.kl_weight and not sizes.adapted:
-        parts.append(Part("reference", parameters / ranks + buffers, "the starting policy for the reverse KL"))
+        parts.append(Part("reference", (0.0 if offloaded else parameters / ranks) + buffers, "the starting policy for the reverse KL"))
     if not sharded:
-        reduced = trained * (1 + 1 / ranks)  # the collective's input and output, beside the gradients
+        beside = trained * (1 + 1 / ranks)  # the collective's input and output, beside the gradients
         spare = activations + casts
-        parts.append(Part("reduction", max(0.0, reduced - spare), "gradients of the whole network at once"))
+        parts.append(Part("reduction", max(0.0, beside - spare), "gradients of the whole network at once"))
     update = sum(part.bytes for part in parts)
     loaded = encoders_bytes(config, sizes) if config.uses_policy and not config.encoder.actors else 0.0
     if config.model.init and not config.learner.gpus:
         loaded = max(loaded, MASTER * network.values)
     parts.append(Part("loading", max(0.0, loaded - update), "at start: text encoders, then the rank's shards; random weights are drawn whole"))
     return tuple(part for part in parts if part.bytes)
+
+
+def _shards(config: RunConfig, sizes: Sizes, why: str) -> tuple[Part, ...]:
+    """What a rank keeps between updates, wherever that is."""
+    ranks, trained = config.learner.ranks, MASTER * sizes.transformer.trained
+    held = "fp32" if config.optimizer.kind == "adamw" else "8 bits a value and scales of blocks"
+    return (
+        Part("weights", weights_bytes(config, sizes) / ranks, why + (f" over {ranks} ranks" if ranks > 1 else "")),
+        Part("optimiser", moments_bytes(config, sizes) / ranks, f"AdamW's two moments, {held}"),
+        Part("average", trained / ranks if config.optimizer.ema else 0.0, "moving average of the weights, fp32"),
+    )
+
+
+def offloaded(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
+    """What a rank on a GPU keeps in pinned host memory instead (`learner.offload`)."""
+    if not offloads(config):
+        return ()
+    ranks = config.learner.ranks
+    kept = [*_shards(config, sizes, "offloaded"), Part("gradients", MASTER * sizes.transformer.trained / ranks, "offloaded")]
+    if config.objective.kl_weight and not sizes.adapted:
+        kept.append(Part("reference", weights_bytes(config, sizes) / ranks, "offloaded"))
+    return tuple(kept)
 
 
 def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assumptions) -> tuple[Part, ...]:
@@ -252,6 +302,7 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     network = weights_bytes(config, sizes) + buffers_bytes(config, sizes)
     version = version_bytes(config, sizes)
     rank = [
+        *offloaded(config, sizes),
         Part("part of the weights", min(PART, version / config.learner.ranks), "while it hands in"),
         Part("transitions", transitions * row),
         Part("anchor evaluations", evaluations * row + (config.data_rows * row if config.uses_data else 0)),

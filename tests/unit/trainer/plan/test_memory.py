@@ -8,6 +8,7 @@ import pytest
 
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
+from trainer.learn.optimizer import AdamW8bit
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass, vae_pass
 from trainer.plan.memory import generator, hosts, learner_rank, micro_rows, pass_count, processes, rank_rows
@@ -47,10 +48,47 @@ def test_full_training_over_eight_ranks() -> None:
 def test_rows_and_passes() -> None:
     config = recipe()
     assert rank_rows(config) == (8 * 4, 8)  # one group of 8 with 4 trained steps; an eighth of 64 anchors
-    assert (pass_count(config), micro_rows(config)) == (8 + 2, 4)
+    assert (pass_count(config, 1357), micro_rows(config, 1357)) == (8 + 2, 4)
     assert rank_rows(recipe(learner={"ranks": 3})) == (3 * 8 * 4, 22)
-    assert micro_rows(recipe(learner={"micro_batch": 20})) == 16  # 32 rows in two passes
+    assert micro_rows(recipe(learner={"micro_batch": 20}), 1357) == 16  # 32 rows in two passes
     assert rank_rows(recipe(objective={"preset": "sft"}, data={"batch_size": 16})) == (0, 2)
+
+
+def test_a_token_budget_bounds_the_rows_of_a_pass() -> None:
+    assert sizes_of(recipe(), Assumptions()).tokens == 1357
+    bounded = recipe(learner={"micro_tokens": 3 * 1357})
+    assert (pass_count(bounded, 1357), micro_rows(bounded, 1357)) == (11 + 3, 3)
+    assert rank(bounded)["activations"] == rank(recipe(learner={"micro_batch": 3}))["activations"] < rank(recipe())["activations"]
+    alone = recipe(learner={"micro_tokens": 1000})
+    assert (pass_count(alone, 1357), micro_rows(alone, 1357)) == (32 + 8, 1)
+    assert micro_rows(recipe(learner={"micro_tokens": 100_000}), 1357) == 4  # micro_batch stays the other bound
+
+
+def test_moments_in_8_bits() -> None:
+    full, found = rank(recipe()), rank(recipe(optimizer={"kind": "adamw8bit"}))
+    assert 0.25 < found["optimiser"] / full["optimiser"] < 0.257  # scales of blocks, and small parameters in fp32
+    assert {n: b for n, b in found.items() if n != "optimiser"} == {n: b for n, b in full.items() if n != "optimiser"}
+    tiny = recipe(model={"path": "glyph-base"}, sampler={"height": 16, "width": 48}, optimizer={"kind": "adamw8bit"})
+    network = sizes_of(tiny, Assumptions()).network
+    optimizer = AdamW8bit([p for p in network.parameters() if p.requires_grad], tiny.optimizer)
+    states = [optimizer._fresh(p) for p in network.parameters()]
+    assert rank(tiny)["optimiser"] == sum(t.nbytes for s in states for n, t in s.items() if n != "step") / 8
+
+
+def test_what_is_offloaded_lies_on_the_host() -> None:
+    plain, config = recipe(objective={"kl_weight": 0.04}), recipe(objective={"kl_weight": 0.04}, learner={"offload": True})
+    full, found = rank(plain), rank(config)
+    assert found["weights"] == found["reference"] == BUFFERS * 4
+    assert not {"optimiser", "average"} & found.keys()
+    assert found["gradients"] == full["gradients"] == P * 4  # whole while passes accumulate, wherever the parts rest
+    host = {p.name: p.bytes for p in hosts(config, sizes_of(config, Assumptions()))[0].parts}
+    assert [host[n] for n in ("weights", "optimiser", "average", "gradients", "reference")] == [P / 2, P, P / 2, P / 2, P / 2]
+    assert not {"weights", "optimiser"} & {p.name for p in hosts(plain, sizes_of(plain, Assumptions()))[0].parts}
+    one = rank(recipe(learner={"offload": True, "ranks": 1, "accumulate": "sharded"}))
+    sizes = sizes_of(config, Assumptions())
+    assert one["gathered weights"] == 4 * (sizes.root + 3 * max(sizes.blocks))  # the GPU holds no shard to compute with
+    assert one["gradients"] == 2 * 4 * max(sizes.blocks)
+    assert rank(recipe(learner={"offload": True, "gpus": 0})) == rank(recipe(learner={"gpus": 0}))
 
 
 def test_one_pass_keeps_sharded_gradients_only() -> None:

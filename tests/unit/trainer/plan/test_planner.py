@@ -76,6 +76,13 @@ def test_gradients_of_several_passes_are_told() -> None:
     assert "gradients" not in kinds(planned(sd35(*full, "learner.accumulate=sharded"), count=8))
 
 
+def test_what_the_learner_s_memory_options_cannot_do_is_told() -> None:
+    assert kinds(planned(sd35("learner.micro_tokens=1000")))["tokens"] == "warning"
+    assert "tokens" not in kinds(planned(sd35("learner.micro_tokens=2000")))
+    assert kinds(planned(parse_config({"learner": {"offload": True}}), count=0))["offload"] == "note"
+    assert "offload" not in kinds(planned(sd35("learner.offload=true")))
+
+
 def test_the_plan_as_json() -> None:
     plan = planned(sd35(), gpu="l40s-48")
     found = json.loads(json.dumps(plan.json()))
