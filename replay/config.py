@@ -49,6 +49,12 @@ class ReplayConfig(_Strict):
         pattern=r"^(redis|/.+)$",
         description="where payloads live: 'redis', or the absolute path of a folder that all nodes share (video)",
     )
+    part_bytes: int = Field(
+        default=256 << 20,
+        ge=1 << 16,
+        lt=512 << 20,
+        description="most bytes of one Redis value or file of a payload; larger payloads are several",
+    )
     drop_zero_variance: bool = Field(
         default=False,
         description="replace groups whose rewards all agree, at most 4 times the groups of a step between two steps",

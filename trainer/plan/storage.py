@@ -9,8 +9,6 @@ from trainer.config.run import RunConfig
 from trainer.plan.memory import MASTER, Part, kept_versions, trained_steps, version_bytes
 from trainer.plan.sizes import Sizes
 
-REDIS_VALUE = 512 * 2**20
-"""Most bytes of one value of Redis (`proto-max-bulk-len`, its default)."""
 KEPT = 2
 """Checkpoints and exports that a run keeps."""
 FILE = 2
@@ -30,13 +28,14 @@ def buffer_settings(config: RunConfig) -> BufferSettings:
         data_depth=config.replay.data_depth,
         checkpoint_interval=config.checkpoint_every,
         drop_zero_variance=config.replay.drop_zero_variance,
+        part_bytes=config.replay.part_bytes,
         # a strictly ordered run must not leave holes in the sequence of prompts when it goes back to a checkpoint
         remake_cut_off=config.replay.max_staleness == 0 and config.replay.window == 1,
     )
 
 
 def group_bytes(config: RunConfig, sizes: Sizes) -> int:
-    """One group's payload, without the header of its file (`actors.payload` has the table)."""
+    """One group's payload, without the table of its head (`actors.payload` has the table)."""
     if not config.uses_policy:
         return 0
     members, k, latent = config.rollout.group_size, trained_steps(config), sizes.latent_values
@@ -48,7 +47,7 @@ def group_bytes(config: RunConfig, sizes: Sizes) -> int:
 
 
 def data_bytes(config: RunConfig, sizes: Sizes) -> int:
-    """One anchor batch's payload, without the header of its file."""
+    """One anchor batch's payload, without the table of its head."""
     return config.data_rows * (sizes.latent_values + sizes.prompt_values) * 4 if config.feeds_data else 0
 
 
