@@ -54,7 +54,8 @@ LOOK_S = 0.1
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """Everything a generator needs; plain settings that pickle. `own_data`: each group brings its example's own datum."""
+    """Everything a generator needs; plain settings that pickle. `own_data`: each group brings its example's own datum; `store_dtype`:
+    type that states are stored in."""
 
     seed: int
     model: ModelConfig
@@ -65,6 +66,7 @@ class RolloutSpec:
     target: Target
     rewards: RunRewards
     own_data: bool = False
+    store_dtype: str = "float32"
 
 
 class LineageChanged(Exception):
@@ -179,7 +181,7 @@ class RolloutGenerator:
             example = training_example(self.source, self.spec.seed, lease.group)
             text = self.text.get([example.text])[0]
             negative = self.text.get([sampler.negative_prompt])[0] if sampler.guidance != 1 else None
-            request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, text, negative, self.shape)
+            request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, text, negative, self.shape, self.spec.store_dtype)
             group = _Group(lease, example, text, self.held[0], time.monotonic())
             return self.engine.submit(request), group
         except Exception as error:  # the group goes back with its reason; the ledger counts attempts
@@ -258,7 +260,7 @@ class RolloutGenerator:
                 meta["failed_members"] = len(trajectories) - len(judged.members)
                 meta["failed_scores"] = judged.failures
             kept = [trajectories[member] for member in judged.members]
-            payload = encode(group_payload(kept, group.text, self._own_datum(group.example)))
+            payload = encode(group_payload(kept, group.text, self._own_datum(group.example)), getattr(torch, self.spec.store_dtype))
             version = min(t.version for t in trajectories)
             committed = self.buffer.commit(
                 lease, payload, judged.totals, version, meta, group.lineage, self.spec.target.wait_s, scores=judged.values, revisions=self.revisions

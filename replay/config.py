@@ -49,6 +49,10 @@ class ReplayConfig(_Strict):
         pattern=r"^(redis|/.+)$",
         description="where payloads live: 'redis', or the absolute path of a folder that all nodes share (video)",
     )
+    store_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="type that rollouts' states are stored in; bfloat16 halves their bytes, and states are rounded to it while they are sampled",
+    )
     part_bytes: int = Field(
         default=256 << 20,
         ge=1 << 16,

@@ -21,8 +21,8 @@ from replay.errors import ReplayError
 
 Buffer = bytes | bytearray | memoryview
 
-BLOCK_BYTES = 32 << 20
-"""Most bytes of a block: what one reader reads and verifies at a time."""
+BLOCK_BYTES = 8 << 20
+"""Most bytes of a block: what one reader reads and verifies at a time, and the server holds for it meanwhile."""
 SHARED_BYTES = 1 << 20
 """Segments share a part up to this size."""
 

@@ -73,7 +73,7 @@ def trained_steps(config: RunConfig) -> int:
 def rank_rows(config: RunConfig) -> tuple[int, int]:
     """Most transitions, and most diffusion-loss evaluations, of one rank in an update."""
     ranks, rollout, k = config.learner.ranks, config.rollout, trained_steps(config)
-    transitions = -(-rollout.groups_per_step // ranks) * rollout.group_size * k if config.uses_policy else 0
+    transitions = -(-rollout.groups_per_step * rollout.group_size // ranks) * k if config.uses_policy else 0
     repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1
     anchors = -(-config.data_rows * repeats // ranks) if config.uses_data else 0
     return transitions, anchors
@@ -214,10 +214,10 @@ def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
 
 def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     """Host memory of a run's processes, without Python and its libraries, and without what `learner_rank` and `generator` count. In this
-    build evaluator and anchor feeder run on CPUs, each with a policy of its own; a rank draws the anchor evaluations of all ranks before
-    it takes its own."""
+    build evaluator and anchor feeder run on CPUs, each with a policy of its own; a rank holds its own rows, and draws
+    the noise of all ranks' anchor evaluations before it takes its own."""
     row = (2 * sizes.latent_values + sizes.prompt_values) * 4.0
-    transitions, _ = rank_rows(config)
+    transitions, anchors = rank_rows(config)
     repeats = trained_steps(config) if config.uses_policy and config.objective.data_per == "transition" else 1
     evaluations = config.data_rows * repeats if config.uses_data else 0
     network = weights_bytes(config, sizes) + buffers_bytes(config, sizes)
@@ -225,7 +225,8 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     rank = [
         Part("part of the weights", min(PART, version / config.learner.ranks), "while it hands in"),
         Part("transitions", transitions * row),
-        Part("anchor evaluations", evaluations * row + (config.data_rows * row if config.uses_data else 0)),
+        Part("anchor evaluations", (anchors + -(-anchors // repeats)) * row, "and the data rows they are of"),
+        Part("anchor noise", evaluations * sizes.latent_values * 4.0, "of all ranks"),
     ]
     first = [Part("export in the making", network * (2 if config.optimizer.ema else 1), "rank 0 only")]
     whole = Part("policy", network + encoders_bytes(config, sizes) + vae_bytes(sizes), "on the CPU")

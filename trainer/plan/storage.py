@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffusion.kernel_names import stochastic_steps
 from replay.policy import BufferSettings, disk_needed, memory_needed
 from trainer.config.run import RunConfig
-from trainer.plan.memory import MASTER, Part, kept_versions, trained_steps, version_bytes
+from trainer.plan.memory import BYTES, MASTER, Part, kept_versions, trained_steps, version_bytes
 from trainer.plan.sizes import Sizes
 
 KEPT = 2
@@ -34,13 +35,21 @@ def buffer_settings(config: RunConfig) -> BufferSettings:
     )
 
 
+def stored_states(config: RunConfig) -> int:
+    """Most states of a rollout that are stored: those before and after its trained steps, of which neighbours share one."""
+    steps = config.sampler.trained_steps
+    if isinstance(steps, list):
+        return len({*steps, *(step + 1 for step in steps)})
+    return min(2 * steps, stochastic_steps(config.sampler.kernel, config.sampler.steps) + 1)
+
+
 def group_bytes(config: RunConfig, sizes: Sizes) -> int:
     """One group's payload, without the table of its head (`actors.payload` has the table)."""
     if not config.uses_policy:
         return 0
     members, k, latent = config.rollout.group_size, trained_steps(config), sizes.latent_values
-    states = 3 if config.sampler.kernel == "edm_2ab" else 2  # two-step kernels keep the prediction before
-    total = members * k * (states * latent * 4 + 8) + k * 8 + (config.sampler.steps + 1) * 4 + sizes.prompt_values * 4
+    states = stored_states(config) + (k if config.sampler.kernel == "edm_2ab" else 0)  # two-step kernels keep the prediction before
+    total = members * (states * latent * BYTES[config.replay.store_dtype] + k * 8) + k * 8 + (config.sampler.steps + 1) * 4 + sizes.prompt_values * 4
     if config.uses_data and not config.feeds_data:
         total += latent * 4 + (sizes.prompt_values * 4 if config.data.caption_dropout else 0)
     return total

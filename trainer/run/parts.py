@@ -90,7 +90,9 @@ class Parts:
         self.evaluator = ray.remote(Evaluator).options(num_cpus=CPUS["evaluator"], max_restarts=3, max_task_retries=3).remote(spec)
         if config.uses_policy:
             own = config.uses_data and not config.feeds_data
-            rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own)
+            rollout = RolloutSpec(
+                config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own, config.replay.store_dtype
+            )
             generator = ray.remote(RolloutGenerator).options(num_cpus=CPUS["generator"], num_gpus=config.rollout.gpus, max_concurrency=4, **forever)
             self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
         if config.feeds_data:
