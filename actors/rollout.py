@@ -59,6 +59,7 @@ class RolloutSpec:
 
     Attributes:
         own_data: each group brings its example's own datum.
+        store_dtype: type that states are stored in.
         encoder: of its prompts; None = the policy's own, loaded here.
     """
 
@@ -71,6 +72,7 @@ class RolloutSpec:
     target: Target
     rewards: RunRewards
     own_data: bool = False
+    store_dtype: str = "float32"
     encoder: TextEncoder | None = None
 
 
@@ -186,7 +188,7 @@ class RolloutGenerator:
             example = training_example(self.source, self.spec.seed, lease.group)
             text = self.text.get([example.text])[0]
             negative = self.text.get([sampler.negative_prompt])[0] if sampler.guidance != 1 else None
-            request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, text, negative, self.shape)
+            request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, text, negative, self.shape, self.spec.store_dtype)
             group = _Group(lease, example, text, self.held[0], time.monotonic())
             return self.engine.submit(request), group
         except Exception as error:  # the group goes back with its reason; the ledger counts attempts
@@ -265,7 +267,7 @@ class RolloutGenerator:
                 meta["failed_members"] = len(trajectories) - len(judged.members)
                 meta["failed_scores"] = judged.failures
             kept = [trajectories[member] for member in judged.members]
-            payload = encode(group_payload(kept, group.text, self._own_datum(group.example)))
+            payload = encode(group_payload(kept, group.text, self._own_datum(group.example)), getattr(torch, self.spec.store_dtype))
             version = min(t.version for t in trajectories)
             committed = self.buffer.commit(
                 lease, payload, judged.totals, version, meta, group.lineage, self.spec.target.wait_s, scores=judged.values, revisions=self.revisions

@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 
 from replay.errors import ImpossibleSettings, NotInitialised, ReplayError
 from replay.payloads import IN_REDIS
-from replay.policy import GIVE_BACK_PAUSE_S, BufferSettings, check_server
+from replay.policy import GIVE_BACK_PAUSE_S, PART_BYTES, BufferSettings, check_server
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def write(client: redis.Redis, run: str, meta: str, settings: BufferSettings, pl
         "data_depth": settings.data_depth,
         "remake": int(settings.remake_cut_off),
         "drop_limit": settings.drop_limit,
+        "part_bytes": settings.part_bytes,
         "payloads": place,
     }
     # The audit allows what any configuration of this run has allowed: narrower limits take effect as groups end.
@@ -93,6 +94,7 @@ def read(client: redis.Redis, run: str, meta: str) -> tuple[BufferSettings, str]
         remake_cut_off=number("remake") == 1,
         drop_zero_variance=drop_limit > 0,
         max_drops_per_step=drop_limit or None,
+        part_bytes=int(fields.get("part_bytes", PART_BYTES)),  # not in a ledger of before
     )
     return settings, fields["payloads"]
 

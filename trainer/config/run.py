@@ -108,9 +108,12 @@ class RunConfig(Strict):
                 f"data.batch_size={self.data_rows} must equal the rollouts per update ({rollouts} = groups_per_step x group_size) "
                 "when rollouts are trained; leave it null"
             )
-        rows = min([self.rollout.groups_per_step] * self.uses_policy + [self.data_rows] * self.uses_data)
+        members = self.rollout.groups_per_step * self.rollout.enough_members  # those that are there when rewards fail
+        rows = min([members] * self.uses_policy + [self.data_rows] * self.uses_data)
         if self.learner.ranks > rows:
-            raise ValueError(f"learner.ranks={self.learner.ranks} exceeds the {rows} groups or anchor samples of an update: some rank would have nothing to do")
+            raise ValueError(
+                f"learner.ranks={self.learner.ranks} exceeds the {rows} rollouts or anchor samples of an update: some rank would have nothing to do"
+            )
         if self.model.lora.merge and self.model.lora.rank and self.objective.old_log_prob == "rollout":
             raise ValueError(
                 "model.lora.merge=true rounds otherwise than the adapter that is trained, and log-probabilities of such rollouts would not match; "

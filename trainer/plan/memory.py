@@ -78,7 +78,7 @@ def trained_steps(config: RunConfig) -> int:
 def rank_rows(config: RunConfig) -> tuple[int, int]:
     """Most transitions, and most diffusion-loss evaluations, of one rank in an update."""
     ranks, rollout, k = config.learner.ranks, config.rollout, trained_steps(config)
-    transitions = -(-rollout.groups_per_step // ranks) * rollout.group_size * k if config.uses_policy else 0
+    transitions = -(-rollout.groups_per_step * rollout.group_size // ranks) * k if config.uses_policy else 0
     repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1
     anchors = -(-config.data_rows * repeats // ranks) if config.uses_data else 0
     return transitions, anchors
@@ -293,10 +293,10 @@ def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
 
 def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     """Host memory of a run's processes, without Python and its libraries, and without what `learner_rank` and `generator` count. In this
-    build the anchor feeder runs on a CPU, and the evaluator where it has no GPU; a rank draws the anchor evaluations of all ranks before
-    it takes its own."""
+    build the anchor feeder runs on a CPU, and the evaluator where it has no GPU; a rank holds its own rows, and draws the noise of all ranks'
+    anchor evaluations before it takes its own."""
     row = (2 * sizes.latent_values + sizes.prompt_values) * 4.0
-    transitions, _ = rank_rows(config)
+    transitions, anchors = rank_rows(config)
     repeats = trained_steps(config) if config.uses_policy and config.objective.data_per == "transition" else 1
     evaluations = config.data_rows * repeats if config.uses_data else 0
     network = weights_bytes(config, sizes) + buffers_bytes(config, sizes)
@@ -305,7 +305,8 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
         *offloaded(config, sizes),
         Part("part of the weights", min(PART, version / config.learner.ranks), "while it hands in"),
         Part("transitions", transitions * row),
-        Part("anchor evaluations", evaluations * row + (config.data_rows * row if config.uses_data else 0)),
+        Part("anchor evaluations", (anchors + -(-anchors // repeats)) * row, "and the data rows they are of"),
+        Part("anchor noise", evaluations * sizes.latent_values * 4.0, "of all ranks"),
     ]
     copies = 2 if config.optimizer.ema else 1
     if sizes.adapted and not config.model.init:

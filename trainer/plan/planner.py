@@ -12,7 +12,7 @@ from trainer.plan.fit import Change, Finding, Placement, Setting, changes
 from trainer.plan.gpus import GPU
 from trainer.plan.memory import Process, gathers_gradients, hosts, pass_count, processes
 from trainer.plan.sizes import Component, Sizes
-from trainer.plan.storage import REDIS_VALUE, Storage, storage_of
+from trainer.plan.storage import Storage, storage_of
 from trainer.plan.work import Work, work_of
 
 GB = 1e9
@@ -112,10 +112,6 @@ def _placed(placement: Placement, gpu: GPU) -> list[Finding]:
 def _stored(config: RunConfig, storage: Storage) -> list[Finding]:
     """Whether payloads fit the store."""
     found = []
-    largest, what = max((storage.group, "a group"), (storage.data, "an anchor batch"))
-    if config.replay.payloads == "redis" and largest > REDIS_VALUE:
-        why = f"{what} is one payload of {largest / GB:.2f} GB, and a value in Redis holds {REDIS_VALUE / GB:.2f} GB at most"
-        found.append(Finding("error", "payload", f"{why}: set replay.payloads to a folder that all nodes share"))
     if storage.retained > storage.budget:
         sums = f"{storage.groups} groups x {storage.group / 1e6:.1f} MB + {storage.batches} anchor batches x {storage.data / 1e6:.1f} MB"
         remedy = f"set replay.max_bytes={_rounded(storage.retained)}, or lower checkpoint_every or replay.data_depth"
@@ -129,8 +125,6 @@ def _stored(config: RunConfig, storage: Storage) -> list[Finding]:
 def _stores(config: RunConfig, storage: Storage, placement: Placement) -> list[Change]:
     """Changes that make payloads fit; the run then fits where its GPUs hold it."""
     found = []
-    if config.replay.payloads == "redis" and max(storage.group, storage.data) > REDIS_VALUE:
-        found.append(Change("payloads in a shared folder", ("replay.payloads=/FOLDER",), placement.fits, placement.most))
     if storage.retained > storage.budget:
         found.append(Change("more room for payloads", (f"replay.max_bytes={_rounded(storage.retained)}",), placement.fits, placement.most))
     return found

@@ -97,7 +97,10 @@ class Parts:
         self.evaluator = evaluator.remote(held_out)
         if config.uses_policy:
             own = config.uses_data and not config.feeds_data
-            rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own, shared)
+            stored = config.replay.store_dtype
+            rollout = RolloutSpec(
+                config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own, stored, shared
+            )
             generator = ray.remote(RolloutGenerator).options(num_cpus=CPUS["generator"], num_gpus=config.rollout.gpus, max_concurrency=4, **forever)
             self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
         if config.feeds_data:

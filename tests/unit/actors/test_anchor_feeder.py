@@ -38,7 +38,7 @@ class Ledger:
             return None
         return len(self.committed)
 
-    def commit_data(self, batch: int, payload: bytes) -> None:
+    def commit_data(self, batch: int, payload: list[bytearray]) -> None:
         self.committed[batch] = decode_data(payload)
         if batch == self.last:
             assert self.feeder is not None

@@ -87,14 +87,13 @@ STARTS: dict[str, dict[str, Any]] = {
 
 
 class Held:
-    """Payloads in a file: what `step_batch` fetches."""
+    """Payloads in a file: what `step_batch` reads."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.claim, self._payloads = torch.load(folder / f"claim-{name}.pt", weights_only=False)
 
-    def fetch(self, item: Any) -> bytes:
-        payload: bytes = self._payloads[item.ref]
-        return payload
+    def read(self, item: Any, segments: list[int]) -> list[bytearray]:
+        return [self._payloads[item.ref][i] for i in segments]
 
 
 def whole(value: Any) -> Any:

@@ -46,7 +46,7 @@ def write_policy(folder: Path) -> None:
 
 
 def write_claim(folder: Path, name: str) -> None:
-    """Real rollouts of odd groups, one of which lost a member, so that no two ranks have as many rows; sampled by slightly
+    """Real rollouts of odd groups, two of which lost a member, so that no two ranks have as many rows; sampled by slightly
     other weights, so that ratios are not 1."""
     config = SCENARIOS[name].config(folder)
     policy = load_policy(config.model)
@@ -61,7 +61,7 @@ def write_claim(folder: Path, name: str) -> None:
     done = Engine(policy.transformer, policy.process, 10_000).run(requests)
     payloads, groups = {}, []
     for i, (request, text) in enumerate(zip(requests, texts, strict=True)):
-        members = [t for t in done if t.request is request][: MEMBERS - (i == 1)]
+        members = [t for t in done if t.request is request][: MEMBERS - (i in (1, 3))]
         payloads[f"g{i}"] = encode(group_payload(members, text))
         ocr, sharp = torch.rand(2, len(members), generator=g).tolist()
         totals = [float(a + b) for a, b in zip(ocr, sharp, strict=True)]

@@ -49,7 +49,7 @@ def test_rows_and_passes() -> None:
     config = recipe()
     assert rank_rows(config) == (8 * 4, 8)  # one group of 8 with 4 trained steps; an eighth of 64 anchors
     assert (pass_count(config, 1357), micro_rows(config, 1357)) == (8 + 2, 4)
-    assert rank_rows(recipe(learner={"ranks": 3})) == (3 * 8 * 4, 22)
+    assert rank_rows(recipe(learner={"ranks": 3})) == (22 * 4, 22)  # of 64 members
     assert micro_rows(recipe(learner={"micro_batch": 20}), 1357) == 16  # 32 rows in two passes
     assert rank_rows(recipe(objective={"preset": "sft"}, data={"batch_size": 16})) == (0, 2)
 
@@ -197,16 +197,17 @@ def test_who_is_there() -> None:
     assert [p.name for p in processes(sft, sizes_of(sft, Assumptions()), VAEPass(), Assumptions())] == ["learner rank"]
 
 
-def test_hosts_hold_the_evaluations_of_all_ranks() -> None:
+def test_hosts_hold_their_own_evaluations_and_the_noise_of_all() -> None:
     few, many = recipe(), recipe(objective={"data_per": "transition"})
 
-    def evaluations(config: RunConfig) -> float:
-        found = hosts(config, sizes_of(config, Assumptions()))[0]
-        return next(p.bytes for p in found.parts if p.name == "anchor evaluations")
+    def evaluations(config: RunConfig) -> tuple[float, float]:
+        found = {p.name: p.bytes for p in hosts(config, sizes_of(config, Assumptions()))[0].parts}
+        return found["anchor evaluations"], found["anchor noise"]
 
-    row = (2 * 16 * 64 * 64 + 333 * 4096 + 2048) * 4
-    assert evaluations(few) == 2 * 64 * row
-    assert evaluations(many) == (4 + 1) * 64 * row
+    latent = 16 * 64 * 64
+    row = (2 * latent + 333 * 4096 + 2048) * 4
+    assert evaluations(few) == (2 * 8 * row, 64 * latent * 4)
+    assert evaluations(many) == ((4 + 1) * 8 * row, 4 * 64 * latent * 4)
 
 
 def test_objects_of_published_versions_lie_in_the_nodes_memory() -> None:
