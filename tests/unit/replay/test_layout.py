@@ -118,3 +118,13 @@ def test_damage_is_noticed_by_whoever_reads_it_and_by_nobody_else(part: int, lan
     with pytest.raises(PayloadMissing, match=f"g1-a.{part} is gone"):
         read_segments(store, ref, layout, range(3))
     assert len(read_segments(store, ref, layout, others)) == 2
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_of_neighbours_read_together_each_is_verified(number: int, tmp_path: Path) -> None:
+    store, ref, layout = written(tmp_path, [b"aaaa", b"bbbb", b"cccc"], 100)
+    content = bytearray((tmp_path / "g1-a").read_bytes())
+    content[4 * number + 1] ^= 1
+    (tmp_path / "g1-a").write_bytes(content)
+    with pytest.raises(PayloadCorrupt, match=f"4 bytes at {4 * number}: checksum"):
+        read_segments(store, ref, layout, range(3))
