@@ -151,7 +151,7 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
             "weights, handed in by ranks": version,
             "weights, read by generators": version * generators,
             "groups, written and read": 2.0 * config.rollout.groups_per_step * storage.group if config.uses_policy else 0.0,
-            "anchor batch, written and read by each rank": storage.data * (1.0 + learner.ranks),
+            "anchor batch, written and read": 2.0 * storage.data,
         },
         hours=hours,
         cost=None if price is None else hours * count * price,
