@@ -112,11 +112,11 @@ class AdamW8bit(Optimizer):
         own = list(chain.from_iterable(g["params"] for g in self.param_groups))
         saved = list(chain.from_iterable(g["params"] for g in state_dict["param_groups"]))
         states = state_dict["state"]
-        coded = {k: {n for n, t in s.items() if isinstance(t, Tensor) and t.dtype == torch.uint8} for k, s in states.items()}
+        coded = {k: [n for n, t in s.items() if isinstance(t, Tensor) and t.dtype == torch.uint8] for k, s in states.items()}
         kept = {k: {n: t for n, t in s.items() if n not in coded[k]} for k, s in states.items()}
         super().load_state_dict({**state_dict, "state": kept})
         for parameter, key in zip(own, saved, strict=True):
-            for name in coded.get(key, ()):
+            for name in coded.get(key, ()):  # in the same order on all ranks, who may gather them one by one
                 self.state[parameter][name] = states[key][name].to(parameter.device)
 
 

@@ -170,7 +170,8 @@ def test_shards_in_host_memory_change_no_bit_on_one_rank_or_two(one: dict[str, A
 def test_moments_in_8_bits_stay_near_those_in_fp32(one: dict[str, Any]) -> None:
     low, full = (one[name]["state"] for name in ("moments in 8 bits", "plain"))
     codes = [t for moments in low["optimizer"].values() for t in moments.values() if t.dtype == torch.uint8]
-    assert sum(t.numel() for t in codes) > sum(t.numel() for t in low["model"].values())  # two of most values
+    exact = [t for moments in low["optimizer"].values() for n, t in moments.items() if n.startswith("exp_avg") and "scale" not in n and t.dtype != torch.uint8]
+    assert sum(t.numel() for t in codes) > sum(t.numel() for t in exact)  # most values, in a policy this small
     moved = {n: (t - full["model"][n]).abs().max() / 5e-3 for n, t in low["model"].items()}
     assert 0 < max(moved.values()) < 0.05  # of a step of Adam's
 

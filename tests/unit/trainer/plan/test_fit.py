@@ -128,7 +128,7 @@ def test_changes_are_made_together_before_another_gpu_is_bought() -> None:
     tight = setting("l40s-48", learner={"ranks": 1, "gpus": 0.5, "micro_batch": 8})
     found = changes(tight)
     assert [c.name for c in found if c.fits] == [
-        "activation checkpointing and an adapter instead of all weights",
+        "activation checkpointing and shards in host memory and an adapter instead of all weights",
         "another GPU",
     ]
     together = next(c for c in found if c.fits)
