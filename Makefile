@@ -12,7 +12,7 @@ PARALLEL = --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo control glyph-base results test test-long test-chaos test-mutation benchmark-replay benchmark-rollout benchmark-pipeline lint format clean
+.PHONY: help setup setup-dev demo control glyph-base results test test-long test-chaos test-fullsize test-mutation benchmark-replay benchmark-rollout benchmark-pipeline lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in 
 
 test-chaos: setup-dev  ## a seeded storm of 50 kills over the whole pipeline, then the audit (about 15 minutes)
 	@$(PYTEST) -m chaos -s
+
+test-fullsize: setup-dev  ## one update of SD3.5-medium's size with random weights (about 20 minutes on 2 cores, 22 GB of memory, 25 GB of disk)
+	@$(BIN)/python -m benchmarks.fullsize
 
 test-mutation: setup-dev  ## break ledger, learner and driver on purpose, one place at a time: the tests must notice (about an hour)
 	@$(BIN)/python -m tests.mutation.run

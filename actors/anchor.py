@@ -13,8 +13,10 @@ from actors.connect import Target
 from actors.payload import DataPayload, encode
 from actors.sources.draws import data_source, training_rows
 from actors.sources.latents import clean_latents
-from diffusion.checkpoint import load_policy
+from diffusion.checkpoint import load_codec, load_text_encoder
 from diffusion.config import ModelConfig, SamplerConfig
+from diffusion.families.conditioning import TextEncoder
+from diffusion.source import locate
 
 IDLE_S = 1.0
 OWNER = "anchor-feeder"
@@ -22,7 +24,7 @@ OWNER = "anchor-feeder"
 
 @dataclass(frozen=True)
 class AnchorSpec:
-    """Everything a feeder needs; `rows` is the batch size."""
+    """Everything a feeder needs; `rows` is the batch size, `encoder` encodes captions (None = the policy's own text encoders, loaded)."""
 
     seed: int
     model: ModelConfig
@@ -30,6 +32,7 @@ class AnchorSpec:
     data: DataConfig
     rows: int
     target: Target
+    encoder: TextEncoder | None = None
 
 
 class AnchorFeeder:
@@ -38,7 +41,8 @@ class AnchorFeeder:
     def __init__(self, spec: AnchorSpec) -> None:
         torch.set_num_threads(1)
         self.spec = spec
-        self.policy = load_policy(spec.model, seed=spec.seed)
+        folder = locate(spec.model.path, spec.model.revision).folder
+        self.codec, self.encoder = load_codec(folder), spec.encoder or load_text_encoder(folder, spec.model)
         self.source = data_source(spec.data)
         self.buffer = spec.target.buffer()
         self._stop = threading.Event()
@@ -54,8 +58,8 @@ class AnchorFeeder:
         """Anchor batch `batch`: clean latents and their own captions, encoded."""
         sampler = self.spec.sampler
         rows = training_rows(self.source, self.spec.data.caption_dropout, self.spec.seed, batch, self.spec.rows)
-        text = self.policy.text_encoder.encode([caption for caption, _ in rows])
-        x0 = clean_latents([example for _, example in rows], self.policy.codec, sampler.height, sampler.width)
+        text = self.encoder.encode([caption for caption, _ in rows])
+        x0 = clean_latents([example for _, example in rows], self.codec, sampler.height, sampler.width)
         return DataPayload(x0, text.prompt_embeds, text.pooled)
 
     def run(self) -> int:

@@ -80,6 +80,18 @@ class RolloutConfig(Strict):
         return self.group_size if self.min_group_size is None else self.min_group_size
 
 
+class EncoderConfig(Strict):
+    """Where prompts are encoded."""
+
+    actors: int = Field(
+        0, ge=0, description="Encoder actors that hold the text encoders for everyone; 0 = generators, ranks, feeder and evaluator each load their own"
+    )
+    gpus: float = Field(0.0, ge=0, description="GPUs of one Encoder actor")
+    threads: int = Field(1, ge=1, description="torch threads of one Encoder actor")
+    batch: int = Field(8, ge=1, description="prompts in one forward pass of the text encoders")
+    cache_mb: int = Field(1024, ge=0, description="encoded prompts that one Encoder actor keeps, in MiB (SD3.5 with 128 T5 tokens: 3.2 a prompt)")
+
+
 class WeightsConfig(Strict):
     """The way of the weights from the ranks to whoever samples."""
 
@@ -106,3 +118,4 @@ class EvaluationConfig(Strict):
     diversity_samples: int = Field(16, ge=2, description="samples per prompt of the diversity figure")
     grid_prompts: int = Field(32, ge=1, description="prompts of the sample grids")
     threads: int = Field(2, ge=1, description="torch threads of the evaluator")
+    gpus: float = Field(0.0, ge=0, description="GPUs of the evaluator; 0 = a CPU")

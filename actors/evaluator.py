@@ -27,9 +27,11 @@ from actors.weights.reading import Exported
 from actors.weights.store import View
 from diffusion.checkpoint import load_network, load_policy
 from diffusion.config import ModelConfig, SamplerConfig
+from diffusion.device import resolve_device
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
 from diffusion.evaluation import diffusion_losses
+from diffusion.families.conditioning import TextEncoder
 from diffusion.lora import trained_weights
 from diffusion.pixels import pairwise_rms, scene_statistics
 from diffusion.seeds import generator, key
@@ -37,6 +39,8 @@ from services.contract import ItemScore, ScoreFailure
 
 SCORED_AT_ONCE = 64
 """Samples of one scoring call, which must end within `fleet.timeout_s`."""
+LOSSES_AT_ONCE = 256
+"""Points of the held-out loss in a forward pass, at most; fewer where they exceed the engine's token budget."""
 READ_DEADLINE_S = 300.0
 """For the bytes of a version to arrive."""
 Column = list[float | None]
@@ -45,7 +49,7 @@ Column = list[float | None]
 
 @dataclass(frozen=True)
 class EvaluatorSpec:
-    """Everything an evaluator needs."""
+    """Everything an evaluator needs; `encoder` encodes its prompts (None = the policy's own text encoders, loaded)."""
 
     model: ModelConfig
     sampler: SamplerConfig
@@ -55,6 +59,7 @@ class EvaluatorSpec:
     rewards: RunRewards
     run_dir: str
     seed: int = 0
+    encoder: TextEncoder | None = None
 
 
 class EvaluationFailed(Exception):
@@ -109,7 +114,8 @@ class Evaluator:
     def __init__(self, spec: EvaluatorSpec) -> None:
         torch.set_num_threads(spec.evaluation.threads)
         self.spec = spec
-        self.policy = load_policy(spec.model, seed=spec.seed)
+        self.device = resolve_device("cuda" if spec.evaluation.gpus > 0 else "cpu", f"evaluation.gpus={spec.evaluation.gpus:g}")
+        self.policy = load_policy(spec.model, self.device, spec.seed, spec.encoder)
         self.engine = Engine(self.policy.transformer, self.policy.process, spec.sampler.max_tokens, spec.model.dtype, self.policy.text_encoder)
         self.prompts, self.data = prompt_source(spec.prompts, spec.data), data_source(spec.data)
         self.client = spec.rewards.connect()
@@ -120,7 +126,7 @@ class Evaluator:
         if weights is not None:
             self.engine.set_weights(weights.open(READ_DEADLINE_S), weights.version)
         elif not self._starts:  # asked for before all others, so hardly ever loaded again; kept, it would be a second model
-            network, _ = load_network(self.spec.model, seed=self.spec.seed)
+            network, _ = load_network(self.spec.model, self.device, self.spec.seed)
             self.engine.set_weights(trained_weights(network), 0)
         self._starts = weights is None
 
@@ -154,7 +160,9 @@ class Evaluator:
         t = (torch.arange(points) + torch.rand(points, generator=g)) / points
         t = self.policy.process.spread_times(t[torch.randperm(points, generator=g)])
         eps = torch.randn(x0.shape, generator=g)
-        found = diffusion_losses(self.policy.transformer, self.policy.process, x0, eps, t, text.prompt_embeds, text.pooled, dtype=self.spec.model.dtype)
+        network, dtype = self.policy.transformer, self.spec.model.dtype
+        rows = max(1, min(LOSSES_AT_ONCE, self.spec.sampler.max_tokens // network.packed_tokens(tuple(x0.shape[1:]), text.prompt_embeds.shape[1])))
+        found = diffusion_losses(network, self.policy.process, x0, eps, t, text.prompt_embeds, text.pooled, rows, dtype, self.device)
         losses: NDArray[np.float32] = found.numpy()
         return captions, losses
 

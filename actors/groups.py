@@ -104,9 +104,17 @@ def trained_steps(sampler: SamplerConfig, seed: int, group: int) -> tuple[int, .
 
 
 def group_request(
-    sampler: SamplerConfig, rollout: RolloutConfig, seed: int, group: int, text: Conditioning, negative: Conditioning | None, shape: tuple[int, ...]
+    sampler: SamplerConfig,
+    rollout: RolloutConfig,
+    seed: int,
+    group: int,
+    text: Conditioning,
+    negative: Conditioning | None,
+    shape: tuple[int, ...],
+    store_dtype: str = "float32",
 ) -> SampleRequest:
-    """The request for all members of one group. `negative`: the encoded negative prompt, with guidance."""
+    """The request for all members of one group. `negative`: the encoded negative prompt, with guidance; `store_dtype`: type that
+    its states are stored in."""
     trained = trained_steps(sampler, seed, group)
     stochastic = range(stochastic_steps(sampler.kernel, sampler.steps)) if sampler.noise_on == "all" else trained
     return SampleRequest(
@@ -123,6 +131,7 @@ def group_request(
         same_start=rollout.same_initial_noise,
         guidance=sampler.guidance,
         negative=negative,
+        state_dtype=store_dtype,
         id=group,
     )
 

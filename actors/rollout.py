@@ -23,6 +23,7 @@ import torch
 
 from actors.config import DataConfig, PromptConfig, RolloutConfig
 from actors.connect import Target
+from actors.encoding import EncoderUnavailable
 from actors.groups import OwnDatum, group_payload, group_request, judge
 from actors.payload import encode
 from actors.rewards import RunRewards
@@ -40,7 +41,7 @@ from diffusion.engine.decode import Decoder
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import Trajectory
 from diffusion.engine.runner import compile_for_batches
-from diffusion.families.conditioning import Conditioning
+from diffusion.families.conditioning import Conditioning, TextEncoder
 from replay.buffer import Lease
 from replay.errors import ReplayError
 from services.client.base import RewardUnavailable
@@ -54,7 +55,13 @@ LOOK_S = 0.1
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """Everything a generator needs; plain settings that pickle. `own_data`: each group brings its example's own datum."""
+    """Everything a generator needs; plain settings that pickle.
+
+    Attributes:
+        own_data: each group brings its example's own datum.
+        store_dtype: type that states are stored in.
+        encoder: of its prompts; None = the policy's own, loaded here.
+    """
 
     seed: int
     model: ModelConfig
@@ -65,6 +72,8 @@ class RolloutSpec:
     target: Target
     rewards: RunRewards
     own_data: bool = False
+    store_dtype: str = "float32"
+    encoder: TextEncoder | None = None
 
 
 class LineageChanged(Exception):
@@ -75,7 +84,7 @@ class WeightsMissing(Exception):
     """The weights that a lease asks for did not appear in time."""
 
 
-INFRASTRUCTURE = (LineageChanged, WeightsMissing, RewardUnavailable)
+INFRASTRUCTURE = (LineageChanged, WeightsMissing, RewardUnavailable, EncoderUnavailable)
 """Reasons that say nothing against a group: they cost it no attempt."""
 
 
@@ -104,7 +113,7 @@ class RolloutGenerator:
         torch.set_num_threads(spec.rollout.threads)
         self.spec, self.weights, self.owner = spec, weights, f"generator-{index}"
         device = resolve_device("cuda" if spec.rollout.gpus > 0 else "cpu", f"rollout.gpus={spec.rollout.gpus:g}")
-        self.policy = load_policy(spec.model, device, spec.seed)
+        self.policy = load_policy(spec.model, device, spec.seed, spec.encoder)
         sampler = spec.sampler
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
         merge = spec.model.lora.rank > 0 and spec.model.lora.merge
@@ -179,7 +188,7 @@ class RolloutGenerator:
             example = training_example(self.source, self.spec.seed, lease.group)
             text = self.text.get([example.text])[0]
             negative = self.text.get([sampler.negative_prompt])[0] if sampler.guidance != 1 else None
-            request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, text, negative, self.shape)
+            request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, text, negative, self.shape, self.spec.store_dtype)
             group = _Group(lease, example, text, self.held[0], time.monotonic())
             return self.engine.submit(request), group
         except Exception as error:  # the group goes back with its reason; the ledger counts attempts
@@ -258,7 +267,7 @@ class RolloutGenerator:
                 meta["failed_members"] = len(trajectories) - len(judged.members)
                 meta["failed_scores"] = judged.failures
             kept = [trajectories[member] for member in judged.members]
-            payload = encode(group_payload(kept, group.text, self._own_datum(group.example)))
+            payload = encode(group_payload(kept, group.text, self._own_datum(group.example)), getattr(torch, self.spec.store_dtype))
             version = min(t.version for t in trajectories)
             committed = self.buffer.commit(
                 lease, payload, judged.totals, version, meta, group.lineage, self.spec.target.wait_s, scores=judged.values, revisions=self.revisions

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -62,13 +63,13 @@ class BareLearner(Learner):
 
 
 class Held:
-    """Payloads in this process: what `step_batch` fetches."""
+    """Payloads in this process: what `step_batch` reads."""
 
     def __init__(self) -> None:
-        self.payloads: dict[str, bytes] = {}
+        self.payloads: dict[str, list[bytearray]] = {}
 
-    def fetch(self, entry: ClaimedGroup | ClaimedData) -> bytes:
-        return self.payloads.pop(entry.ref)
+    def read(self, entry: ClaimedGroup | ClaimedData, segments: Sequence[int]) -> list[bytearray]:
+        return [self.payloads[entry.ref][i] for i in segments]
 
 
 class BareLoop:
@@ -99,7 +100,9 @@ class BareLoop:
         groups = range(first, first + config.rollout.groups_per_step)
         prompts = [training_example(self.prompts, config.seed, g).text for g in groups]
         texts = self.policy.text_encoder.encode(prompts)
-        requests = [group_request(config.sampler, config.rollout, config.seed, g, texts[i], None, self.shape) for i, g in enumerate(groups)]
+        requests = [
+            group_request(config.sampler, config.rollout, config.seed, g, texts[i], None, self.shape, config.replay.store_dtype) for i, g in enumerate(groups)
+        ]
         trajectories = self.engine.run(requests)
         clock.append(time.monotonic())
         scores = self._score(prompts, [t.latent for t in trajectories])
@@ -107,9 +110,9 @@ class BareLoop:
         size, claimed, rewards = config.rollout.group_size, [], list[float]()
         for i, g in enumerate(groups):
             mine = trajectories[i * size : (i + 1) * size]
-            held.payloads[str(g)] = encode(group_payload(mine, texts[i]))
+            held.payloads[str(g)] = encode(group_payload(mine, texts[i]), getattr(torch, config.replay.store_dtype))
             judged = judge({self.reward: scores[i * size : (i + 1) * size]}, self.rewards.trained, size, size, fill=False)
-            header = GroupHeader(judged.totals, size, step - 1, len(held.payloads[str(g)]), "", scores=judged.values)
+            header = GroupHeader(judged.totals, size, step - 1, sum(map(len, held.payloads[str(g)])), "", scores=judged.values)
             claimed.append(ClaimedGroup(g, header, str(g)))
             rewards += judged.totals
         data = []

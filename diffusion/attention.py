@@ -113,10 +113,23 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor
 
 
 class Provider(NamedTuple):
-    """An attention provider and, in a line for a run's log, why it was chosen."""
+    """An attention provider, why it was chosen, and why each other one was not.
+
+    Attributes:
+        name: one of `PROVIDERS`.
+        because: why this one.
+        others: why not, by the name of every other provider; empty where the settings name one.
+    """
 
     name: str
-    why: str
+    because: str
+    others: dict[str, str]
+
+    @property
+    def why(self) -> str:
+        """A line for a run's log."""
+        passed = "; ".join(f"{name}: {reason}" for name, reason in self.others.items())
+        return f"attention: {self.name}, {self.because}" + (f" ({passed})" if passed else "")
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, provider: str = "sdpa") -> Tensor:
@@ -162,12 +175,7 @@ def resolve_provider(
         ValueError: unknown provider, or one that does not work on this device.
     """
     if name == "auto":
-        if device.type != "cuda":
-            return Provider("sdpa", f"attention: sdpa, because xformers and torch_varlen have no kernels for {device.type}")
-        problem = trial("xformers", device, dtype)
-        if problem is not None:
-            return Provider("sdpa", f"attention: sdpa, because xformers does not work here ({problem}); pip install 'ddrl[gpu]'")
-        return Provider("xformers", "attention: xformers, which works on this GPU")
+        return _automatic(device, dtype, trial)
     if name not in PROVIDERS:
         raise ValueError(f"unknown attention provider {name!r}; known: auto, {', '.join(PROVIDERS)}")
     if name != "sdpa" and device.type != "cuda":
@@ -175,4 +183,14 @@ def resolve_provider(
     problem = None if name == "sdpa" else trial(name, device, dtype)
     if problem is not None:
         raise ValueError(f"attention provider {name!r} does not work on {device} with {dtype} ({problem}); use model.attention=auto or sdpa")
-    return Provider(name, f"attention: {name}, as model.attention says")
+    return Provider(name, "as model.attention says", {})
+
+
+def _automatic(device: torch.device, dtype: torch.dtype, trial: Callable[[str, torch.device, torch.dtype], str | None]) -> Provider:
+    if device.type != "cuda":
+        return Provider("sdpa", "which runs everywhere", {name: f"no kernels for {device.type}" for name in PROVIDERS if name != "sdpa"})
+    named = "taken only when model.attention names it"
+    problem = trial("xformers", device, dtype)
+    if problem is None:
+        return Provider("xformers", "which works on this GPU", {"sdpa": "for where xformers does not work", "torch_varlen": named})
+    return Provider("sdpa", "which runs everywhere", {"xformers": f"does not work here ({problem}); ddrl doctor says more", "torch_varlen": named})

@@ -4,21 +4,20 @@
     text_encoder/{config.json, model.safetensors}  vae/{config.json, diffusion_pytorch_model.safetensors} (none: pixel space)
 
 Read: from a folder or a hub id (`diffusion.source`), one safetensors file or a sharded set with its index (`diffusion.weights`).
-Written: one file. Everything is checked: a missing, unexpected or misshapen tensor is an error, never a silent re-initialisation.
+Written: one file, or shards of 2 GB. Everything is checked: a missing, unexpected or misshapen tensor is an error, never a silent re-initialisation.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -27,15 +26,16 @@ from diffusion.codecs import Codec, IdentityCodec, VAECodec
 from diffusion.config import ModelConfig
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
-from diffusion.families.registry import FAMILIES, TEXT_ENCODERS, Family
-from diffusion.lora import add_lora, fresh_adapters
+from diffusion.families.registry import FAMILIES, SIGNATURES, TEXT_ENCODERS, Family, Signature
+from diffusion.lora import add_lora, fresh_adapters, merged_weight
 from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
 from diffusion.source import INDEX, CheckpointError, Source, belongs, has_codec, locate
-from diffusion.weights import WEIGHTS, load_weights, place, read_json
+from diffusion.weights import check_weights, load_weights, place, read_json, tensors_of, write_weights
 
 PARTS = ("scheduler", "text_encoder", "vae")
 """Components that a policy has even where no model_index.json names them."""
+REMEDY = "set model.init=true to start from random weights"
 
 
 @dataclass
@@ -106,7 +106,8 @@ def fill_network(model: PackedModel, config: ModelConfig, device: torch.device |
         for name in list(drawn):
             place(model, name, drawn.pop(name), dtype, device)
     else:
-        load_weights(model, folder / "transformer", dtype, device, str(folder), "set model.init=true to start from random weights", adapter)
+        mapped = config.map_weights and config.lora.rank > 0
+        load_weights(model, folder / "transformer", dtype, device, str(folder), REMEDY, adapter, mapped)
     for name, values in fresh_adapters(model, generator(seed, "lora")):
         place(model, name, values, torch.float32, device)
 
@@ -168,6 +169,21 @@ def load_text_encoder(folder: Path, config: ModelConfig, device: torch.device | 
         raise CheckpointError(f"text encoder of {folder} (text_encoder/config.json, model.safetensors) cannot be used: {error}") from None
 
 
+def load_signature(folder: Path, config: ModelConfig) -> Signature:
+    """`TextEncoder.signature` of a policy folder's text encoders, without their weights. Raises CheckpointError."""
+    try:
+        return SIGNATURES[_encoder_class(folder)](folder, config)
+    except Exception as error:  # tokenizers raise classes of their own
+        raise CheckpointError(f"tokenizers of {folder} cannot be used: {error}") from None
+
+
+def check_network(model: PackedModel, config: ModelConfig) -> None:
+    """Whether `fill_network` will find what it needs in the folder, from the headers of its files. Raises CheckpointError."""
+    if not config.init:
+        folder = locate(config.path, config.revision).folder
+        check_weights(model, folder / "transformer", str(folder), REMEDY, [name for name in model.state_dict() if ".lora_" in name])
+
+
 @dataclass
 class Skeleton:
     """A policy whose files were checked but for its weights, of which none were read: `transformer` and `codec` are on the meta device.
@@ -211,8 +227,11 @@ def open_policy(config: ModelConfig, device: torch.device | str = "cpu") -> Skel
     return Skeleton(model, codec, process, provider, source)
 
 
-def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
+def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0, encoder: TextEncoder | None = None) -> Policy:
     """The policy of `config.path`: `open_policy` with all its weights on `device`.
+
+    Args:
+        encoder: encodes its prompts; None = its own text encoders, loaded.
 
     Raises:
         CheckpointError: what `open_policy`, `fill_network`, `load_codec` and `load_text_encoder` raise.
@@ -220,8 +239,8 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     found = open_policy(config, device)
     folder = found.source.folder
     fill_network(found.transformer, config.model_copy(update={"path": str(folder), "revision": None}), device, seed)
-    codec, encoder = load_codec(folder, device), load_text_encoder(folder, config, device)
-    return Policy(found.transformer, encoder, codec, found.process, found.attention, found.source)
+    codec = load_codec(folder, device)
+    return Policy(found.transformer, encoder or load_text_encoder(folder, config, device), codec, found.process, found.attention, found.source)
 
 
 def _components(folder: Path) -> set[str]:
@@ -248,8 +267,22 @@ def _place(path: Path, target: Path, earlier: Path | None) -> None:
     shutil.copyfile(path, target)  # its own mode: the hub's cache has others
 
 
-def save_policy(folder: Path, source: Path, state: dict[str, Tensor], extra: Mapping[str, bytes] | None = None, earlier: Path | None = None) -> None:
-    """Write `state` as a policy folder, which opens as whatever `source` opens as; visible only when complete (rename).
+def merged_policy(folder: Path, adapter: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The network of a policy folder with an adapter merged, in `config.base_dtype`, one tensor at a time: what `merged_state` makes of the
+    whole state of a model that `fill_network` filled from that folder. Raises CheckpointError."""
+    dtype = getattr(torch, config.base_dtype)
+    for name, tensor in tensors_of(folder / "transformer"):
+        yield name, merged_weight(name, tensor.to(dtype if tensor.is_floating_point() else tensor.dtype), adapter, config.lora)
+
+
+def save_policy(
+    folder: Path,
+    source: Path,
+    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    extra: Mapping[str, bytes] | None = None,
+    earlier: Path | None = None,
+) -> None:
+    """Write the network's tensors as a policy folder, which opens as whatever `source` opens as; visible only when complete (rename).
 
     Args:
         source: the policy that training started from. What training never changes (`diffusion.source.belongs`) is copied from it.
@@ -265,8 +298,7 @@ def save_policy(folder: Path, source: Path, state: dict[str, Tensor], extra: Map
         name = path.relative_to(source)
         if path.exists() and belongs(name.as_posix()):
             _place(path, partial / name, earlier / name if earlier is not None else None)
-    data = save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata={"format": "pt"})
-    (partial / "transformer" / WEIGHTS).write_bytes(data)  # save_file makes files that only their owner may read
+    write_weights(partial / "transformer", state.items() if isinstance(state, Mapping) else state)
     for extra_name, content in (extra or {}).items():
         (partial / extra_name).write_bytes(content)
     shutil.rmtree(folder, ignore_errors=True)

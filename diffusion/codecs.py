@@ -58,12 +58,12 @@ class VAECodec:
     Args:
         vae: the autoencoder, with its weights.
         tile_above: images with a longer edge go through in overlapping tiles of this size, in pixels.
-        max_pixels: pixels of one call: larger batches are split.
+        max_pixels: pixels of one call, larger batches are split: a picture of SD3.5 takes 3.1 KB a pixel at the peak of decoding in fp32.
     """
 
     vae: Any
 
-    def __init__(self, vae: nn.Module, tile_above: int = 1024, max_pixels: int = 4 * 1024 * 1024) -> None:
+    def __init__(self, vae: nn.Module, tile_above: int = 1024, max_pixels: int = 1024 * 1024) -> None:
         self.vae = vae.eval().requires_grad_(False)
         config = self.vae.config
         self.channels: int = config.latent_channels

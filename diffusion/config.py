@@ -51,6 +51,11 @@ class ModelConfig(Strict):
         "(Flow-GRPO), whose last but one time is near 0",
     )
     text_dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen CLIP and T5 text encoders (T5-XXL: 19 or 9.5 GB)")
+    map_weights: bool = Field(
+        False,
+        description="frozen weights that lie on a CPU in their files' type stay those files, mapped into memory: a host's processes share them. The files "
+        "must not be overwritten while a run uses them",
+    )
     t5_tokens: int = Field(256, ge=1, le=512, description="tokens of T5 in a prompt of SD3; padding counts and is attended (diffusers: 256, Flow-GRPO: 128)")
 
     @model_validator(mode="after")

@@ -22,14 +22,16 @@ def diffusion_losses(
     pooled: Tensor,
     chunk: int = 256,
     dtype: str = "float32",
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Diffusion loss of each fixed point (x0, eps, t): fp32 `[n]`. All inputs have `n` rows; `chunk` rows a forward pass, which runs as
-    training does, in `dtype`."""
+    """Diffusion loss of each fixed point (x0, eps, t): fp32 `[n]`, on the CPU as all inputs are, which have `n` rows; `chunk` rows a forward
+    pass, which runs as training does, in `dtype`, on `device`, where the model lies."""
     parts = []
     for i in range(0, len(x0), chunk):
         s = slice(i, i + chunk)
         x = process.noise(x0[s], eps[s], t[s])
-        with autocast(dtype, x.device):
-            prediction = model(process.model_input(x, t[s]), process.model_time(t[s]), prompt_embeds[s], pooled[s])
-        parts.append(process.loss(prediction.float(), x0[s], eps[s], t[s]))
+        inputs = [part.to(device) for part in (process.model_input(x, t[s]), process.model_time(t[s]), prompt_embeds[s], pooled[s])]
+        with autocast(dtype, inputs[0].device):
+            prediction = model(*inputs)
+        parts.append(process.loss(prediction.float().cpu(), x0[s], eps[s], t[s]))
     return torch.cat(parts)

@@ -11,7 +11,7 @@ differently from the two products that the learner trains, so merged rollouts ne
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -154,10 +154,14 @@ def adapter_bytes(state: dict[str, Tensor], config: LoRAConfig) -> bytes:
 
 def merged_state(state: dict[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
     """Whole state dict with adapters to the state dict of the plain network that computes the same."""
-    merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
-    for name, a in state.items():
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            product, weight = state[f"{layer}.lora_B.weight"].float() @ a.float(), merged[f"{layer}.weight"]
-            merged[f"{layer}.weight"] = (weight + config.alpha / config.rank * product).to(weight.dtype)
-    return merged
+    return {name: merged_weight(name, tensor, state, config) for name, tensor in state.items() if ".lora_" not in name}
+
+
+def merged_weight(name: str, weight: Tensor, adapter: Mapping[str, Tensor], config: LoRAConfig) -> Tensor:
+    """A tensor of the plain network by its name, with its adapter merged if it has one; in its own type."""
+    layer = name.removesuffix(".weight")
+    a = adapter.get(f"{layer}.lora_A.weight")
+    if a is None or layer == name:
+        return weight
+    product = adapter[f"{layer}.lora_B.weight"].float() @ a.float()
+    return (weight + config.alpha / config.rank * product).to(weight.dtype)

@@ -8,13 +8,14 @@ sharded over ranks (a DTensor) a rank reads its own part only.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -22,6 +23,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from diffusion.source import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+SHARD_BYTES = 2 * 10**9
+"""Most bytes of one file that is written; a larger tensor has a file of its own."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,6 +77,43 @@ def shapes_of(folder: Path, remedy: str = "download the folder again") -> dict[P
     return found
 
 
+def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in `folder`, by name, one at a time: the files themselves, mapped into memory. Raises as `shapes_of`."""
+    for path, names in shapes_of(folder).items():
+        with _opened(path) as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as `load_weights` and diffusers read them: one file, or where they exceed `shard_bytes` several with an index.
+
+    Tensors are taken one by one: what is held at a time is a shard of them and its bytes.
+    """
+    shards: list[dict[str, int]] = []
+    held: dict[str, Tensor] = {}
+
+    def write() -> None:
+        shards.append({name: tensor.nbytes for name, tensor in held.items()})
+        # save_file makes files that only their owner may read
+        (folder / f"{len(shards)}.partial").write_bytes(save(held, metadata={"format": "pt"}))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
+            write()
+        held[name] = tensor.detach().cpu().contiguous()
+    write()
+    stem, count = WEIGHTS.removesuffix(".safetensors"), len(shards)
+    names = [WEIGHTS] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for i, name in enumerate(names):
+        (folder / f"{i + 1}.partial").rename(folder / name)
+    if count > 1:
+        index = {"metadata": {"total_size": sum(sum(shard.values()) for shard in shards)}}
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index | {"weight_map": weight_map}, indent=2) + "\n")
+
+
 def load_weights(
     model: nn.Module,
     folder: Path,
@@ -82,6 +122,7 @@ def load_weights(
     origin: str | None = None,
     remedy: str = "download the folder again",
     made: Collection[str] = (),
+    mapped: bool = False,
 ) -> None:
     """Put the tensors of `folder` in the place of `model`'s, which may be on the meta device.
 
@@ -90,9 +131,29 @@ def load_weights(
         origin: what messages call the folder.
         remedy: see `shapes_of`.
         made: names of the model's tensors that no file holds; they stay as they are.
+        mapped: see `place`.
 
     Raises:
         CheckpointError: what `shapes_of` raises, or tensors that are missing, unexpected or misshapen; the model is as it was then.
+    """
+    files = check_weights(model, folder, origin, remedy, made)
+    for path, tensors in files.items():
+        with _opened(path) as file:
+            for name, shape in tensors.items():
+                value = file.get_slice(name) if shape else file.get_tensor(name)  # a scalar has no slices
+                place(model, name, value, dtype, device, mapped)
+
+
+def check_weights(
+    model: nn.Module, folder: Path, origin: str | None = None, remedy: str = "download the folder again", made: Collection[str] = ()
+) -> dict[Path, dict[str, tuple[int, ...]]]:
+    """Compare the names and shapes in `folder` with those of `model`, from the files' headers; arguments as of `load_weights`.
+
+    Returns:
+        `shapes_of` the folder.
+
+    Raises:
+        CheckpointError: as `load_weights`.
     """
     files = shapes_of(folder, remedy)
     stored = {name: shape for tensors in files.values() for name, shape in tensors.items()}
@@ -104,20 +165,18 @@ def load_weights(
             f"weights of {origin or folder} do not fit the model: {len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}, "
             f"{len(shapes)} of another shape {sorted(shapes)[:3]}"
         )
-    for path, names in files.items():
-        with _opened(path) as file:
-            for name in names:
-                value = file.get_slice(name) if stored[name] else file.get_tensor(name)  # a scalar has no slices
-                place(model, name, value, dtype, device)
+    return files
 
 
 @torch.no_grad()
-def place(model: nn.Module, name: str, values: Any, dtype: torch.dtype, device: torch.device | str) -> None:
+def place(model: nn.Module, name: str, values: Any, dtype: torch.dtype, device: torch.device | str, mapped: bool = False) -> None:
     """Put `values` in the place of `model`'s tensor `name`: a new one of `dtype` on `device`, or, where it is sharded, this rank's part
     of them into its shard, which has memory already.
 
     Args:
         values: a tensor, or what safetensors gives of one before it is read.
+        mapped: what is a file's, of the type and on the device that are wanted, stays the file, mapped into memory: processes of a host share
+            its pages, and what writes to the tensor gets pages of its own. The file must not be overwritten meanwhile.
     """
     parent, _, last = name.rpartition(".")
     owner = model.get_submodule(parent)
@@ -128,8 +187,8 @@ def place(model: nn.Module, name: str, values: Any, dtype: torch.dtype, device: 
             sharded.to_local().copy_(values[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))])
         return
     tensor: Tensor = values if isinstance(values, Tensor) else values[...]
-    # a copy even where nothing changes: what safetensors gives is the file itself, mapped into memory
-    own = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    # unless it may be mapped, a copy even where nothing changes: what safetensors gives is the file itself
+    own = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=not mapped)
     if last in owner._parameters:
         old = owner._parameters[last]
         assert old is not None

@@ -24,11 +24,13 @@ import redis
 from redis.client import Pipeline
 
 from replay.audit import audit
-from replay.errors import ClaimTimeout, PayloadCorrupt
+from replay.errors import ClaimTimeout
 from replay.handin import hand_in
-from replay.ledger import Answer, Ledger
-from replay.payloads import IN_REDIS, FolderPayloads, PayloadStore, RedisPayloads, checksum, orphan_age_s
+from replay.layout import Buffer, Layout, pack
+from replay.ledger import Answer, Ledger, StoredPart
+from replay.payloads import IN_REDIS, FolderPayloads, PayloadStore, RedisPayloads, orphan_age_s
 from replay.policy import BufferSettings, staleness, zero_variance
+from replay.reading import read_segments
 from replay.records import Claim, ClaimedData, ClaimedGroup, DeadLetter, GroupHeader, Lease
 from replay.rewards import Scores, check_scores, identity
 from replay.waiting import poll
@@ -94,7 +96,7 @@ class ReplayBuffer:
     def commit(
         self,
         lease: Lease,
-        payload: bytes,
+        payload: Buffer | Sequence[Buffer],
         rewards: Sequence[float],
         version: int,
         meta: Mapping[str, float | int | str] | None = None,
@@ -105,6 +107,7 @@ class ReplayBuffer:
     ) -> bool:
         """Hand in a finished group: payload first, then the ledger entry, in one round trip. Idempotent.
 
+        `payload`: its segments, each of which can be read by itself (`read`); bytes alone are one segment.
         `rewards`: one per member that was scored, at least one. `version` is the oldest policy version that
         sampled any transition; `lineage` the learner epoch that published those weights (default: the epoch of
         the lease). `scores`: what each reward gave each member, `revisions` which revision of it; `rewards` is their
@@ -119,12 +122,13 @@ class ReplayBuffer:
         if not rewards or version < 0:
             raise ValueError(f"group {lease.group}: {len(rewards)} rewards, version {version}")
         check_scores(len(rewards), scores or {}, revisions or {})
+        packed = pack(payload, self.settings.part_bytes)
         header = GroupHeader(
             rewards=[float(reward) for reward in rewards],
             size=len(rewards),
             version=version,
-            bytes=len(payload),
-            checksum=checksum(payload),
+            bytes=packed.bytes,
+            checksum=packed.layout.text(),
             meta=dict(meta or {}),
             scores={name: list(entries) for name, entries in (scores or {}).items()},
             revisions=dict(revisions or {}),
@@ -132,10 +136,10 @@ class ReplayBuffer:
         header.to_json()  # refuses a bad reward before anything is written
         flat = zero_variance(rewards)
 
-        def tell(ref: str, key: str, batch: Pipeline) -> Answer:
-            return self._ledger.commit(lease, header, flat, ref, key, lineage, batch)
+        def tell(ref: str, parts: list[StoredPart], batch: Pipeline) -> Answer:
+            return self._ledger.commit(lease, header, flat, ref, parts, lineage, batch)
 
-        answer = hand_in(self._payloads, f"group {lease.group}", f"g{lease.group}-{lease.token}", payload, self._ledger.batch, tell, timeout_s)
+        answer = hand_in(self._payloads, f"group {lease.group}", f"g{lease.group}-{lease.token}", packed, self._ledger.batch, tell, timeout_s)
         return answer != "lost"
 
     def fail(self, lease: Lease, reason: str, prompt: str = "") -> None:
@@ -161,17 +165,17 @@ class ReplayBuffer:
         token = secrets.token_hex(8)
         return poll(lambda: self._ledger.lease_data(token, owner), timeout_s)
 
-    def commit_data(self, batch: int, payload: bytes, timeout_s: float = ROOM_TIMEOUT_S) -> None:
+    def commit_data(self, batch: int, payload: Buffer | Sequence[Buffer], timeout_s: float = ROOM_TIMEOUT_S) -> None:
         """Hand in data batch `batch`. Idempotent: content depends on the index alone, the first one stays.
 
         Waits for room and raises like `commit`.
         """
-        digest = checksum(payload)
+        packed = pack(payload, self.settings.part_bytes)
 
-        def tell(ref: str, key: str, pipeline: Pipeline) -> Answer:
-            return self._ledger.commit_data(batch, len(payload), digest, ref, key, pipeline)
+        def tell(ref: str, parts: list[StoredPart], pipeline: Pipeline) -> Answer:
+            return self._ledger.commit_data(batch, packed.bytes, packed.layout.text(), ref, parts, pipeline)
 
-        hand_in(self._payloads, f"data batch {batch}", f"d{batch}-{secrets.token_hex(8)}", payload, self._ledger.batch, tell, timeout_s)
+        hand_in(self._payloads, f"data batch {batch}", f"d{batch}-{secrets.token_hex(8)}", packed, self._ledger.batch, tell, timeout_s)
 
     # -- learner ----------------------------------------------------------------------------------
 
@@ -219,14 +223,18 @@ class ReplayBuffer:
             raise ClaimTimeout(step, timeout_s, self.counts(), self._ledger.last_failure())
         return claim
 
+    def read(self, item: ClaimedGroup | ClaimedData, segments: Sequence[int] | None = None) -> list[memoryview]:
+        """Segments of the payload (all by default), verified: only their bytes are read, large ones in parallel.
+
+        The views lie in one buffer, one behind the other, which the caller may keep and write to. Raises `PayloadMissing`,
+        `PayloadCorrupt`, and ReplayError for a payload of another version.
+        """
+        layout = Layout.parse(item.header.checksum if isinstance(item, ClaimedGroup) else item.checksum)
+        return read_segments(self._payloads, item.ref, layout, range(layout.segments) if segments is None else segments)
+
     def fetch(self, item: ClaimedGroup | ClaimedData) -> bytes:
-        """The payload, verified. Raises `PayloadMissing` or `PayloadCorrupt`."""
-        payload = self._payloads.read(item.ref)
-        expected = item.header.checksum if isinstance(item, ClaimedGroup) else item.checksum
-        found = checksum(payload)
-        if found != expected:
-            raise PayloadCorrupt(f"payload {item.ref} ({len(payload)} bytes) has checksum {found}, the ledger says {expected}")
-        return payload
+        """All segments of the payload as one; see `read`."""
+        return b"".join(self.read(item))
 
     def publish(self, step: int, epoch: int) -> None:
         """The weights of version `step` are live; the pipeline slots of its claim are free. Idempotent."""

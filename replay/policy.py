@@ -35,6 +35,10 @@ FLAT_REWARDS = 1e-9
 GIVE_BACK_PAUSE_S = 1.0
 # By default at most this many steps' worth of zero-variance groups are dropped between two claims.
 DROPS_PER_GROUP = 4
+# Most bytes of one part of a payload, by default.
+PART_BYTES = 256 << 20
+# Redis stores values below this (`proto-max-bulk-len`, its default).
+LARGEST_VALUE = 512 << 20
 # A script handles all groups of a step in one call; Lua passes at most some 8000 values at once.
 LARGEST_STEP = 4096
 
@@ -48,7 +52,8 @@ class BufferSettings:
     group whose lineage a rollback cut off under its old index instead of evicting it: needed for bitwise
     resume when `checkpoint_interval` > 1, since it leaves no holes in the sequence of prompts.
     `drop_zero_variance` replaces groups whose rewards all agree by the next index, at most `drop_limit` of them
-    between two claims: a policy whose groups all agree goes on training, and the metric shows it.
+    between two claims: a policy whose groups all agree goes on training, and the metric shows it. `part_bytes`: most
+    bytes of one stored part of a payload.
     """
 
     groups_per_step: int
@@ -63,6 +68,7 @@ class BufferSettings:
     remake_cut_off: bool = False
     drop_zero_variance: bool = False
     max_drops_per_step: int | None = None
+    part_bytes: int = PART_BYTES
 
     @property
     def slots(self) -> int:
@@ -98,6 +104,7 @@ class BufferSettings:
             "max_attempts": 1,
             "max_bytes": 1,
             "checkpoint_interval": 1,
+            "part_bytes": 1,
         }
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -107,6 +114,8 @@ class BufferSettings:
                 raise ImpossibleSettings(f"{name} is {getattr(self, name)}, must be at most {LARGEST_STEP}")
         if self.max_drops_per_step is not None and self.max_drops_per_step < 1:
             raise ImpossibleSettings(f"max_drops_per_step is {self.max_drops_per_step}, must be at least 1; to keep all groups set drop_zero_variance to false")
+        if self.part_bytes >= LARGEST_VALUE:
+            raise ImpossibleSettings(f"part_bytes is {self.part_bytes}; one Redis value holds less than {LARGEST_VALUE}")
         if self.lease_s <= 0:
             raise ImpossibleSettings(f"lease_s is {self.lease_s}, must be positive")
         if self.groups_per_step == 0 and self.data_per_step == 0:

@@ -25,9 +25,9 @@ class GroupHeader:
 
     `size` = members = len(rewards), which may be fewer than the run's group size when members failed (their
     number is then in `meta["failed_members"]`); `version` = oldest policy version that sampled any transition; `bytes`
-    and `checksum` (xxh3-64, hex) describe the payload. `rewards` are the totals; `scores` holds what each reward gave
-    each member (None: this one failed for it), `revisions` which revision of it; both empty in a header of a ledger that
-    did not keep them.
+    and `checksum` (the text of its `layout.Layout`: a digest for every block) describe the payload. `rewards` are the
+    totals; `scores` holds what each reward gave each member (None: this one failed for it), `revisions` which revision of
+    it; both empty in a header of a ledger that did not keep them.
     """
 
     rewards: list[float]
@@ -64,7 +64,7 @@ class ClaimedGroup:
 
 @dataclass(frozen=True)
 class ClaimedData:
-    """A data batch that belongs to a step."""
+    """A data batch that belongs to a step; `checksum` as a group's."""
 
     batch: int
     ref: str

@@ -18,7 +18,7 @@ NAMES = (
     "lease", "extend", "commit", "fail", "give_back", "release", "requeue", "lease_data", "commit_data",
     "expect", "claim", "publish", "settle", "rollback", "counts", "snapshot", "close",
 )  # fmt: skip
-PARTS = ("common", "groups", "data", "steps", "settling")
+PARTS = ("common", "groups", "data", "steps", "settling", "payload")
 
 
 @cache

@@ -19,6 +19,7 @@ from actors.weights.store import View
 from actors.weights.table import Entry, Name, Sizes, Table, overlap
 from actors.weights.transport import Tensors, WeightsDamaged, WeightsGone
 from diffusion.engine.incoming import Piece
+from diffusion.weights import shapes_of
 
 Needs = Mapping[str, tuple[Sizes, Sizes]]
 """By tensor, (start, size) of the slice that a reader wants."""
@@ -77,11 +78,11 @@ def open_version(view: View, deadline_s: float, needs: Needs | None = None) -> O
 
 @dataclass(frozen=True)
 class Exported:
-    """What was trained, of an exported policy: a safetensors file.
+    """What was trained, of an exported policy: a safetensors file, or the folder of its network.
 
     Attributes:
         version: the step that it is of.
-        path: the file.
+        path: the file or folder.
         prefix: what stands before the network's own names in it.
     """
 
@@ -95,19 +96,25 @@ class Exported:
 
 
 class OpenFile:
-    """A safetensors file as incoming weights, one tensor at a time. Raises what `safe_open` raises."""
+    """A safetensors file, or a network's folder of them, as incoming weights, one tensor at a time. Raises what `safe_open` and `shapes_of` raise."""
 
     digest: str | None = None
 
     def __init__(self, path: Path, prefix: str) -> None:
-        self._path, self._prefix = path, prefix
-        with safe_open(path, framework="pt") as file:
-            self.shapes: Mapping[str, Sizes] = {n.removeprefix(prefix): tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+        self._prefix = prefix
+        self._files = shapes_of(path) if path.is_dir() else _shapes(path)
+        self.shapes: Mapping[str, Sizes] = {name.removeprefix(prefix): shape for tensors in self._files.values() for name, shape in tensors.items()}
 
     def pieces(self) -> Iterator[Piece]:
-        with safe_open(self._path, framework="pt") as file:
-            for name in self.shapes:
-                yield name, (), file.get_tensor(self._prefix + name)
+        for path, tensors in self._files.items():
+            with safe_open(path, framework="pt") as file:
+                for name in tensors:
+                    yield name.removeprefix(self._prefix), (), file.get_tensor(name)
+
+
+def _shapes(path: Path) -> dict[Path, dict[str, Sizes]]:
+    with safe_open(path, framework="pt") as file:
+        return {path: {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}}  # noqa: SIM118  # no mapping
 
 
 def pull(store: Any, have: Name | None, deadline_s: float) -> View | None:

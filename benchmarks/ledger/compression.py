@@ -44,7 +44,7 @@ def glyph_group() -> bytes:
     shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
     text = policy.text_encoder.encode([training_example(prompt_source(config.prompts, config.data), config.seed, 0).text])[0]
     request = group_request(config.sampler, config.rollout, config.seed, 0, text, None, shape)
-    return encode(group_payload(engine.run([request]), text))
+    return b"".join(encode(group_payload(engine.run([request]), text)))
 
 
 def noise(half: str) -> bytes:

@@ -29,6 +29,8 @@ class SampleRequest:
             all members and are computed once.
         guidance: classifier-free guidance scale g, prediction u + g (c - u); 1 = none.
         negative_prompt, negative: what u is conditioned on, as text or already encoded.
+        state_dtype: type that states are stored in, float32 or bfloat16. States are rounded to it as they are made, but for the
+            sample itself, so the densities are those of what is stored.
         priority: a level is a head start in the queue (`diffusion.engine.scheduler`).
         id: the caller's name of the request, for messages.
     """
@@ -50,6 +52,7 @@ class SampleRequest:
     guidance: float = 1.0
     negative_prompt: str = ""
     negative: Conditioning | None = None
+    state_dtype: str = "float32"
     priority: int = 0
     id: Hashable = field(default=None)
 
@@ -58,6 +61,8 @@ class SampleRequest:
             raise ValueError("a request needs a prompt or its conditioning, and not both")
         if self.n < 1:
             raise ValueError(f"a request is for at least one sample, got n={self.n}")
+        if self.state_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"states are stored as float32 or bfloat16, not {self.state_dtype}")
         if self.times is not None and len(self.times) != self.steps + 1:
             raise ValueError(f"{self.steps} steps need a grid of {self.steps + 1} times, got {len(self.times)}")
         if not set(self.trained) <= self.stochastic:

@@ -58,7 +58,7 @@ class Sequence:
         """At step 0, from its starting noise."""
         request, kernel = context.request, context.path.kernel
         noise = step_noise(request.seed, request.group, 0 if request.same_start else members[0], INITIAL, request.shape)
-        x = kernel.start(noise).to(device)
+        x = kernel.start(noise).to(getattr(torch, request.state_dtype)).float().to(device)
         return cls(context, members, x, torch.zeros_like(x) if kernel.uses_previous else None)
 
     @property
@@ -112,6 +112,18 @@ class Sequence:
 def _stack(tensors: list[Tensor | None]) -> Tensor:
     there = [t for t in tensors if t is not None]
     return torch.stack(there).cpu() if there else torch.zeros(0)
+
+
+def as_stored(values: Tensor, sequences: list[Sequence]) -> Tensor:
+    """`values` `[B, …]` at the end of a step, rounded to the type that each request stores; a last state, the sample, stays as it is."""
+    requests = [s.context.request for s in sequences]
+    rounded = [i for i, (s, r) in enumerate(zip(sequences, requests, strict=True)) if r.state_dtype != "float32" and s.index + 1 < r.steps]
+    if not rounded:
+        return values
+    values = values.clone()
+    for i in rounded:
+        values[i] = values[i].to(getattr(torch, requests[i].state_dtype)).float()
+    return values
 
 
 def previous_of(sequences: list[Sequence]) -> Previous | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.engine.forward import Rows
-from diffusion.engine.sequence import previous_of
+from diffusion.engine.sequence import as_stored, previous_of
 from diffusion.kernels import log_prob
 
 
@@ -27,10 +27,10 @@ def advance(rows: Rows, prediction: Tensor, version: int) -> None:
         if stochastic:
             mean, std = kernel.moments(v.double(), x.double(), t, t_next, previous)
             noise = torch.stack([s.noise() for s in part]).to(x.device)
-            x_next = (mean + std.reshape(-1, *[1] * (x.dim() - 1)) * noise).float()
+            x_next = as_stored((mean + std.reshape(-1, *[1] * (x.dim() - 1)) * noise).float(), part)
             density = log_prob(x_next, mean, std)
         else:
-            x_next = kernel.ode(v, x, t, t_next, previous)
-        x0 = kernel.process.split(v, x, t)[0] if kernel.uses_previous else None
+            x_next = as_stored(kernel.ode(v, x, t, t_next, previous), part)
+        x0 = as_stored(kernel.process.split(v, x, t)[0], part) if kernel.uses_previous else None
         for i, s in enumerate(part):
             s.advance(x_next[i], None if x0 is None else x0[i], None if density is None else density[i], version)

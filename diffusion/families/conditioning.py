@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,13 +58,13 @@ def digest_of(conditioning: Conditioning) -> bytes:
     return digest.digest()
 
 
-def collisions(encoder: TextEncoder, prompts: Iterable[str]) -> list[list[str]]:
-    """Groups of different prompts that become the same conditioning, to the bit: a policy cannot tell them apart.
+def collisions(signature: Callable[[str], bytes], prompts: Iterable[str]) -> list[list[str]]:
+    """Groups of different prompts that become the same conditioning, to the bit (`TextEncoder.signature`): a policy cannot tell them apart.
 
     Raises:
         ValueError: the encoder refuses a prompt.
     """
     groups: dict[bytes, list[str]] = {}
     for prompt in dict.fromkeys(prompts):
-        groups.setdefault(encoder.signature(prompt), []).append(prompt)
+        groups.setdefault(signature(prompt), []).append(prompt)
     return [group for group in groups.values() if len(group) > 1]

@@ -14,7 +14,7 @@ from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
 from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
-from diffusion.families.sd3.text import CLIP_CLASS, SD3TextEncoder
+from diffusion.families.sd3.text import CLIP_CLASS, SD3TextEncoder, SD3Tokens
 from diffusion.families.sd3.tiny import write_like
 from diffusion.families.wan.network import WanConfig, WanTransformer
 
@@ -49,6 +49,13 @@ TEXT_ENCODERS: dict[str, Callable[[Path, ModelConfig, torch.device], TextEncoder
 }
 """Reads the encoder of a policy's folder, by the class of its `text_encoder`. Raises ValueError for a config it does not know, and what
 reading files raises."""
+
+Signature = Callable[[str], bytes]
+SIGNATURES: dict[str, Callable[[Path, ModelConfig], Signature]] = {
+    CLASS_NAME: lambda folder, config: GlyphTextEncoder.load(folder / "text_encoder").signature,
+    CLIP_CLASS: lambda folder, config: SD3Tokens.load(folder, config.t5_tokens).signature,
+}
+"""`TextEncoder.signature` of the encoders of a policy's folder, without their weights. Raises as `TEXT_ENCODERS`."""
 
 TINY: dict[str, Callable[[Path, Mapping[str, Mapping[str, Any]]], None]] = {CLIP_CLASS: write_like}
 """Writes the tiny policy of a policy's kind (its classes, its layout, random weights) into a folder, by the class of its `text_encoder`, from

@@ -1,8 +1,8 @@
 -- commit: a finished group becomes ready. The payload has been written before this script runs.
--- Uses: groups.
+-- Uses: groups, payload.
 -- ARGV: group, token, version, lineage ('' = the epoch of the lease), bytes, header (opaque JSON), ref,
---       payload key ('' when the payload is outside Redis), flat ('1' = the rewards all agree), revisions of the rewards.
--- Effect: leased -> ready; the payload loses its expiry. Weights of a cut-off lineage evict the group instead, and rewards
+--       flat ('1' = the rewards all agree), revisions of the rewards, then the parts of the payload (see payload.lua).
+-- Effect: leased -> ready; every part of the payload loses its expiry. Weights of a cut-off lineage evict the group instead, and rewards
 --         or revisions that the run does not expect; so does a flat group while the run drops those and fewer than
 --         drop_limit were dropped since the last new claim.
 -- Idempotent: the same token again answers as before and changes nothing, until the group ends ('dropped': until the
@@ -10,16 +10,16 @@
 -- Reply: {'ok'} | {'dropped'} | {'lost'} | {'no_payload'} | {'full', bytes held, groups held, limit}
 --        | {'budget', group bytes, data bytes, retained groups, retained data, limit}
 local g, token, version, lineage = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-local bytes, header, ref, payload, flat, revisions = tonumber(ARGV[5]), ARGV[6], ARGV[7], ARGV[8], ARGV[9] == '1', ARGV[10]
+local bytes, header, ref, flat, revisions, parts = tonumber(ARGV[5]), ARGV[6], ARGV[7], ARGV[8] == '1', ARGV[9], 10
 local record, dropped = group_key(g), P .. 'dropped'
 local held = redis.call('HMGET', record, 'token', 'ref', 'epoch')
 if held[1] ~= token then
   if flat and redis.call('SISMEMBER', dropped, token) == 1 then return {'dropped'} end
   return {'lost'}
 end
-if payload ~= '' and redis.call('STRLEN', payload) ~= bytes then return {'no_payload'} end
+if not arrived(parts) then return {'no_payload'} end
 if held[2] then
-  if payload ~= '' then redis.call('PERSIST', payload) end
+  adopt(parts)
   return {'ok'}
 end
 if not version_alive(tonumber(lineage) or tonumber(held[3]), version) then
@@ -50,7 +50,7 @@ end
 if bytes > max_bytes then return {'budget', bytes, 0, 1, 0, max_bytes} end
 if total + bytes > max_bytes then return {'full', total, redis.call('ZCARD', READY) + claimed, max_bytes} end
 
-if payload ~= '' then redis.call('PERSIST', payload) end
+adopt(parts)
 redis.call('HSET', record, 'ref', ref, 'bytes', bytes, 'version', version, 'header', header,
   'revisions', revisions, 'ready_at', now_ms())
 redis.call('HDEL', TOKENS, token)

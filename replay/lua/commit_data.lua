@@ -1,18 +1,18 @@
 -- commit_data: a data batch becomes ready. Its content is a function of (seed, index), so the first commit wins.
--- Uses: data.
--- ARGV: batch, bytes, checksum, ref, payload key ('' when the payload is outside Redis).
--- Effect: the batch is ready; the payload loses its expiry.
+-- Uses: data, payload.
+-- ARGV: batch, bytes, checksum, ref, then the parts of the payload (see payload.lua).
+-- Effect: the batch is ready; every part of the payload loses its expiry.
 -- Idempotent: the same ref again answers 'ok'; another copy answers 'duplicate' and is deleted by its writer.
 --             'full' and 'no_payload' change nothing: ask again.
 -- Reply: {'ok'} | {'duplicate'} | {'unknown'} | {'no_payload'} | {'full', …} | {'budget', …} as commit
-local k, bytes, checksum, ref, payload = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
+local k, bytes, checksum, ref, parts = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], 5
 local record = data_key(k)
 if tonumber(k) >= numbers('next_data') then return {'unknown'} end
 local held = redis.call('HMGET', record, 'token', 'ref')
 if not held[1] or (held[2] and held[2] ~= ref) then return {'duplicate'} end
-if payload ~= '' and redis.call('STRLEN', payload) ~= bytes then return {'no_payload'} end
+if not arrived(parts) then return {'no_payload'} end
 if held[2] then
-  if payload ~= '' then redis.call('PERSIST', payload) end
+  adopt(parts)
   return {'ok'}
 end
 
@@ -27,7 +27,7 @@ end
 if bytes > max_bytes then return {'budget', 0, bytes, 0, 1, max_bytes} end
 if total + bytes > max_bytes then return {'full', total, redis.call('ZCARD', READY) + claimed, max_bytes} end
 
-if payload ~= '' then redis.call('PERSIST', payload) end
+adopt(parts)
 redis.call('HSET', record, 'ref', ref, 'bytes', bytes, 'checksum', checksum)
 redis.call('HDEL', TOKENS, held[1])
 redis.call('ZREM', DATA_LEASES, k)

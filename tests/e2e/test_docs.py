@@ -2,7 +2,7 @@
 
 Python examples are executed. Shell commands are sorted by what they are: `make` targets are dry-run, `ddrl config` and
 `ddrl train` are checked against the command line and the recipe here, and run whole, at reduced size, in the long tests;
-`ddrl plan` runs as it stands; `ddrl replay` runs on a small ledger; the options of scripts are looked up in their help.
+`ddrl plan` and `ddrl doctor` run as they stand; `ddrl replay` runs on a small ledger; the options of scripts are looked up in their help.
 A command of a kind that is not listed here fails the test: add a way to run it.
 """
 
@@ -58,6 +58,10 @@ def test_command(line: str, tmp_path: Path) -> None:
     elif words[:2] == [".venv/bin/ddrl", "plan"]:
         result = CliRunner().invoke(app, words[1:])  # itself: it starts nothing
         assert result.exit_code == 0, result.output
+    elif words[:2] == [".venv/bin/ddrl", "doctor"]:
+        result = CliRunner().invoke(app, words[1:])  # itself; the exit status is this machine's
+        assert result.exit_code in (0, 1), result.output
+        assert "redis-server" in result.output
     elif words[0] == ".venv/bin/ddrl":
         check_ddrl(words[1:])
     elif words[0] == ".venv/bin/python":

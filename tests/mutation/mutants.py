@@ -14,6 +14,7 @@ SUITES = {
         f"{REPLAY}/test_replay_{name}.py"
         for name in ("ledger", "budgets", "rewards", "give_back", "deaths", "commit_payload", "late_calls", "lost_reply", "model")
     ),
+    "payloads": (f"{REPLAY}/test_replay_payloads.py",),
     "embedded": (f"{REPLAY}/test_replay_embedded.py",),
     "parts": ("tests/unit/replay",),
     "settle": ("tests/integration/trainer/test_settle.py",),

@@ -10,6 +10,7 @@ import typer
 
 from trainer.cli.clean import clean
 from trainer.cli.data import data, prepare_data
+from trainer.cli.doctor import doctor
 from trainer.cli.exits import fail as _fail
 from trainer.cli.plan import plan
 from trainer.cli.presample import presample
@@ -93,6 +94,7 @@ def export(
 
 app.command()(train)
 app.command()(plan)
+app.command()(doctor)
 app.command()(sample)
 app.command()(prepare_data)
 app.command()(presample)

@@ -107,6 +107,10 @@ def _bytes(size: float) -> str:
     return f"{size / GB:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
+def _article(name: str) -> str:
+    return f"{'An' if name[0] in 'aeiou' else 'A'} {name}"
+
+
 def _time(seconds: float) -> str:
     if seconds != seconds:
         return "no GPU"
@@ -138,7 +142,7 @@ def _parts(table: Table, parts: tuple[Part, ...]) -> Table:
 
 def _process(process: Process) -> Table:
     where = f"{process.gpus:g} of a GPU" if process.gpus else "CPU"
-    table = _parts(_table(f"A {process.name} ({process.count}, {where}), at its peak", "what", "bytes>", "why"), process.parts)
+    table = _parts(_table(f"{_article(process.name)} ({process.count}, {where}), at its peak", "what", "bytes>", "why"), process.parts)
     table.add_row("[bold]total[/]", f"[bold]{_bytes(process.total)}[/]", "")
     return table
 
@@ -182,9 +186,11 @@ def _work(plan: Plan) -> Table:
     )
     trained = f"{passes['policy loss'] + passes['data loss']:,.0f} forwards, backward 2 each"
     table.add_row("training", _flops(work.training), _time(seconds["training"]), trained)
-    table.add_row("encoding", _flops(work.encoding), _time(seconds["encoding"]), "one CPU thread")
+    if "offload" in seconds:
+        table.add_row("of that offloading", "", _time(seconds["offload"]), "shards over PCIe, the optimiser's step on the host")
+    table.add_row("encoding", _flops(work.encoding), _time(seconds["encoding"]), "anchor pictures on a CPU thread, texts where prompts are encoded")
     if work.evaluation is not None:
-        table.add_row("an evaluation", _flops(work.evaluation), _time(seconds["evaluation"]), "CPU threads of evaluation.threads")
+        table.add_row("an evaluation", _flops(work.evaluation), _time(seconds["evaluation"]), "on evaluation.gpus, else evaluation.threads")
     how = "sampling and training take turns" if seconds["update"] == seconds["sampling"] + seconds["training"] else "the slower of the two"
     table.add_row("update", "", _time(seconds["update"]), how)
     for name, size in work.links.items():

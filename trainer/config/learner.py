@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Literal
 
 from pydantic import Field
 
 from diffusion.config import Strict
 
+BLOCK = 256
+"""Values of a moment in 8 bits that share one scale (Dettmers et al. 2021, arXiv 2110.02861, takes 2048; smaller blocks lose less)."""
+LEAST_VALUES, LEAST_ROW = 4096, 32
+"""Parameters with fewer values (as in the paper) or with shorter rows keep moments in fp32."""
+
+
+def scales(shape: Sequence[int]) -> tuple[int, int] | None:
+    """Rows and blocks a row of a parameter whose moments are held in 8 bits, one scale a block; None where they stay in fp32.
+
+    A row is everything under one index of the first dimension, along which FSDP cuts; so no block is ever cut, and what a value becomes
+    does not depend on the number of ranks.
+    """
+    row = prod(shape[1:])
+    return (shape[0], -(-row // BLOCK)) if len(shape) > 1 and shape[0] * row >= LEAST_VALUES and row >= LEAST_ROW else None
+
 
 class OptimizerConfig(Strict):
     """AdamW and the moving average of the weights."""
 
+    kind: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw = moments in fp32, 8 bytes a trained value; adamw8bit = in blocks of 256 values with one scale, 2 bytes"
+    )
     lr: float = Field(1e-4, gt=0, description="learning rate")
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's betas")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
@@ -37,9 +57,20 @@ class LearnerConfig(Strict):
         "whole",
         description="gradients while the passes of an update add up: whole = on every rank, reduced once; sharded = reduced in every pass, less memory",
     )
-    micro_batch: int = Field(160, ge=1, description="samples in one forward pass of a rank")
+    offload: bool = Field(
+        False,
+        description="sharded weights, their gradients, moments and average rest in host memory and visit the GPU block by block; no effect on CPUs",
+    )
+    micro_batch: int = Field(160, ge=1, description="most samples in one forward pass of a rank")
+    micro_tokens: int | None = Field(
+        None, ge=1, description="most tokens in one forward pass of a rank, of pictures or clips and of text; a larger sample goes alone; null = no bound"
+    )
     threads: int = Field(1, ge=1, description="torch threads of one rank")
     gpus: float = Field(0.0, ge=0, description="GPUs of one rank; 0 = CPU and gloo")
     max_failures: int = Field(3, ge=0, description="worker-group restarts before the run gives up")
     collective_timeout_s: float = Field(120.0, gt=0, description="deadline of a collective among ranks")
     max_skipped: int = Field(20, ge=0, description="updates skipped in a row for non-finite gradients before the run gives up")
+
+    def rows(self, tokens: int) -> int:
+        """Most samples of `tokens` tokens each in one forward pass of a rank; 1 where a single one exceeds `micro_tokens`."""
+        return self.micro_batch if self.micro_tokens is None else max(1, min(self.micro_batch, self.micro_tokens // tokens))

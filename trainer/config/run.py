@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from actors.config import DataConfig, EvaluationConfig, PromptConfig, RolloutConfig, WeightsConfig
+from actors.config import DataConfig, EncoderConfig, EvaluationConfig, PromptConfig, RolloutConfig, WeightsConfig
 from diffusion.config import ModelConfig, SamplerConfig, Strict
 from replay.config import RedisConfig, ReplayConfig
 from services.config import FleetConfig, fleet_of
@@ -39,6 +39,7 @@ class RunConfig(Strict):
     sampler: SamplerConfig = Field(default_factory=lambda: SamplerConfig(), description="rollout sampling")
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(), description="rollout generators")
     prompts: PromptConfig = Field(default_factory=lambda: PromptConfig(), description="prompt source")
+    encoder: EncoderConfig = Field(default_factory=lambda: EncoderConfig(), description="where prompts are encoded")
     data: DataConfig = Field(default_factory=lambda: DataConfig(), description="anchor data")
     objective: ObjectiveConfig = Field(default_factory=lambda: ObjectiveConfig(), description="the loss")
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="optimiser and EMA")
@@ -107,9 +108,12 @@ class RunConfig(Strict):
                 f"data.batch_size={self.data_rows} must equal the rollouts per update ({rollouts} = groups_per_step x group_size) "
                 "when rollouts are trained; leave it null"
             )
-        rows = min([self.rollout.groups_per_step] * self.uses_policy + [self.data_rows] * self.uses_data)
+        members = self.rollout.groups_per_step * self.rollout.enough_members  # those that are there when rewards fail
+        rows = min([members] * self.uses_policy + [self.data_rows] * self.uses_data)
         if self.learner.ranks > rows:
-            raise ValueError(f"learner.ranks={self.learner.ranks} exceeds the {rows} groups or anchor samples of an update: some rank would have nothing to do")
+            raise ValueError(
+                f"learner.ranks={self.learner.ranks} exceeds the {rows} rollouts or anchor samples of an update: some rank would have nothing to do"
+            )
         if self.model.lora.merge and self.model.lora.rank and self.objective.old_log_prob == "rollout":
             raise ValueError(
                 "model.lora.merge=true rounds otherwise than the adapter that is trained, and log-probabilities of such rollouts would not match; "

@@ -28,6 +28,8 @@ MOST: dict[str, int] = {
     "rollout.group_size": 4,
     "rollout.threads": 1,
     "rollout.gpus": 0,
+    "encoder.gpus": 0,
+    "encoder.threads": 1,
     "learner.gpus": 0,
     "learner.threads": 1,
     "replay.max_bytes": 256 * MIB,
@@ -39,6 +41,7 @@ MOST: dict[str, int] = {
     "evaluation.diversity_samples": 2,
     "evaluation.grid_prompts": 8,
     "evaluation.threads": 1,
+    "evaluation.gpus": 0,
 }
 """Numbers of a recipe, and the most that is left of each. What hangs together is in `shrunk`."""
 

@@ -1,4 +1,6 @@
-"""From a claim to one rank's training rows: decode payloads, attach advantages, noise the anchor data.
+"""From a claim to one rank's training rows: read what is the rank's, attach advantages, noise the anchor data.
+
+A rank reads the heads of the groups it has members of, those members, and the rows of the data batch that it evaluates.
 
 All randomness is named by (run seed, step), drawn whole and then sliced, so the numbers do not depend on the number of
 ranks, and a step that is trained again after a crash sees the same noise.
@@ -13,16 +15,16 @@ import torch
 from torch import Tensor
 
 from actors.groups import trained_steps
-from actors.payload import DataPayload, GroupPayload, PayloadError, decode_data, decode_group
+from actors.payload import DataPayload, GroupPayload, PayloadError, count_of, decode_data, decode_group
 from diffusion.kernels import StepKernel
 from diffusion.processes import ForwardProcess
 from diffusion.seeds import INITIAL, generator, step_noise
 from replay.buffer import Claim, ReplayBuffer
-from replay.records import GroupHeader
+from replay.records import ClaimedGroup, GroupHeader
 from trainer.config.run import RunConfig
 from trainer.learn.advantages import GroupScores, Term, advantages_of
 from trainer.learn.objective import Anchors, Transitions
-from trainer.learn.plan import share
+from trainer.learn.plan import members, share
 
 Rows = TypeVar("Rows", Transitions, Anchors)
 
@@ -97,96 +99,110 @@ def _cat(parts: list[Transitions]) -> Transitions:
     return Transitions(**joined)
 
 
-def _own_data(config: RunConfig, groups: list[int], payloads: dict[int, GroupPayload]) -> DataPayload:
-    """Each group's own example as the datum of every one of its rollouts; rows of groups that are not in `payloads` (those of
-    other ranks) are empty. A share of the captions is dropped, named by (seed, group, member).
+def _own_data(config: RunConfig, groups: list[int], payloads: dict[int, GroupPayload], rows: range) -> DataPayload:
+    """Rows of the data in which each group's own example is the datum of every one of its rollouts; `payloads` (by place of the
+    group) has those that the rows are of. A share of the captions is dropped, named by (seed, group, member).
 
     Raises:
         PayloadError: a group without its own datum.
     """
     n, dropout = config.rollout.group_size, config.data.caption_dropout
-    some = next(iter(payloads.values()))
-    if any(p.x0 is None or (dropout > 0 and p.empty_embeds is None) for p in payloads.values()) or some.x0 is None:
-        raise PayloadError("a group was made without its own anchor datum, which data.pairing=own needs; it was made by another recipe")
-    x0 = torch.zeros(len(groups) * n, *some.x0.shape)
-    embeds = torch.zeros(len(groups) * n, *some.prompt_embeds.shape)
-    pooled = torch.zeros(len(groups) * n, *some.pooled.shape)
-    for i, payload in payloads.items():
-        assert payload.x0 is not None
-        x0[i * n : (i + 1) * n] = payload.x0
-        embeds[i * n : (i + 1) * n], pooled[i * n : (i + 1) * n] = payload.prompt_embeds, payload.pooled
-        dropped = torch.rand(n, generator=generator(config.seed, "caption-dropout", groups[i])) < dropout
-        if payload.empty_embeds is not None and payload.empty_pooled is not None:
-            embeds[i * n : (i + 1) * n][dropped] = payload.empty_embeds
-            pooled[i * n : (i + 1) * n][dropped] = payload.empty_pooled
-    return DataPayload(x0, embeds, pooled)
+    x0, embeds, pooled = [], [], []
+    for i, own in members([n] * len(groups), rows).items():
+        payload = payloads[i]
+        if payload.x0 is None or (dropout > 0 and payload.empty_embeds is None):
+            raise PayloadError("a group was made without its own anchor datum, which data.pairing=own needs; it was made by another recipe")
+        dropped = (torch.rand(n, generator=generator(config.seed, "caption-dropout", groups[i])) < dropout).tolist()
+        for member in own:
+            empty = dropped[member] and payload.empty_embeds is not None and payload.empty_pooled is not None
+            x0.append(payload.x0)
+            embeds.append(payload.empty_embeds if empty else payload.prompt_embeds)
+            pooled.append(payload.empty_pooled if empty else payload.pooled)
+    return DataPayload(torch.stack(x0), torch.stack([e for e in embeds if e is not None]), torch.stack([p for p in pooled if p is not None]))
 
 
-def _anchor_rows(config: RunConfig, process: ForwardProcess, step: int, data: DataPayload, times: Tensor | None, groups: list[int]) -> Anchors:
-    """All anchor evaluations of an update (of every rank).
+def _rows_of(part: range, repeats: int) -> range:
+    """The data rows of a stretch of evaluations, of which each row has `repeats`."""
+    return range(part.start // repeats, -(-part.stop // repeats))
+
+
+def _anchor_rows(
+    config: RunConfig, process: ForwardProcess, step: int, data: DataPayload, part: range, total: int, times: Tensor | None, groups: list[int]
+) -> Anchors:
+    """A rank's anchor evaluations. What is drawn is drawn for all `total` evaluations of the update.
 
     Args:
+        data: the rows that the evaluations `part` are of, and no others.
         times: `[G, K]` times of the trained steps of each claimed group, in the policy's own process; None without rollouts.
         groups: claimed group indices, for shared noise.
     """
     objective, rollout = config.objective, config.rollout
     repeats = times.shape[1] if times is not None and objective.data_per == "transition" else 1
-    index = torch.arange(len(data.x0)).repeat_interleave(repeats)
-    x0 = data.x0[index]
+    rows = _rows_of(part, repeats)
+    index = torch.arange(part.start, part.stop) // repeats - rows.start
+    shape, n = tuple(data.x0.shape[1:]), rollout.group_size
     if objective.data_noise == "shared":
         assert times is not None  # the configuration refuses shared noise without rollouts
-        shape = tuple(data.x0.shape[1:])
-        members = [0 if rollout.same_initial_noise else m for m in range(rollout.group_size)]
-        noise = torch.stack([step_noise(config.seed, g, m, INITIAL, shape) for g in groups for m in members])
-        per_rollout = times.repeat_interleave(rollout.group_size, 0)
+        noise = torch.stack([step_noise(config.seed, groups[row // n], 0 if rollout.same_initial_noise else row % n, INITIAL, shape) for row in rows])
+        per_rollout = times.repeat_interleave(n, 0)
         if repeats == 1:
             column = torch.randint(times.shape[1], (len(per_rollout), 1), generator=generator(config.seed, "shared-time", step))
             per_rollout = per_rollout.gather(1, column)
-        eps, t = noise[index], per_rollout.flatten()
+        eps, t = noise[index], per_rollout.flatten()[part.start : part.stop]
     else:
         g = generator(config.seed, "data-noise", step)
-        eps = torch.randn(x0.shape, generator=g)
-        t = process.sample_times(len(x0), g)
-    return Anchors(x0, eps, t, torch.ones(len(x0)), data.prompt_embeds[index], data.pooled[index])
+        eps = torch.randn((total, *shape), generator=g)[part.start : part.stop]
+        t = process.sample_times(total, g)[part.start : part.stop]
+    return Anchors(data.x0[index], eps, t, torch.ones(len(part)), data.prompt_embeds[index], data.pooled[index])
+
+
+def _read_group(buffer: ReplayBuffer, item: ClaimedGroup, own: range) -> GroupPayload:
+    """A group's head and these of its members."""
+    segments = buffer.read(item, [0, *(1 + member for member in own)])
+    if count_of(segments[0]) != item.header.size:
+        raise PayloadError(f"group {item.group} has {count_of(segments[0])} members, its header says {item.header.size}")
+    return decode_group(segments)
 
 
 def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, buffer: ReplayBuffer, claim: Claim, rank: int, world: int) -> StepBatch:
-    """One rank's rows of `claim`. Ranks fetch only their own groups; the anchor batch is read by all and sliced.
+    """One rank's rows of `claim`. Ranks read only their own members, and the rows of the data batch that are theirs.
 
     Args:
         process, kernel: the policy's process and the step kernel of its rollouts.
     Raises:
         PayloadError: bytes that are no group or data batch, or a group that this run's kernel did not sample.
     """
-    objective = config.objective
+    objective, groups = config.objective, [g.group for g in claim.groups]
     scores = [scores_of(g.header) for g in claim.groups]
-    transitions, times, rows = None, None, []
-    own, payloads = config.uses_data and not config.feeds_data, dict[int, GroupPayload]()
+    transitions, times, rows, payloads = None, None, list[int](), dict[int, GroupPayload]()
+    own_data = config.uses_data and not config.feeds_data
     if claim.groups:
         o = objective
         advantages = advantages_of(scores, terms_of(config), o.advantages, o.failed_reward, o.advantage_scale, o.advantage_clip, o.exponential_advantage)
-        mine = share(len(claim.groups), rank, world)
-        payloads = {i: decode_group(buffer.fetch(claim.groups[i])) for i in mine}
-        transitions = _cat([transitions_of(p, advantages[i], kernel) for i, p in payloads.items()])
+        sizes = [len(a) for a in advantages]
+        mine = members(sizes, share(sum(sizes), rank, world))
+        payloads = {i: _read_group(buffer, claim.groups[i], own) for i, own in mine.items()}
+        transitions = _cat([transitions_of(p, [advantages[i][m] for m in mine[i]], kernel) for i, p in payloads.items()])
         k = next(iter(payloads.values())).log_prob.shape[1]
-        rows = [sum(len(advantages[i]) * k for i in share(len(advantages), r, world)) for r in range(world)]
-        if (claim.data or own) and (objective.data_noise == "shared" or objective.data_per == "transition"):
-            times = _all_times(config, process, kernel, [g.group for g in claim.groups])
-    anchors, anchor_rows, total = None, [], 0
-    if own:
-        data = _own_data(config, [g.group for g in claim.groups], payloads)
-        everything = _anchor_rows(config, process, claim.step, data, times, [g.group for g in claim.groups])
-        total = len(everything.x0)
-        each = total // len(claim.groups)
-        anchor_rows = [len(share(len(claim.groups), r, world)) * each for r in range(world)]
-        ours = torch.cat([torch.arange(i * each, (i + 1) * each) for i in payloads])
-        anchors = Anchors(**{f.name: getattr(everything, f.name)[ours] for f in fields(Anchors)})
+        rows = [len(share(sum(sizes), r, world)) * k for r in range(world)]
+        if (claim.data or own_data) and (objective.data_noise == "shared" or objective.data_per == "transition"):
+            times = _all_times(config, process, kernel, groups)
+    anchors, anchor_rows, total = None, list[int](), 0
+    repeats = times.shape[1] if times is not None and objective.data_per == "transition" else 1
+    if own_data:
+        total = len(groups) * config.rollout.group_size * repeats
+        part = share(total, rank, world)
+        theirs = members([config.rollout.group_size] * len(groups), _rows_of(part, repeats))
+        payloads |= {i: _read_group(buffer, claim.groups[i], range(0)) for i in theirs if i not in payloads}
+        data = _own_data(config, groups, payloads, _rows_of(part, repeats))
     elif claim.data:
-        data = decode_data(buffer.fetch(claim.data[0]))
-        everything = _anchor_rows(config, process, claim.step, data, times, [g.group for g in claim.groups])
-        total = len(everything.x0)
-        mine = share(total, rank, world)
-        anchors = Anchors(**{f.name: getattr(everything, f.name)[mine] for f in fields(Anchors)})
+        batch = claim.data[0]
+        (head,) = buffer.read(batch, [0])
+        total = count_of(head) * repeats
+        part = share(total, rank, world)
+        data = decode_data([head, *buffer.read(batch, [1 + row for row in _rows_of(part, repeats)])])
+    if total:
+        anchors = _anchor_rows(config, process, claim.step, data, part, total, times, groups)
         anchor_rows = [len(share(total, r, world)) for r in range(world)]
     return StepBatch(transitions, anchors, sum(rows), total, rows, anchor_rows)
 

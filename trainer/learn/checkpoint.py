@@ -1,7 +1,8 @@
 """What outlives the ranks: registered checkpoints (collective) and exported policies (rank 0 alone, in the background).
 
     checkpoint   DCP shards of weights, optimiser and average, each rank its own, with progress.json; all ranks together
-    export       a policy folder that diffusers opens; gathered by all ranks, written by rank 0's thread
+    export       a policy folder that diffusers opens; gathered by all ranks, written by rank 0's thread; of an adapter that alone is
+                 gathered, and merged into the starting policy's files as they are copied
 
 Invariant: between two collectives no rank waits for a disk that the others do not wait for. Gathering an export is
 collective and costs one copy in rank 0's memory; writing it may take longer than `learner.collective_timeout_s`. When the
@@ -26,7 +27,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from diffusion.checkpoint import save_policy
+from diffusion.checkpoint import merged_policy, save_policy
 from diffusion.config import ModelConfig
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from diffusion.lora import adapter_bytes, merged_state
@@ -115,6 +116,7 @@ class Exports:
 
     def __init__(self, folder: Path, model: ModelConfig, rank: int) -> None:
         self._folder, self._model, self._rank = folder, model, rank
+        self._adapts = model.lora.rank > 0 and not model.init  # what is frozen is the starting policy's folder
         self._lock = threading.Lock()
         self._waiting: tuple[int, State, State | None] | None = None
         self._writer: threading.Thread | None = None
@@ -127,9 +129,9 @@ class Exports:
         Raises:
             Exception: on rank 0, what made an earlier export fail.
         """
-        keep = self._rank == 0
-        raw = learner.full_state(keep=keep)
-        average = learner.full_state(ema=True, keep=keep) if learner.ema else None
+        keep, frozen = self._rank == 0, not self._adapts
+        raw = learner.full_state(keep=keep, frozen=frozen)
+        average = learner.full_state(ema=True, keep=keep, frozen=frozen) if learner.ema else None
         if not keep:
             return
         self._raise()
@@ -184,7 +186,8 @@ class Exports:
                 extra = {LORA_WEIGHTS: adapter_bytes(state, lora)} if lora.rank else {}
                 source = locate(self._model.path, self._model.revision).folder
                 path = self._path(step, suffix)
-                save_policy(path, source, merged_state(state, lora), extra, self._written)
+                merged = merged_policy(source, state, self._model) if self._adapts else merged_state(state, lora)
+                save_policy(path, source, merged, extra, self._written)
                 self._written = path
         steps = sorted({f.name.split("-")[1] for f in self._folder.glob("step-*") if f.suffix != ".partial"})
         for old in steps[:-EXPORTS_KEPT]:

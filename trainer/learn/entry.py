@@ -15,13 +15,15 @@ FOLDER_VARIABLE = "DDRL_RAY_FOLDER"
 
 @dataclass
 class LoopSpec:
-    """What every rank is given. `weights` is the WeightStore's actor handle, `transport` the way that bytes take."""
+    """What every rank is given. `weights` is the WeightStore's actor handle, `transport` the way that bytes take, `encoders` the
+    handles of the Encoder actors (none: each loads the text encoders itself)."""
 
     config: RunConfig
     target: Target
     run_dir: str
     weights: Any
     transport: Transport
+    encoders: tuple[Any, ...] = ()
 
 
 def train_loop(settings: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,9 +28,12 @@ from trainer.config.learner import OptimizerConfig
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, take
 from trainer.learn.forward import Guidance, data_prediction, policy_prediction
-from trainer.learn.objective import Transitions, data_terms, policy_terms
-from trainer.learn.parallel import mesh_of, parallelize
+from trainer.learn.objective import Anchors, Transitions, data_terms, policy_terms
+from trainer.learn.optimizer import make_optimizer
+from trainer.learn.parallel import buffers_to, mesh_of, parallelize
 from trainer.learn.plan import passes, slices
+
+logger = logging.getLogger(__name__)
 
 
 def guidance_of(config: RunConfig, encoder: TextEncoder, device: torch.device) -> Guidance | None:
@@ -72,7 +76,9 @@ class Learner:
     Args:
         config: the run.
         device: this rank's device.
+        encoder: of the prompts that it needs at start; None = the policy's own text encoders, loaded for that time.
     Attributes:
+        attention: the provider in use, and why.
         process: the policy's forward process.
         kernel: step kernel of its rollouts; `kernel.process` is the space of their states.
         guidance: guidance of rollouts and of their replay, None without.
@@ -82,9 +88,10 @@ class Learner:
             `updates` goes on at the rate it had.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: RunConfig, device: torch.device, encoder: TextEncoder | None = None) -> None:
+        self.config, self.device, self._encoder = config, device, encoder
         policy = open_policy(config.model, device)
+        self.attention = policy.attention
         self.process = policy.process
         self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
         self.guidance: Guidance | None = None
@@ -97,13 +104,14 @@ class Learner:
         o = config.optimizer
         self.decay_updates = o.decay_updates or config.updates
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(trained.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+        self.optimizer = make_optimizer(o, trained.values())
         self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
+        self._warned = False
 
     def _texts(self, policy: Skeleton) -> tuple[Guidance | None, Conditioning]:
         """Guidance and probe. The text encoders are gone before the network comes."""
         config = self.config
-        encoder = load_text_encoder(policy.source.folder, config.model, self.device)
+        encoder = self._encoder or load_text_encoder(policy.source.folder, config.model, self.device)
         probe = training_example(prompt_source(config.prompts, config.data), config.seed, 0).text
         return guidance_of(config, encoder, self.device), encoder.encode([probe])[0]
 
@@ -114,7 +122,8 @@ class Learner:
     def _filled(self, model: PackedModel) -> PackedModel:
         """A network without values, sharded and then given those of the starting policy; no rank ever holds the whole of it."""
         self._spread(model)
-        fill_network(model, self.config.model, self.device, self.config.seed)
+        fill_network(model, self.config.model, "cpu" if self.config.learner.offload else self.device, self.config.seed)
+        buffers_to(model, self.device)
         return model
 
     def _reference(self) -> PackedModel | None:
@@ -124,6 +133,11 @@ class Learner:
         if self.config.model.lora.rank:
             return self.model
         return self._filled(build_network(self.config.model, self.device)[0].eval().requires_grad_(False))
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """How the ranks compute, as a line of metrics.jsonl; `step`: updates made so far."""
+        network = f"{self.config.model.dtype} on {self.device}, {dist.get_world_size()} ranks"
+        return {"kind": "learner", "step": step, "network": network, "attention": self.attention.why}
 
     def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
         """One optimiser update. A non-finite gradient skips it on all ranks alike (the norm is global).
@@ -172,8 +186,7 @@ class Learner:
 
     def _losses(self, batch: StepBatch, sums: Tensor) -> Iterator[Callable[[], Tensor]]:
         """One closure per forward pass, the same number on every rank; each adds its statistics to `sums`."""
-        config, micro = self.config, self.config.learner.micro_batch
-
+        config = self.config
         by_step = sums[len(SUMS) :].view(len(BY_STEP), -1)
 
         def policy(part: slice) -> Tensor:
@@ -199,11 +212,25 @@ class Learner:
             return config.objective.data_weight * loss / batch.anchor_count
 
         if batch.transitions is not None:
-            for part in slices(len(batch.transitions.x), passes(batch.transition_rows, micro)):
+            for part in slices(len(batch.transitions.x), passes(batch.transition_rows, self.rows_of_pass(batch.transitions))):
                 yield partial(policy, part)
         if batch.anchors is not None:
-            for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, micro)):
+            for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, self.rows_of_pass(batch.anchors))):
                 yield partial(data, part)
+
+    def rows_of_pass(self, rows: Transitions | Anchors) -> int:
+        """Most of these rows in one forward pass, the same number on every rank; collective where `micro_tokens` is set. A rank's rows
+        are of one size; those of transitions and of anchor data may differ."""
+        learner, latents = self.config.learner, rows.x if isinstance(rows, Transitions) else rows.x0
+        if learner.micro_tokens is None:
+            return learner.micro_batch
+        longest = torch.tensor(self.model.packed_tokens(latents.shape[1:], rows.prompt_embeds.shape[1]), device=self.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        tokens = int(longest)
+        if tokens > learner.micro_tokens and not self._warned and dist.get_rank() == 0:
+            self._warned = True
+            logger.warning("a sample of %d tokens exceeds learner.micro_tokens=%d and takes a pass of its own", tokens, learner.micro_tokens)
+        return learner.rows(tokens)
 
     def _clip(self) -> float:
         """Scale gradients to the largest norm allowed; returns the norm before, over all parameters and ranks. One collective."""
@@ -221,11 +248,11 @@ class Learner:
                 if name in self.ema:
                     _local(self.ema[name]).lerp_(_local(parameter.detach()), 1 - decay)
 
-    def full_state(self, ema: bool = False, keep: bool = True) -> dict[str, Tensor]:
+    def full_state(self, ema: bool = False, keep: bool = True, frozen: bool = True) -> dict[str, Tensor]:
         """A copy of the whole state dict, gathered one tensor at a time, CPU fp32; with `ema`, averaged weights where there are
-        any. A rank that does not `keep` it helps to gather and gets an empty dict."""
+        any; without `frozen`, what is trained alone. A rank that does not `keep` it helps to gather and gets an empty dict."""
         state: dict[str, Tensor] = {}
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in (self.model.state_dict() if frozen else trained_weights(self.model)).items():
             whole = _full(self.ema.get(name, tensor) if ema else tensor).detach()
             if keep:
                 state[name] = whole.to("cpu", copy=True)

@@ -17,6 +17,7 @@ import ray
 import ray.train
 import torch
 
+from actors.encoding import SharedTextEncoder
 from actors.weights.shards import hand_in
 from diffusion.device import resolve_device
 from diffusion.engine.memory import keep_freed_memory
@@ -53,7 +54,7 @@ def run(spec: LoopSpec) -> None:
     buffer = spec.target.buffer()
     if device.type == "cpu":
         keep_freed_memory()
-    learner = Learner(config, device)
+    learner = Learner(config, device, SharedTextEncoder(spec.encoders) if spec.encoders else None)
 
     progress = restore(learner)
     await_start(buffer)  # every rank by itself: a collective has a deadline of its own
@@ -61,6 +62,7 @@ def run(spec: LoopSpec) -> None:
     progress.epoch, progress.groups, progress.data = from_rank_zero(epoch, device), [], []
     if rank == 0:
         drop_metrics_after(run_dir, progress.step)
+        append_metrics(run_dir, learner.describe(progress.step))
     publishing = partial(publish, spec, buffer, learner, progress, rank, world)
     publishing()
     if config.uses_policy and progress.step < config.updates and not passes_self_test(learner, progress.step, run_dir if rank == 0 else None):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.families.base import PackedModel
@@ -25,7 +25,9 @@ def mesh_of(device: torch.device) -> DeviceMesh:
 
 def parallelize(model: PackedModel, mesh: DeviceMesh, config: LearnerConfig) -> None:
     """Recompute every block in the backward pass (`recompute`) and shard the network with FSDP2: block by block and the rest
-    (`shard_blocks`), or as one unit. Works on the meta device; names of parameters stay as they are.
+    (`shard_blocks`), or as one unit. With `offload` shards, their gradients and so the optimiser's state rest in host memory, pinned
+    where the mesh is of GPUs; parameters must then be given their values there, and buffers on the device. Works on the meta device;
+    names of parameters stay as they are.
 
     Args:
         mesh: has a dimension `shard`.
@@ -34,10 +36,19 @@ def parallelize(model: PackedModel, mesh: DeviceMesh, config: LearnerConfig) -> 
         for block in model.blocks:
             _recompute(block)
     shard = mesh[SHARD]
+    rest = CPUOffloadPolicy(pin_memory=shard.device_type != "cpu") if config.offload else OffloadPolicy()
     if config.shard_blocks:
         for block in model.blocks:
-            fully_shard(block, mesh=shard)
-    fully_shard(model, mesh=shard, reshard_after_forward=config.shard_blocks)
+            fully_shard(block, mesh=shard, offload_policy=rest)
+    fully_shard(model, mesh=shard, reshard_after_forward=config.shard_blocks, offload_policy=rest)
+
+
+def buffers_to(model: nn.Module, device: torch.device) -> None:
+    """Move buffers, and no parameter, to `device`: offloaded parameters stay where they are."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def _recompute(block: nn.Module) -> None:

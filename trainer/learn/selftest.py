@@ -107,7 +107,7 @@ def requests_of(learner: Learner, rank: int, members: int = MEMBERS) -> list[Sam
     negative = learner.guidance.negative if learner.guidance is not None else None
     assert learner.probe is not None  # rollouts are trained
     seed = key(config.seed, "self-test")
-    requests = [group_request(config.sampler, rollout, seed, 0, learner.probe, negative, shape) for shape in shapes_of(learner)]
+    requests = [group_request(config.sampler, rollout, seed, 0, learner.probe, negative, shape, config.replay.store_dtype) for shape in shapes_of(learner)]
     return [replace(request, seed=key(config.seed, "self-test", rank)) for request in requests]
 
 
@@ -143,10 +143,10 @@ def replayed(learner: Learner, requests: list[SampleRequest], trajectories: list
     assert learner.probe is not None
     for request in requests:
         members = [t for t in trajectories if t.request is request]
-        payload = decode_group(encode(group_payload(members, learner.probe)))
+        payload = decode_group(encode(group_payload(members, learner.probe), getattr(torch, learner.config.replay.store_dtype)))
         rows = transitions_of(payload, [0.0] * len(members), learner.kernel)
         count = len(rows.x)
-        for part in slices(count, -(-count // learner.config.learner.micro_batch)):
+        for part in slices(count, -(-count // learner.rows_of_pass(rows))):
             taken = take(rows, part, learner.device)
             prediction = learner.replay(taken).detach()
             yield taken, policy_terms(prediction, None, taken, learner.kernel, learner.config.objective)[1]

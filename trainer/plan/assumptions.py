@@ -19,6 +19,8 @@ class Assumptions(Strict):
     cpu_gflops: float = Field(15.0, gt=0, description="GFLOP/s of one CPU thread, fp32 (measured: an SD3.5 block on an EPYC core)")
     usable: float = Field(0.92, gt=0, le=1, description="share of a GPU's memory that is planned with; the allocator fragments")
     process_gb: float = Field(1.0, ge=0, description="GB of a GPU that a process takes for its context and libraries")
+    pcie_gb_s: float = Field(20.0, gt=0, description="GB/s between a GPU and its host, each way (PCIe 4.0 x16: 31.5 at most); used by learner.offload")
+    host_gb_s: float = Field(10.0, gt=0, description="GB/s of host memory that one rank's threads reach in the optimiser's step; used by learner.offload")
     link_gbit_s: float = Field(10.0, gt=0, description="Gbit/s of the network between two machines")
     prompt_tokens: int | None = Field(None, ge=1, description="tokens of an encoded prompt, padding included; null = as the pipeline pads it")
     frames: int = Field(1, ge=1, description="frames of a clip, for networks that sample video")

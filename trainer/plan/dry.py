@@ -12,7 +12,7 @@ from trainer.plan.sizes import Sizes, build_vae
 
 TILE = 1024
 """Longest edge in pixels that goes through in one piece (`diffusion.codecs.VAECodec`)."""
-PIXELS = 4 * 1024 * 1024
+PIXELS = 1024 * 1024
 """Most pixels of one call of it."""
 BATCH = 16
 """Most latents of one call (`diffusion.engine.decode.Decoder`)."""

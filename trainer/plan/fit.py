@@ -3,9 +3,9 @@
 Placing: each learner rank takes a GPU that has no other rank (NCCL refuses two ranks on one), then generators and rewards the GPU with most
 room left that has their share, as the recipe's `gpus` say. A GPU holds what its processes hold together.
 
-Changes are tried in the order in which they alter the run least: recomputing, gradients reduced in every pass, text encoders in bf16, an adapter
-instead of all weights, what is frozen beside it in bf16, a smaller micro-batch, more ranks, a smaller picture, another GPU; each alone, then all
-that can be made together.
+Changes are tried in the order in which they alter the run least: recomputing, gradients reduced in every pass, text encoders in bf16, shards in
+host memory, moments in 8 bits, an adapter instead of all weights, what is frozen beside it in bf16, a smaller micro-batch, more ranks, a smaller
+picture, another GPU; each alone, then all that can be made together.
 """
 
 from __future__ import annotations
@@ -170,13 +170,23 @@ def _recompute(s: Setting) -> Iterator[Step]:
 
 
 def _gradients(s: Setting) -> Iterator[Step]:
-    if s.config.learner.ranks > 1 and s.config.learner.shard_blocks and gathers_gradients(s.config):
+    if s.config.learner.ranks > 1 and s.config.learner.shard_blocks and gathers_gradients(s.config, s.sizes().tokens):
         yield "sharded gradients", ("learner.accumulate=sharded",), s.with_keys(learner__accumulate="sharded")
 
 
 def _texts(s: Setting) -> Iterator[Step]:
     if s.config.model.text_dtype == "float32" and s.sizes().encoders:
         yield "text encoders in bf16", ("model.text_dtype=bfloat16",), s.with_keys(model__text_dtype="bfloat16")
+
+
+def _offload(s: Setting) -> Iterator[Step]:
+    if s.config.learner.gpus and not s.config.learner.offload:
+        yield "shards in host memory", ("learner.offload=true",), s.with_keys(learner__offload=True)
+
+
+def _moments(s: Setting) -> Iterator[Step]:
+    if s.config.optimizer.kind == "adamw" and not s.config.learner.offload:  # in host memory they take nothing of a GPU
+        yield "moments in 8 bits", ("optimizer.kind=adamw8bit",), s.with_keys(optimizer__kind="adamw8bit")
 
 
 def _frozen(s: Setting) -> Iterator[Step]:
@@ -192,7 +202,7 @@ def _adapter(s: Setting) -> Iterator[Step]:
 
 
 def _micro_batch(s: Setting) -> Iterator[Step]:
-    rows = s.config.learner.micro_batch
+    rows = s.config.learner.rows(s.sizes().tokens)
     while rows > 1:
         rows //= 2
         yield "a smaller micro-batch", (f"learner.micro_batch={rows}",), s.with_keys(learner__micro_batch=rows)
@@ -230,7 +240,19 @@ def _count(s: Setting) -> Iterator[Step]:
             return
 
 
-CHANGES: tuple[Callable[[Setting], Iterator[Step]], ...] = (_recompute, _gradients, _texts, _adapter, _frozen, _micro_batch, _ranks, _picture, _gpu)
+CHANGES: tuple[Callable[[Setting], Iterator[Step]], ...] = (
+    _recompute,
+    _gradients,
+    _texts,
+    _offload,
+    _moments,
+    _adapter,
+    _frozen,
+    _micro_batch,
+    _ranks,
+    _picture,
+    _gpu,
+)
 """In the order in which they alter the run least."""
 
 

@@ -3,10 +3,12 @@
 A learner rank of R, with P parameters of which T are trained (fp32 masters, as the learner keeps them; frozen ones in b bytes, as
 `model.base_dtype` says):
 
-    weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R     average 4 T / R     reference 4 P / R (reverse KL, full training)
+    weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R (adamw8bit: some 2 T / R)
+    average 4 T / R     reference 4 P / R (reverse KL, full training)
     gradients  4 T while several passes accumulate (FSDP keeps them whole then); with one pass, or with accumulate: sharded, 4 T / R and two blocks
     gathered   with R > 1, the root and three blocks as they are held (one in use, one fetched ahead, the buffer it arrives in); everything without
                shard_blocks
+    learner.offload  weights, optimiser, average and sharded gradients are in host memory then, and what is gathered on the GPU with one rank too
     casts      2 P under bf16 autocast; with an adapter those that its gradient passes through, of one block where blocks are recomputed;
                none of weights that are bf16 already
     activations  of the rows of one pass, as the network counts them (`PackedModel.saved`)
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from trainer.config.learner import scales
 from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass
@@ -31,6 +34,8 @@ WEIGHT_VERSIONS = 2
 """Newest versions of the weights that are kept (`actors.weights.store`); beside them the next one arrives, and one waits for its evaluation."""
 PART = 64 * 2**20
 """Bytes of weights that a rank hands in at a time (`actors.weights.shards`)."""
+SHARD = 2 * 10**9
+"""Bytes of a file of an export (`diffusion.weights.SHARD_BYTES`)."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +78,36 @@ def trained_steps(config: RunConfig) -> int:
 def rank_rows(config: RunConfig) -> tuple[int, int]:
     """Most transitions, and most diffusion-loss evaluations, of one rank in an update."""
     ranks, rollout, k = config.learner.ranks, config.rollout, trained_steps(config)
-    transitions = -(-rollout.groups_per_step // ranks) * rollout.group_size * k if config.uses_policy else 0
+    transitions = -(-rollout.groups_per_step * rollout.group_size // ranks) * k if config.uses_policy else 0
     repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1
     anchors = -(-config.data_rows * repeats // ranks) if config.uses_data else 0
     return transitions, anchors
 
 
-def pass_count(config: RunConfig) -> int:
-    """Forward and backward passes of a rank in an update."""
-    return sum(-(-rows // config.learner.micro_batch) for rows in rank_rows(config))
+def passes(config: RunConfig, tokens: int) -> tuple[int, int]:
+    """Forward and backward passes of a rank in an update, over transitions and over anchor data; `tokens` of one sample."""
+    transitions, anchors = (-(-rows // config.learner.rows(tokens)) for rows in rank_rows(config))
+    return transitions, anchors
 
 
-def micro_rows(config: RunConfig) -> int:
+def pass_count(config: RunConfig, tokens: int) -> int:
+    """Forward and backward passes of a rank in an update; `tokens` of one sample."""
+    return sum(passes(config, tokens))
+
+
+def micro_rows(config: RunConfig, tokens: int) -> int:
     """Rows of the largest pass: those of an update are cut into passes of almost equal size."""
-    return max(-(-rows // -(-rows // config.learner.micro_batch)) for rows in rank_rows(config) if rows)
+    return max(-(-rows // count) for rows, count in zip(rank_rows(config), passes(config, tokens), strict=True) if rows)
 
 
-def gathers_gradients(config: RunConfig) -> bool:
+def gathers_gradients(config: RunConfig, tokens: int) -> bool:
     """Whether gradients are whole on every rank while passes accumulate; a network that is one unit has whole ones in every pass."""
-    return (config.learner.accumulate == "whole" or not config.learner.shard_blocks) and pass_count(config) > 1
+    return (config.learner.accumulate == "whole" or not config.learner.shard_blocks) and pass_count(config, tokens) > 1
+
+
+def offloads(config: RunConfig) -> bool:
+    """Whether shards rest in host memory; on CPUs they are there anyway."""
+    return config.learner.offload and config.learner.gpus > 0
 
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -108,6 +124,18 @@ def buffers_bytes(config: RunConfig, sizes: Sizes) -> float:
     return BYTES[config.model.base_dtype] * sizes.transformer.buffers
 
 
+def moments_bytes(config: RunConfig, sizes: Sizes) -> float:
+    """Both of Adam's moments of everything that is trained, all ranks together."""
+    if config.optimizer.kind == "adamw":
+        return 2.0 * MASTER * sizes.transformer.trained
+    total = 0
+    for parameter in sizes.network.parameters():
+        if parameter.requires_grad:
+            coded = scales(parameter.shape)
+            total += 2 * (MASTER * parameter.numel() if coded is None else parameter.numel() + MASTER * coded[0] * coded[1])
+    return float(total)
+
+
 def encoders_bytes(config: RunConfig, sizes: Sizes) -> float:
     """The text encoders in `model.text_dtype`."""
     return BYTES[config.model.text_dtype] * sum(e.parameters for e in sizes.encoders)
@@ -122,25 +150,27 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     """A rank at the peak of an update. What the process itself takes is not counted."""
     ranks, network = config.learner.ranks, sizes.transformer
     parameters, buffers, trained = weights_bytes(config, sizes), buffers_bytes(config, sizes), MASTER * network.trained
-    e, rows, passes, based = BYTES[config.model.dtype], micro_rows(config), pass_count(config), config.model.base_dtype
+    e, rows, count, based = BYTES[config.model.dtype], micro_rows(config, sizes.tokens), pass_count(config, sizes.tokens), config.model.base_dtype
     saved = sizes.network.saved(sizes.shape, sizes.prompt[0], e, sizes.adapted)
     per_parameter = parameters / network.parameters  # adapters lie in the blocks evenly
     largest = per_parameter * max(sizes.blocks)
-    sharded = config.learner.shard_blocks
-    whole = gathers_gradients(config) or ranks == 1
-    gradients = trained if whole else trained / ranks + (min(trained, 2 * largest) if sharded else 0)
-    gathered = 0.0 if ranks == 1 else (min(parameters, per_parameter * sizes.root + 3 * largest) if sharded else parameters)
+    sharded, offloaded = config.learner.shard_blocks, offloads(config)
+    whole = gathers_gradients(config, sizes.tokens) or (ranks == 1 and not offloaded)
+    gradients = trained if whole else (0.0 if offloaded else trained / ranks) + (min(trained, 2 * largest) if sharded else 0)
+    gathered = min(parameters, per_parameter * sizes.root + 3 * largest) if sharded else parameters
+    if ranks == 1 and not offloaded:
+        gathered = 0.0  # FSDP computes with the shards themselves
     # autocast remembers casts of weights that are trained until the forward pass is over, recomputed or not; those of frozen ones autograd keeps
     kept = (max(saved.weights) if config.learner.recompute else sum(saved.weights)) if sizes.adapted else network.parameters
     casts = 0.0 if e == 4 else 2.0 * (network.trained if based == "bfloat16" else kept)
     activations = rows * saved.peak(config.learner.recompute)
     masters = "fp32 masters" if based == "float32" else f"fp32 adapters, frozen weights {based}"
     how = "blocks recomputed" if config.learner.recompute else "nothing recomputed"
+    shards = tuple(replace(p, bytes=p.bytes + buffers, why=p.why + ", buffers whole") if p.name == "weights" else p for p in _shards(config, sizes, masters))
+    reduced = "of two blocks before they go to the host" if offloaded else "sharded, and of two blocks before they are reduced"
     parts = [
-        Part("weights", parameters / ranks + buffers, masters + (f" over {ranks} ranks" if ranks > 1 else "") + ", buffers whole"),
-        Part("optimiser", 2 * trained / ranks, "AdamW's two moments, fp32"),
-        Part("average", trained / ranks if config.optimizer.ema else 0.0, "moving average of the weights, fp32"),
-        Part("gradients", gradients, f"whole while {passes} passes accumulate" if whole else "sharded, and of two blocks before they are reduced"),
+        *((Part("weights", buffers, "buffers; the rest in host memory"),) if offloaded else shards),
+        Part("gradients", gradients, f"whole while {count} passes accumulate" if whole else reduced),
         Part(
             "gathered weights",
             gathered,
@@ -151,17 +181,39 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
         Part("rows of a pass", rows * (sizes.prompt_values + 4 * sizes.latent_values) * 4.0 + 6 * rows * sizes.latent_values * 8.0, "inputs; moments in fp64"),
     ]
     if config.objective.kl_weight and not sizes.adapted:
-        parts.append(Part("reference", parameters / ranks + buffers, "the starting policy for the reverse KL"))
+        parts.append(Part("reference", (0.0 if offloaded else parameters / ranks) + buffers, "the starting policy for the reverse KL"))
     if not sharded:
-        reduced = trained * (1 + 1 / ranks)  # the collective's input and output, beside the gradients
+        beside = trained * (1 + 1 / ranks)  # the collective's input and output, beside the gradients
         spare = activations + casts
-        parts.append(Part("reduction", max(0.0, reduced - spare), "gradients of the whole network at once"))
+        parts.append(Part("reduction", max(0.0, beside - spare), "gradients of the whole network at once"))
     update = sum(part.bytes for part in parts)
-    loaded = encoders_bytes(config, sizes) if config.uses_policy else 0.0
+    loaded = encoders_bytes(config, sizes) if config.uses_policy and not config.encoder.actors else 0.0
     if config.model.init and not config.learner.gpus:
         loaded = max(loaded, MASTER * network.values)
     parts.append(Part("loading", max(0.0, loaded - update), "at start: text encoders, then the rank's shards; random weights are drawn whole"))
     return tuple(part for part in parts if part.bytes)
+
+
+def _shards(config: RunConfig, sizes: Sizes, why: str) -> tuple[Part, ...]:
+    """What a rank keeps between updates, wherever that is."""
+    ranks, trained = config.learner.ranks, MASTER * sizes.transformer.trained
+    held = "fp32" if config.optimizer.kind == "adamw" else "8 bits a value and scales of blocks"
+    return (
+        Part("weights", weights_bytes(config, sizes) / ranks, why + (f" over {ranks} ranks" if ranks > 1 else "")),
+        Part("optimiser", moments_bytes(config, sizes) / ranks, f"AdamW's two moments, {held}"),
+        Part("average", trained / ranks if config.optimizer.ema else 0.0, "moving average of the weights, fp32"),
+    )
+
+
+def offloaded(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
+    """What a rank on a GPU keeps in pinned host memory instead (`learner.offload`)."""
+    if not offloads(config):
+        return ()
+    ranks = config.learner.ranks
+    kept = [*_shards(config, sizes, "offloaded"), Part("gradients", MASTER * sizes.transformer.trained / ranks, "offloaded")]
+    if config.objective.kl_weight and not sizes.adapted:
+        kept.append(Part("reference", weights_bytes(config, sizes) / ranks, "offloaded"))
+    return tuple(kept)
 
 
 def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assumptions) -> tuple[Part, ...]:
@@ -184,11 +236,34 @@ def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
         Part("states", states, f"{members} samples with their trained transitions, fp32"),
         Part("encoded prompts", min(PROMPT_CACHE, config.updates * rollout.groups_per_step * sizes.prompt_values * 4.0), "cache of at most 256 MiB"),
     ]
-    parts.append(Part("text encoders", encoders_bytes(config, sizes), config.model.text_dtype))
+    if not config.encoder.actors:
+        parts.append(Part("text encoders", encoders_bytes(config, sizes), config.model.text_dtype))
     if sizes.vae is not None:
         parts.append(Part("VAE", vae_bytes(sizes), "fp32"))
         batch = min(vae.batch, rollout.group_size)
         parts.append(Part("decoding", batch * vae.decode.peak, f"{batch} pictures of {sampler.height}x{sampler.width} in one call"))
+    return tuple(part for part in parts if part.bytes)
+
+
+def encoder(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
+    """An Encoder actor: the text encoders. What a pass of theirs computes with is small beside them, and not counted."""
+    parts = [Part("text encoders", encoders_bytes(config, sizes), config.model.text_dtype)]
+    if not config.encoder.gpus:
+        parts.append(Part("encoded prompts", config.encoder.cache_mb * 2.0**20, "cache"))
+    return tuple(part for part in parts if part.bytes)
+
+
+def evaluator(config: RunConfig, sizes: Sizes, vae: VAEPass) -> tuple[Part, ...]:
+    """The evaluator: a policy of its own, the engine's largest forward pass, or pictures being decoded."""
+    network, e, s = sizes.transformer, BYTES[config.model.dtype], config.sampler
+    computed = min(s.max_tokens, config.evaluation.test_prompts * sizes.tokens) * sizes.network.activation_bytes(e)
+    parts = [
+        Part("weights", weights_bytes(config, sizes) + buffers_bytes(config, sizes)),
+        Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype),
+        Part("VAE", vae_bytes(sizes), "fp32"),
+        Part("activations", max(float(computed), vae.batch * vae.decode.peak), "a forward pass of the engine, or decoding"),
+        Part("casts of weights", 0.0 if e == 4 else 2.0 * (network.trained if config.model.base_dtype == "bfloat16" else network.parameters), "bf16"),
+    ]
     return tuple(part for part in parts if part.bytes)
 
 
@@ -209,35 +284,54 @@ def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     found = [Process("learner rank", config.learner.ranks, config.learner.gpus, learner_rank(config, sizes))]
     if config.uses_policy:
         found.append(Process("generator", config.rollout.generators, config.rollout.gpus, generator(config, sizes, vae, assumptions)))
+    if config.encoder.actors:
+        found.append(Process("encoder", config.encoder.actors, config.encoder.gpus, encoder(config, sizes)))
+    if config.evaluation.gpus:
+        found.append(Process("evaluator", 1, config.evaluation.gpus, evaluator(config, sizes, vae)))
     return [replace(p, parts=(*p.parts, own)) if p.gpus else p for p in found] + rewards(config)
 
 
 def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     """Host memory of a run's processes, without Python and its libraries, and without what `learner_rank` and `generator` count. In this
-    build evaluator and anchor feeder run on CPUs, each with a policy of its own; a rank draws the anchor evaluations of all ranks before
-    it takes its own."""
+    build the anchor feeder runs on a CPU, and the evaluator where it has no GPU; a rank holds its own rows, and draws the noise of all ranks'
+    anchor evaluations before it takes its own."""
     row = (2 * sizes.latent_values + sizes.prompt_values) * 4.0
-    transitions, _ = rank_rows(config)
+    transitions, anchors = rank_rows(config)
     repeats = trained_steps(config) if config.uses_policy and config.objective.data_per == "transition" else 1
     evaluations = config.data_rows * repeats if config.uses_data else 0
     network = weights_bytes(config, sizes) + buffers_bytes(config, sizes)
     version = version_bytes(config, sizes)
     rank = [
+        *offloaded(config, sizes),
         Part("part of the weights", min(PART, version / config.learner.ranks), "while it hands in"),
         Part("transitions", transitions * row),
-        Part("anchor evaluations", evaluations * row + (config.data_rows * row if config.uses_data else 0)),
+        Part("anchor evaluations", (anchors + -(-anchors // repeats)) * row, "and the data rows they are of"),
+        Part("anchor noise", evaluations * sizes.latent_values * 4.0, "of all ranks"),
     ]
-    first = [Part("export in the making", network * (2 if config.optimizer.ema else 1), "rank 0 only")]
-    whole = Part("policy", network + encoders_bytes(config, sizes) + vae_bytes(sizes), "on the CPU")
+    copies = 2 if config.optimizer.ema else 1
+    if sizes.adapted and not config.model.init:
+        making, why = copies * MASTER * sizes.transformer.trained + 2 * min(SHARD, network), "rank 0 only: the adapter, and a file of the merged network"
+    else:
+        making, why = copies * network + min(SHARD, network), "rank 0 only"
+    first = [Part("export in the making", making, why)]
+    texts = Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype)
+    pixels = Part("VAE", vae_bytes(sizes), "fp32")
+    shown = Part("network", network, "the files themselves, mapped and shared" if maps_weights(config) else "on the CPU")
     found = [Process("learner rank", config.learner.ranks, 0, tuple(p for p in rank if p.bytes)), Process("export of rank 0", 1, 0, tuple(first))]
     if config.uses_policy:
         found.append(Process("generator", config.rollout.generators, 0, (Part("weights that arrive", version, "mapped or shared memory of its node"),)))
-    found.append(Process("evaluator", 1, 0, (whole,)))
-    if config.feeds_data:
-        found.append(Process("anchor feeder", 1, 0, (whole,)))
+    if not config.evaluation.gpus:
+        found.append(Process("evaluator", 1, 0, tuple(p for p in (shown, texts, pixels) if p.bytes)))
+    if config.feeds_data and texts.bytes + pixels.bytes:
+        found.append(Process("anchor feeder", 1, 0, tuple(p for p in (texts, pixels) if p.bytes)))
     if config.weights.transport == "objects":
         found.append(Process("object store", 1, 0, (Part("versions", kept_versions(config) * version, "Ray's, over the nodes of the ranks"),)))
     return found
+
+
+def maps_weights(config: RunConfig) -> bool:
+    """Whether the network's frozen weights on CPUs are their files, where those are of `base_dtype`."""
+    return config.model.map_weights and config.model.lora.rank > 0
 
 
 def version_bytes(config: RunConfig, sizes: Sizes) -> float:

@@ -12,7 +12,7 @@ from trainer.plan.fit import Change, Finding, Placement, Setting, changes
 from trainer.plan.gpus import GPU
 from trainer.plan.memory import Process, gathers_gradients, hosts, pass_count, processes
 from trainer.plan.sizes import Component, Sizes
-from trainer.plan.storage import REDIS_VALUE, Storage, storage_of
+from trainer.plan.storage import Storage, storage_of
 from trainer.plan.work import Work, work_of
 
 GB = 1e9
@@ -112,10 +112,6 @@ def _placed(placement: Placement, gpu: GPU) -> list[Finding]:
 def _stored(config: RunConfig, storage: Storage) -> list[Finding]:
     """Whether payloads fit the store."""
     found = []
-    largest, what = max((storage.group, "a group"), (storage.data, "an anchor batch"))
-    if config.replay.payloads == "redis" and largest > REDIS_VALUE:
-        why = f"{what} is one payload of {largest / GB:.2f} GB, and a value in Redis holds {REDIS_VALUE / GB:.2f} GB at most"
-        found.append(Finding("error", "payload", f"{why}: set replay.payloads to a folder that all nodes share"))
     if storage.retained > storage.budget:
         sums = f"{storage.groups} groups x {storage.group / 1e6:.1f} MB + {storage.batches} anchor batches x {storage.data / 1e6:.1f} MB"
         remedy = f"set replay.max_bytes={_rounded(storage.retained)}, or lower checkpoint_every or replay.data_depth"
@@ -129,8 +125,6 @@ def _stored(config: RunConfig, storage: Storage) -> list[Finding]:
 def _stores(config: RunConfig, storage: Storage, placement: Placement) -> list[Change]:
     """Changes that make payloads fit; the run then fits where its GPUs hold it."""
     found = []
-    if config.replay.payloads == "redis" and max(storage.group, storage.data) > REDIS_VALUE:
-        found.append(Change("payloads in a shared folder", ("replay.payloads=/FOLDER",), placement.fits, placement.most))
     if storage.retained > storage.budget:
         found.append(Change("more room for payloads", (f"replay.max_bytes={_rounded(storage.retained)}",), placement.fits, placement.most))
     return found
@@ -152,19 +146,30 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
         found.append(Finding("warning", "idle", f"{placement.idle} of {len(placement.devices)} GPUs hold nothing: raise {counts}"))
     seconds = work.seconds
     if asks and seconds["encoding"] > seconds["update"]:
-        told = f"anchor data with its texts of an update take {seconds['encoding']:.0f} s of one CPU thread, GPUs {seconds['update']:.0f} s"
-        found.append(Finding("warning", "encoding", f"{told}: the anchor feeder runs on a CPU in this build, and training would wait for it"))
+        told = f"anchor data with its texts of an update take {seconds['encoding']:.0f} s, GPUs {seconds['update']:.0f} s: training would wait for it"
+        remedy = (
+            "the VAE of the anchor feeder runs on a CPU: prepare the data"
+            if config.encoder.actors and config.encoder.gpus
+            else "encode prompts on a GPU (encoder.actors, encoder.gpus)"
+        )
+        found.append(Finding("warning", "encoding", f"{told}; {remedy}"))
     if work.evaluation is not None and seconds["evaluation"] > config.evaluation.every * seconds["update"]:
-        told = f"a periodic evaluation takes {seconds['evaluation'] / 3600:.1f} h on {config.evaluation.threads} CPU threads"
+        where = "its share of a GPU" if config.evaluation.gpus else f"{config.evaluation.threads} CPU threads (evaluation.gpus puts it on a GPU)"
+        told = f"a periodic evaluation takes {seconds['evaluation'] / 3600:.1f} h on {where}"
         found.append(Finding("warning", "evaluation", f"{told}, longer than the {config.evaluation.every} updates between two: it falls behind"))
     rank = machines[0].total
     if rank > 16e9:
         found.append(
             Finding("warning", "host", f"each learner rank takes {rank / GB:.0f} GB of host memory ({_largest(machines[0])}), x {config.learner.ranks}")
         )
-    if config.learner.ranks > 1 and gathers_gradients(config) and not sizes.adapted:
-        told = f"gradients are whole on every rank while the {pass_count(config)} passes of an update accumulate"
+    if config.learner.ranks > 1 and gathers_gradients(config, sizes.tokens) and not sizes.adapted:
+        told = f"gradients are whole on every rank while the {pass_count(config, sizes.tokens)} passes of an update accumulate"
         found.append(Finding("note", "gradients", f"{told}: with learner.accumulate=sharded (and shard_blocks) each keeps its part"))
+    bound = config.learner.micro_tokens
+    if bound is not None and sizes.tokens > bound:
+        found.append(Finding("warning", "tokens", f"a sample has {sizes.tokens} tokens, more than learner.micro_tokens={bound}: each takes a pass of its own"))
+    if config.learner.offload and not config.learner.gpus:
+        found.append(Finding("note", "offload", "learner.offload has no effect while learner.gpus=0"))
     found += _trainable(sizes)
     return found
 

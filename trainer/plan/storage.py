@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffusion.kernel_names import stochastic_steps
 from replay.policy import BufferSettings, disk_needed, memory_needed
 from trainer.config.run import RunConfig
-from trainer.plan.memory import MASTER, Part, kept_versions, trained_steps, version_bytes
+from trainer.plan.memory import BYTES, MASTER, Part, kept_versions, trained_steps, version_bytes
 from trainer.plan.sizes import Sizes
 
-REDIS_VALUE = 512 * 2**20
-"""Most bytes of one value of Redis (`proto-max-bulk-len`, its default)."""
 KEPT = 2
 """Checkpoints and exports that a run keeps."""
 FILE = 2
@@ -30,25 +29,34 @@ def buffer_settings(config: RunConfig) -> BufferSettings:
         data_depth=config.replay.data_depth,
         checkpoint_interval=config.checkpoint_every,
         drop_zero_variance=config.replay.drop_zero_variance,
+        part_bytes=config.replay.part_bytes,
         # a strictly ordered run must not leave holes in the sequence of prompts when it goes back to a checkpoint
         remake_cut_off=config.replay.max_staleness == 0 and config.replay.window == 1,
     )
 
 
+def stored_states(config: RunConfig) -> int:
+    """Most states of a rollout that are stored: those before and after its trained steps, of which neighbours share one."""
+    steps = config.sampler.trained_steps
+    if isinstance(steps, list):
+        return len({*steps, *(step + 1 for step in steps)})
+    return min(2 * steps, stochastic_steps(config.sampler.kernel, config.sampler.steps) + 1)
+
+
 def group_bytes(config: RunConfig, sizes: Sizes) -> int:
-    """One group's payload, without the header of its file (`actors.payload` has the table)."""
+    """One group's payload, without the table of its head (`actors.payload` has the table)."""
     if not config.uses_policy:
         return 0
     members, k, latent = config.rollout.group_size, trained_steps(config), sizes.latent_values
-    states = 3 if config.sampler.kernel == "edm_2ab" else 2  # two-step kernels keep the prediction before
-    total = members * k * (states * latent * 4 + 8) + k * 8 + (config.sampler.steps + 1) * 4 + sizes.prompt_values * 4
+    states = stored_states(config) + (k if config.sampler.kernel == "edm_2ab" else 0)  # two-step kernels keep the prediction before
+    total = members * (states * latent * BYTES[config.replay.store_dtype] + k * 8) + k * 8 + (config.sampler.steps + 1) * 4 + sizes.prompt_values * 4
     if config.uses_data and not config.feeds_data:
         total += latent * 4 + (sizes.prompt_values * 4 if config.data.caption_dropout else 0)
     return total
 
 
 def data_bytes(config: RunConfig, sizes: Sizes) -> int:
-    """One anchor batch's payload, without the header of its file."""
+    """One anchor batch's payload, without the table of its head."""
     return config.data_rows * (sizes.latent_values + sizes.prompt_values) * 4 if config.feeds_data else 0
 
 

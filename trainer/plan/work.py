@@ -8,7 +8,7 @@ from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass
 from trainer.plan.gpus import GPU
-from trainer.plan.memory import trained_steps, version_bytes
+from trainer.plan.memory import MASTER, gathers_gradients, moments_bytes, offloads, passes, trained_steps, version_bytes, weights_bytes
 from trainer.plan.sizes import Sizes
 from trainer.plan.storage import Storage
 
@@ -22,10 +22,11 @@ class Work:
         forward: operations of one forward pass of one sample.
         forwards: passes of the network in an update, in forwards: `sampling`, and `training` with its backward passes.
         sampling, prompts, decoding, training: operations of an update where generators and learner run; `prompts` through the text encoders.
-        encoding: operations of an update on CPUs: anchor pictures through the VAE and their captions through the text encoders; a set
-            that `ddrl prepare-data` made has its pictures encoded.
-        evaluation: operations of one periodic evaluation on the CPU, None without.
-        seconds: of an update by stage: `sampling` with prompts and decoding, `training`, `encoding` (one thread); `update`, the whole on GPUs.
+        encoding: operations of an update beside generators and learner: anchor pictures through the VAE, on a CPU thread, and their captions
+            through the text encoders; a set that `ddrl prepare-data` made has its pictures encoded.
+        evaluation: operations of one periodic evaluation, None without.
+        seconds: of an update by stage: `sampling` with prompts and decoding, `training`, `encoding`; `update`, the whole on GPUs; `evaluation`;
+            `offload`, the part of training that waits for PCIe and for the optimiser's step on the host, where `learner.offload` is set.
         colocated: sampling and training take turns on the same GPUs.
         links: bytes of an update by what they are.
         hours: of the whole run, by the seconds of an update.
@@ -63,6 +64,27 @@ def forwards(config: RunConfig) -> dict[str, float]:
     }
 
 
+def offloaded_bytes(config: RunConfig, sizes: Sizes) -> tuple[float, float]:
+    """Of a rank in an update with `learner.offload`: bytes over PCIe, and of host memory that optimiser and average go through; 0 without.
+
+    Shards of the weights go to the GPU whenever they are gathered: for each forward pass and once more for its backward pass, or with
+    `shard_blocks: false` once a pass; gradients come back when they are reduced, once or in every pass. A step reads and writes weights,
+    gradient, moments and average.
+    """
+    if not offloads(config):
+        return 0.0, 0.0
+    ranks, trained = config.learner.ranks, MASTER * sizes.transformer.trained / config.learner.ranks
+    transitions, anchors = passes(config, sizes.tokens)
+    guided, reference = config.sampler.guidance > 1, config.objective.kl_weight > 0
+    again = 1 if config.learner.shard_blocks else 0  # gathered again; a network that is one unit stays until its backward pass
+    gathers = transitions * (1 + again * (1 + guided)) + anchors * (1 + again)
+    if reference:
+        gathers += transitions * ((1 if sizes.adapted else 0) * again * (1 + guided) + (0 if sizes.adapted else 1 + again * guided))
+    reductions = 1 if gathers_gradients(config, sizes.tokens) else transitions + anchors
+    step = 3 * trained + 2 * moments_bytes(config, sizes) / ranks + (3 * trained if config.optimizer.ema else 0)
+    return gathers * weights_bytes(config, sizes) / ranks + reductions * trained, step
+
+
 def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu: GPU, count: int, assumptions: Assumptions, price: float | None) -> Work:
     """See `Work`. `count`: GPUs that there are; `price`: of one GPU an hour."""
     forward, passes = float(sizes.network.forward_flops(sizes.shape, sizes.prompt[0])), forwards(config)
@@ -73,7 +95,8 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     prompts = prompt * config.rollout.groups_per_step if config.uses_policy else 0.0
     sampling, decoding = passes["sampling"] * forward, rollouts * vae.decode.flops
     training = (passes["policy loss"] + passes["data loss"]) * forward
-    encoding = pictures * vae.encode.flops + anchors * prompt
+    drawn = pictures * vae.encode.flops
+    encoding = drawn + anchors * prompt
     evaluation = None
     if config.evaluation.every:
         e = config.evaluation
@@ -89,12 +112,22 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
         return operations / (min(parts, count) * rate) if count else float("nan")
 
     r, learner, rate = config.rollout, config.learner, gpu.rate(config.model.dtype)
-    text_rate = gpu.rate(config.model.text_dtype)
+    text_rate = gpu.rate(config.model.text_dtype) * assumptions.rollout_utilisation
     sample_s = seconds(sampling, r.generators, r.gpus, rate * assumptions.rollout_utilisation)
-    sample_s += seconds(prompts, r.generators, r.gpus, text_rate * assumptions.rollout_utilisation)
+    texts = config.encoder
+    actors = texts.actors * (1 if texts.gpus else texts.threads)
+    sample_s += seconds(prompts, actors, texts.gpus, text_rate) if actors else seconds(prompts, r.generators, r.gpus, text_rate)
+    encoding_s = (drawn + anchors * prompt) / cpu if not actors else drawn / cpu + seconds(anchors * prompt, actors, texts.gpus, text_rate)
     sample_s += seconds(decoding, r.generators, r.gpus, gpu.fp32 * assumptions.rollout_utilisation)  # the VAE runs in fp32
     train_s = seconds(training, learner.ranks, learner.gpus, rate * assumptions.train_utilisation)
+    over_pcie, on_host = offloaded_bytes(config, sizes)
+    offload_s = over_pcie / (assumptions.pcie_gb_s * 1e9) + on_host / (assumptions.host_gb_s * 1e9)
+    train_s += offload_s
     colocated = r.gpus > 0 and learner.gpus > 0 and r.generators + learner.ranks > count
+    evaluated: dict[str, float] = {}
+    if evaluation is not None:
+        evaluators = 1 if config.evaluation.gpus else config.evaluation.threads
+        evaluated["evaluation"] = seconds(evaluation, evaluators, config.evaluation.gpus, rate * assumptions.rollout_utilisation)
     turns = config.uses_policy and (colocated or config.replay.max_staleness == 0)
     update = sample_s + train_s if turns else max(sample_s, train_s)
     hours = config.updates * update / 3600
@@ -110,14 +143,15 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
         training=training,
         encoding=encoding,
         evaluation=evaluation,
-        seconds={"sampling": sample_s, "training": train_s, "update": update, "encoding": encoding / cpu}
-        | ({"evaluation": evaluation / (cpu * config.evaluation.threads)} if evaluation is not None else {}),
+        seconds={"sampling": sample_s, "training": train_s, "update": update, "encoding": encoding_s}
+        | ({"offload": offload_s} if offload_s else {})
+        | evaluated,
         colocated=colocated,
         links={
             "weights, handed in by ranks": version,
             "weights, read by generators": version * generators,
             "groups, written and read": 2.0 * config.rollout.groups_per_step * storage.group if config.uses_policy else 0.0,
-            "anchor batch, written and read by each rank": storage.data * (1.0 + learner.ranks),
+            "anchor batch, written and read": 2.0 * storage.data,
         },
         hours=hours,
         cost=None if price is None else hours * count * price,

@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.report.outcome import VERDICTS, Measure, measures, rise_verdict
-from trainer.report.progress import TREND_UPDATES, Progress, eval_line, scores_of, sparkline, stage_words, update_line
+from trainer.report.progress import TREND_UPDATES, Progress, eval_line, part_line, scores_of, sparkline, stage_words, update_line
 from trainer.report.record import GROUP_STATES
 from trainer.report.troubles import summary_troubles
 from trainer.report.wording import (
@@ -80,6 +80,7 @@ class Display:
         self._last_line: float | None = None
         self._resumed_at = 0
         self._skipped = 0
+        self._parts: set[str] = set()  # how generators and learner compute, each said once
         self._live: Live | None = None
         self._handlers: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
 
@@ -127,10 +128,17 @@ class Display:
             now = self._clock()
             known = len(self.progress.warnings)
             self.progress.add(line, now)
+            part = part_line(line)
+            fresh = bool(part) and part not in self._parts
+            self._parts.add(part)
+            if fresh and not self.live:
+                self._write(part)
             if not self.live:
                 self._plain(line, now)
                 for text, step in list(self.progress.warnings.items())[known:]:
                     self._write(f"warning at update {step}: {text}")
+        if fresh and self.live:
+            self.console.print(Text(part, style="dim"), soft_wrap=True)  # outside the lock, see _end_stage
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """End the panel and print the before/after table."""

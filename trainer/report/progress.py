@@ -127,6 +127,14 @@ def update_line(progress: Progress, skipped: int = 0) -> str:
     return "  ".join(parts) + (f"  (+{skipped} updates not shown)" if skipped else "")
 
 
+def part_line(line: Mapping[str, object]) -> str:
+    """How a generator or the learner computes: precision, device, attention provider and why; empty for other lines."""
+    if line.get("kind") not in ("engine", "learner"):
+        return ""
+    who = line.get("generator", "learner")
+    return f"{who}: " + "; ".join(str(line[key]) for key in ("network", "attention") if line.get(key))
+
+
 def eval_line(line: Mapping[str, object], progress: Progress) -> str:
     """One evaluation as a line for a log, with the changes since the first one of its split."""
     parts = [f"held-out {line.get('split')} at {line.get('step')}, {line.get('weights', 'raw')} weights:"]

@@ -70,13 +70,16 @@ def free_ports() -> Iterator[None]:
 
 def sweep() -> list[Path]:
     """Remove what clusters of dead drivers have left; returns their folders."""
-    swept = []
-    for folder in sorted(temporary_root().glob(f"{PREFIX}*")):
-        if _is_dead(folder):
-            end_processes(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            swept.append(folder)
+    swept = leftovers()
+    for folder in swept:
+        end_processes(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return swept
+
+
+def leftovers() -> list[Path]:
+    """Folders of clusters of dead drivers: what `sweep` removes."""
+    return [folder for folder in sorted(temporary_root().glob(f"{PREFIX}*")) if _is_dead(folder)]
 
 
 def _is_dead(folder: Path) -> bool:

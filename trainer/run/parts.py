@@ -10,6 +10,7 @@ import ray
 
 from actors.anchor import AnchorFeeder, AnchorSpec
 from actors.connect import Target
+from actors.encoding import Encoder, SharedTextEncoder
 from actors.evaluator import Evaluator, EvaluatorSpec
 from actors.rewards import RunRewards
 from actors.rollout import RolloutGenerator, RolloutSpec
@@ -18,7 +19,6 @@ from actors.weights.store import WeightStore
 from actors.weights.transport import FolderTransport, ObjectTransport, Transport, WeightsGone
 from diffusion.lora import PREFIX
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
-from diffusion.weights import WEIGHTS
 from trainer.config.run import RunConfig
 from trainer.learn.entry import LoopSpec
 from trainer.run.errors import RunFailed, describe, root_cause
@@ -73,6 +73,7 @@ class Parts:
         self.transport: Transport = FolderTransport(str(folder.weights)) if config.weights.transport == "folder" else ObjectTransport()
         self.weights: Any = None
         self.evaluator: Any = None
+        self.encoders: list[Any] = []
         self.generators: list[Any] = []
         self.feeder: Any = None
         self._running: dict[Any, str] = {}
@@ -86,15 +87,24 @@ class Parts:
         forever = {"max_restarts": -1, "max_task_retries": -1}
         self.weights = ray.remote(WeightStore).options(num_cpus=CPUS["weight store"], **forever).remote(self.transport)
         self.weights.release.remote()  # what evaluations of an earlier start waited for
-        spec = EvaluatorSpec(config.model, config.sampler, config.prompts, config.data, config.evaluation, rewards, str(self.folder.path), config.seed)
-        self.evaluator = ray.remote(Evaluator).options(num_cpus=CPUS["evaluator"], max_restarts=3, max_task_retries=3).remote(spec)
+        texts = ray.remote(Encoder).options(num_cpus=CPUS["encoder"], num_gpus=config.encoder.gpus, **forever)
+        self.encoders = [texts.remote(config.model, config.encoder) for _ in range(config.encoder.actors)]
+        shared = SharedTextEncoder(self.encoders) if self.encoders else None
+        held_out = EvaluatorSpec(
+            config.model, config.sampler, config.prompts, config.data, config.evaluation, rewards, str(self.folder.path), config.seed, shared
+        )
+        evaluator = ray.remote(Evaluator).options(num_cpus=CPUS["evaluator"], num_gpus=config.evaluation.gpus, max_restarts=3, max_task_retries=3)
+        self.evaluator = evaluator.remote(held_out)
         if config.uses_policy:
             own = config.uses_data and not config.feeds_data
-            rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own)
+            stored = config.replay.store_dtype
+            rollout = RolloutSpec(
+                config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own, stored, shared
+            )
             generator = ray.remote(RolloutGenerator).options(num_cpus=CPUS["generator"], num_gpus=config.rollout.gpus, max_concurrency=4, **forever)
             self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
         if config.feeds_data:
-            anchor = AnchorSpec(config.seed, config.model, config.sampler, config.data, config.data_rows, self.target)
+            anchor = AnchorSpec(config.seed, config.model, config.sampler, config.data, config.data_rows, self.target, shared)
             self.feeder = ray.remote(AnchorFeeder).options(num_cpus=CPUS["anchor feeder"], max_concurrency=4, **forever).remote(anchor)
 
     @property
@@ -104,7 +114,8 @@ class Parts:
 
     def start_producers(self) -> None:
         """Wait for the actors, then let the producers run. Raises RunFailed naming the actor."""
-        for name, actor in self.producers.items():
+        encoders = {f"encoder {i}": actor for i, actor in enumerate(self.encoders)}
+        for name, actor in (encoders | self.producers).items():
             try:
                 ray.get(actor.pid.remote(), timeout=START_DEADLINE_S)
             except Exception as error:
@@ -141,7 +152,8 @@ class Parts:
 
     def start_training(self) -> None:
         """Start the learner group; its ranks wait until the buffer says that training may begin."""
-        self._learners = LearnerGroup(LoopSpec(self.config, self.target, str(self.folder.path), self.weights, self.transport), self.folder.checkpoints.name)
+        spec = LoopSpec(self.config, self.target, str(self.folder.path), self.weights, self.transport, tuple(self.encoders))
+        self._learners = LearnerGroup(spec, self.folder.checkpoints.name)
 
     def training_result(self) -> tuple[int | None, str | None]:
         """See `LearnerGroup.result`."""
@@ -197,12 +209,12 @@ class Parts:
         folder = self.folder.exports / f"step-{step:06d}{suffix}"
         if self.config.model.lora.rank:
             return Exported(step, str(folder / LORA_WEIGHTS), PREFIX)
-        return Exported(step, str(folder / "transformer" / WEIGHTS))
+        return Exported(step, str(folder / "transformer"))
 
     def close(self) -> None:
         """End the learner group and kill the actors; safe at any time."""
         if self._learners is not None:
             self._learners.cancel()
-        for actor in [*self.producers.values(), self.evaluator, self.weights]:
+        for actor in [*self.producers.values(), self.evaluator, self.weights, *self.encoders]:
             if actor is not None:
                 ray.kill(actor)

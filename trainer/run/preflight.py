@@ -1,7 +1,7 @@
 """What can be known about a run before anything starts: its files, from the recipe alone.
 
 `check_files` needs no torch as long as prompts and anchor data are drawn, not read, so that `ddrl config` stays quick; `check_policy`
-loads the policy. What they refuse is a mistake in the recipe (exit status 2) and costs a run neither its name nor its folder.
+builds the policy. What they refuse is a mistake in the recipe (exit status 2) and costs a run neither its name nor its folder.
 """
 
 from __future__ import annotations
@@ -37,17 +37,19 @@ def check_files(config: RunConfig) -> None:
 
 
 def check_policy(config: RunConfig) -> None:
-    """Load the policy, fit the size to it and let it read the prompts. Raises ConfigError."""
-    from diffusion.checkpoint import load_policy
+    """Build the policy without its weights, whose headers are read, fit the size to it and let its tokenizers read the prompts. Raises ConfigError."""
+    from diffusion.checkpoint import check_network, load_signature, open_policy
     from diffusion.families.conditioning import collisions
 
     try:
-        policy = load_policy(config.model, seed=config.seed)
+        policy = open_policy(config.model)
+        check_network(policy.transformer, config.model)
+        signature = load_signature(policy.source.folder, config.model)
         policy.transformer.tokens((policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width)))
     except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
         raise ConfigError(f"model: {error}") from None
     try:
-        same = collisions(policy.text_encoder, _texts(config))
+        same = collisions(signature, _texts(config))
     except ValueError as error:
         raise ConfigError(f"prompts: {error}") from None
     if same:

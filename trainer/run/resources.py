@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 
-CPUS = {"weight store": 0.1, "evaluator": 1.0, "generator": 1.0, "anchor feeder": 0.5, "rank": 1.0}
+CPUS = {"weight store": 0.1, "evaluator": 1.0, "generator": 1.0, "encoder": 1.0, "anchor feeder": 0.5, "rank": 1.0}
 """Logical CPUs of one part each; most of them mostly wait."""
 
 
@@ -16,13 +16,16 @@ def needs(config: RunConfig, fleet: Mapping[str, float]) -> dict[str, dict[str, 
     generators = config.rollout.generators if config.uses_policy else 0
     cpus = {
         "rollout.generators": generators * CPUS["generator"],
+        "encoder.actors": config.encoder.actors * CPUS["encoder"],
         "learner.ranks": config.learner.ranks * CPUS["rank"],
         "rewards": fleet.get("CPU", 0.0),
         "evaluation, weights and data": CPUS["evaluator"] + CPUS["weight store"] + (CPUS["anchor feeder"] if config.feeds_data else 0.0),
     }
     gpus = {
         "rollout.gpus": generators * config.rollout.gpus,
+        "encoder.gpus": config.encoder.actors * config.encoder.gpus,
         "learner.gpus": config.learner.ranks * config.learner.gpus,
+        "evaluation.gpus": config.evaluation.gpus,
         "rewards": fleet.get("GPU", 0.0),
     }
     return {"CPU": cpus, "GPU": gpus}

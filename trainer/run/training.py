@@ -13,11 +13,19 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from trainer.config.learner import LearnerConfig
 from trainer.learn.entry import LoopSpec, train_loop
 from trainer.run.errors import describe
 from trainer.run.resources import CPUS
 
 CHECKPOINTS_KEPT = 2
+
+
+def backend(config: LearnerConfig) -> str:
+    """The collectives of the ranks: NCCL on GPUs, and gloo beside it for the norm and exports of what rests in host memory."""
+    if not config.gpus:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if config.offload else "nccl"
 
 
 def fit(spec: LoopSpec, checkpoints: str) -> int:
@@ -37,7 +45,7 @@ def fit(spec: LoopSpec, checkpoints: str) -> int:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"spec": spec},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(learner.collective_timeout_s)),
+        torch_config=TorchConfig(backend=backend(learner), timeout_s=int(learner.collective_timeout_s)),
         scaling_config=ScalingConfig(num_workers=learner.ranks, use_gpu=gpu, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
             name=checkpoints,

@@ -67,12 +67,56 @@ def _tokenizer(folder: Path, name: str) -> Any:
         raise ValueError(f"{folder} cannot be loaded as a {name}: {error}") from None
 
 
+class SD3Tokens:
+    """The token ids that the encoders of SD3 are given.
+
+    Args:
+        clips: tokenizers of CLIP-L and of CLIP-G.
+        t5: T5's, None without.
+        t5_tokens: T5's rows.
+    """
+
+    def __init__(self, clips: tuple[Any, Any], t5: Any, t5_tokens: int) -> None:
+        length: int = clips[0].model_max_length
+        self.clip_tokens, self._clips = length, [(tokenizer, length) for tokenizer in clips]
+        self._t5 = [(t5, t5_tokens)] if t5 is not None else []
+
+    @classmethod
+    def load(cls, folder: Path, t5_tokens: int) -> Self:
+        """From a pipeline's folder. Raises ValueError with the tokenizer's folder named."""
+        large, giant = (_tokenizer(folder / f"tokenizer{n}", "CLIPTokenizer") for n in ("", "_2"))
+        t5 = _tokenizer(folder / "tokenizer_3", "T5Tokenizer") if (folder / "text_encoder_3").is_dir() else None
+        return cls((large, giant), t5, t5_tokens)
+
+    def clip(self, prompts: list[str]) -> list[Tensor]:
+        """Ids `[B, 77]` for CLIP-L and for CLIP-G."""
+        return [_ids(tokenizer, prompts, length) for tokenizer, length in self._clips]
+
+    def t5(self, prompts: list[str]) -> Tensor:
+        """Ids `[B, t5_tokens]` for T5, where there is one."""
+        [(tokenizer, length)] = self._t5
+        return _ids(tokenizer, prompts, length)
+
+    def signature(self, prompt: str) -> bytes:
+        """See `TextEncoder.signature`: the token ids, which need no forward pass."""
+        digest = hashlib.blake2b(digest_size=16)
+        for tokenizer, length in self._clips + self._t5:
+            digest.update(_ids(tokenizer, [prompt], length).numpy().tobytes())
+        return digest.digest()
+
+
+def _ids(tokenizer: Any, prompts: list[str], length: int) -> Tensor:
+    ids: Tensor = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return ids
+
+
 class SD3TextEncoder:
     """See the module's docstring.
 
     Args:
-        clips: (tokenizer, model) of CLIP-L and of CLIP-G.
-        t5: (tokenizer, model) of T5, None without.
+        tokens: of all encoders.
+        clips: CLIP-L and CLIP-G.
+        t5: T5, None without.
         width: channels D of the joined embeddings, the network's `joint_attention_dim`.
         t5_tokens: T5's rows.
 
@@ -80,14 +124,13 @@ class SD3TextEncoder:
         ValueError: the encoders' widths do not fit `width`.
     """
 
-    def __init__(self, clips: tuple[tuple[Any, Any], tuple[Any, Any]], t5: tuple[Any, Any] | None, width: int, t5_tokens: int = 256) -> None:
-        self.clips, self.t5, self.width, self.t5_tokens = clips, t5, width, t5_tokens
-        self.pooled_width = sum(model.config.projection_dim for _, model in clips)
-        joined = sum(model.config.hidden_size for _, model in clips)
-        if joined > width or (t5 is not None and t5[1].config.d_model != width):
-            found = f"CLIP {joined}" + (f", T5 {t5[1].config.d_model}" if t5 is not None else "")
+    def __init__(self, tokens: SD3Tokens, clips: tuple[Any, Any], t5: Any, width: int, t5_tokens: int = 256) -> None:
+        self.tokens, self.clips, self.t5, self.width, self.t5_tokens = tokens, clips, t5, width, t5_tokens
+        self.pooled_width = sum(model.config.projection_dim for model in clips)
+        joined = sum(model.config.hidden_size for model in clips)
+        if joined > width or (t5 is not None and t5.config.d_model != width):
+            found = f"CLIP {joined}" + (f", T5 {t5.config.d_model}" if t5 is not None else "")
             raise ValueError(f"channels of the text encoders ({found}) do not fit the network's joint_attention_dim={width}")
-        self.clip_tokens: int = clips[0][0].model_max_length
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", t5_tokens: int = 256) -> Self:
@@ -97,43 +140,31 @@ class SD3TextEncoder:
             ValueError: a part that is missing, damaged or does not fit, with its folder named.
         """
         config = json.loads((folder / "transformer" / "config.json").read_text())
-        large, giant = (
-            (_tokenizer(folder / f"tokenizer{n}", "CLIPTokenizer"), _model(folder / f"text_encoder{n}", CLIP_CLASS, dtype, device)) for n in ("", "_2")
-        )
-        t5 = None
-        if (folder / "text_encoder_3").is_dir():
-            t5 = _tokenizer(folder / "tokenizer_3", "T5Tokenizer"), _model(folder / "text_encoder_3", T5_CLASS, dtype, device)
-        encoder = cls((large, giant), t5, config["joint_attention_dim"], t5_tokens)
+        tokens = SD3Tokens.load(folder, t5_tokens)
+        large, giant = (_model(folder / f"text_encoder{n}", CLIP_CLASS, dtype, device) for n in ("", "_2"))
+        t5 = _model(folder / "text_encoder_3", T5_CLASS, dtype, device) if (folder / "text_encoder_3").is_dir() else None
+        encoder = cls(tokens, (large, giant), t5, config["joint_attention_dim"], t5_tokens)
         if encoder.pooled_width != config["pooled_projection_dim"]:
             pooled = config["pooled_projection_dim"]
             raise ValueError(f"{folder}: pooled vectors of {encoder.pooled_width} channels do not fit the network's pooled_projection_dim={pooled}")
         return encoder
 
-    def _ids(self, tokenizer: Any, prompts: list[str], length: int) -> Tensor:
-        ids: Tensor = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return ids
-
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> TextConditioning:
         """Encode prompts in the encoders' own type; embeddings `[B, 77 + t5_tokens, D]` and pooled `[B, P]` are fp32 on the CPU."""
         hidden, pooled = [], []
-        for tokenizer, model in self.clips:
-            out = model(self._ids(tokenizer, prompts, self.clip_tokens).to(model.device), output_hidden_states=True)
+        for ids, model in zip(self.tokens.clip(prompts), self.clips, strict=True):
+            out = model(ids.to(model.device), output_hidden_states=True)
             hidden.append(out.hidden_states[-2])
             pooled.append(out.text_embeds)
         clip = torch.cat(hidden, -1)
         if self.t5 is None:
             rows = clip.new_zeros(len(prompts), self.t5_tokens, self.width)
         else:
-            tokenizer, model = self.t5
-            rows = model(self._ids(tokenizer, prompts, self.t5_tokens).to(model.device)).last_hidden_state
+            rows = self.t5(self.tokens.t5(prompts).to(self.t5.device)).last_hidden_state
         embeds = torch.cat([F.pad(clip, (0, self.width - clip.shape[-1])), rows], 1)
         return TextConditioning(embeds.float().cpu(), torch.cat(pooled, -1).float().cpu())
 
     def signature(self, prompt: str) -> bytes:
-        """See `TextEncoder.signature`: the token ids, which need no forward pass."""
-        lengths = [(tokenizer, self.clip_tokens) for tokenizer, _ in self.clips] + ([(self.t5[0], self.t5_tokens)] if self.t5 is not None else [])
-        digest = hashlib.blake2b(digest_size=16)
-        for tokenizer, length in lengths:
-            digest.update(self._ids(tokenizer, [prompt], length).numpy().tobytes())
-        return digest.digest()
+        """See `TextEncoder.signature`."""
+        return self.tokens.signature(prompt)

@@ -271,8 +271,8 @@ def test_trim_deletes_what_nobody_needs(make_driver: Make, tmp_path: Path, place
     driver.commit(lease, 0)
     driver.make(1, 0)
     batch = driver.client.pipeline(transaction=False)
-    buffer._payloads.write("g7-stray", b"never committed", batch)
-    buffer._payloads.write("g8-young", b"about to be committed", batch)
+    buffer._payloads.write("g7-stray", [[b"never committed"]], batch)
+    buffer._payloads.write("g8-young", [[b"about to be committed"]], batch)
     batch.execute()
     if place == "folder":
         for name in ("g7-stray", f"g0-{lease.token}"):

@@ -492,7 +492,7 @@ def test_corrupt_and_missing_payloads_are_noticed(make_driver: Make) -> None:
     first, second = driver.buffer.claim(1, epoch, 0).groups
     prefix = f"ddrl:{{{driver.run}}}:payload:"
     driver.client.setrange(prefix + first.ref, 0, b"G")
-    with pytest.raises(PayloadCorrupt, match=first.header.checksum):
+    with pytest.raises(PayloadCorrupt, match=first.header.checksum.rpartition("/")[2]):
         driver.buffer.fetch(first)
     driver.client.delete(prefix + second.ref)
     with pytest.raises(PayloadMissing):
@@ -503,7 +503,7 @@ def test_committed_payloads_never_expire_and_others_do(make_driver: Make) -> Non
     driver = make_driver(groups_per_step=1)
     lease = driver.take()
     batch = driver.client.pipeline(transaction=False)
-    driver.buffer._payloads.write("stray", b"x", batch)
+    driver.buffer._payloads.write("stray", [[b"x"]], batch)
     batch.execute()
     driver.commit(lease, 0)
     driver.commit(lease, 0)

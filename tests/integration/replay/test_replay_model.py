@@ -30,6 +30,7 @@ from replay.buffer import BufferSettings, Lease, ReplayBuffer
 from replay.cluster import RunClient
 from replay.embedded import EmbeddedRedis
 from replay.errors import BudgetExceeded, ClaimTimeout, Fenced
+from replay.layout import part_names
 from replay.rewards import identity
 from tests.integration.replay.oracle import LIVE, Oracle
 from tests.integration.replay.proxy import DroppingProxy
@@ -52,12 +53,14 @@ class LedgerMachine(RuleBasedStateMachine):
     @initialize(
         G=st.integers(1, 3), S=st.integers(0, 2), W=st.integers(1, 4), K=st.integers(1, 3), D=st.integers(0, 1),
         attempts=st.integers(1, 3), remake=st.booleans(), wide=st.booleans(), drops=st.sampled_from([None, 1, 3]), before=st.sampled_from([60, 0]),
+        part=st.sampled_from([16, 1 << 20]),
     )  # fmt: skip
-    def start(self, G: int, S: int, W: int, K: int, D: int, attempts: int, remake: bool, wide: bool, drops: int | None, before: int) -> None:
-        """`before`: so many small groups have gone before, which lets large ones in until there is no room."""
+    def start(self, G: int, S: int, W: int, K: int, D: int, attempts: int, remake: bool, wide: bool, drops: int | None, before: int, part: int) -> None:
+        """`before`: so many small groups have gone before, which lets large ones in until there is no room; `part`: payloads
+        above it are several parts."""
         run = BufferSettings(
             groups_per_step=G, max_staleness=S, window=min(W, (S + 1) * G), max_attempts=attempts, checkpoint_interval=K,
-            remake_cut_off=remake, data_per_step=D, data_depth=2, drop_zero_variance=drops is not None, max_drops_per_step=drops,
+            remake_cut_off=remake, data_per_step=D, data_depth=2, drop_zero_variance=drops is not None, max_drops_per_step=drops, part_bytes=part,
         )  # fmt: skip
         self.run = replace(run, max_bytes=WIDE if wide else 10 * (run.retained_groups + run.retained_data))
         self.name = f"model{next(RUNS)}"
@@ -220,7 +223,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 9))
     def die_between_payload_and_commit(self, number: int) -> None:
         batch = self.client.pipeline(transaction=False)
-        self.buffer._payloads.write(f"g{number}-dead", b"never adopted", batch)
+        self.buffer._payloads.write(f"g{number}-dead", [[b"never"], [b"adopted"]], batch)
         batch.execute()
 
     # -- learner ----------------------------------------------------------------------------------
@@ -386,7 +389,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.buffer.collect()
         prefix = self.key("payload:")
         kept = {key.decode().removeprefix(prefix) for key in self.client.scan_iter(prefix + "*") if self.client.ttl(key) == -1}
-        assert kept == self.buffer._ledger.snapshot().references
+        assert kept == {name for ref in self.buffer._ledger.snapshot().references for name in part_names(ref)}
 
 
 @pytest.fixture

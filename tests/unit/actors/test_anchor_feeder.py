@@ -38,7 +38,7 @@ class Ledger:
             return None
         return len(self.committed)
 
-    def commit_data(self, batch: int, payload: bytes) -> None:
+    def commit_data(self, batch: int, payload: list[bytearray]) -> None:
         self.committed[batch] = decode_data(payload)
         if batch == self.last:
             assert self.feeder is not None
@@ -55,8 +55,8 @@ def test_batches_are_clean_latents_with_their_own_captions(policy_folder: Path) 
     made = feeder(policy_folder, Ledger(0))
     captions, pixels = training_batch(GlyphSource(), 0.0, 5, 3, 4, 16, 48)
     payload = made.make(3)
-    np.testing.assert_array_equal(made.policy.codec.decode(payload.x0), pixels)
-    text = made.policy.text_encoder.encode(captions)
+    np.testing.assert_array_equal(made.codec.decode(payload.x0), pixels)
+    text = made.encoder.encode(captions)
     assert torch.equal(payload.prompt_embeds, text.prompt_embeds)
     assert torch.equal(payload.pooled, text.pooled)
 
@@ -83,4 +83,4 @@ def test_batches_of_a_prepared_set_are_its_latents(policy_folder: Path, tmp_path
     rows = training_rows(made.source, 0.0, 5, 3, 4)
     numbers = [int(caption.removeprefix("sign ")) for caption, _ in rows]
     np.testing.assert_array_equal(payload.x0.numpy(), x0[numbers])
-    assert torch.equal(payload.prompt_embeds, made.policy.text_encoder.encode([caption for caption, _ in rows]).prompt_embeds)
+    assert torch.equal(payload.prompt_embeds, made.encoder.encode([caption for caption, _ in rows]).prompt_embeds)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from actors.payload import FORMAT, DataPayload, GroupPayload, PayloadError, decode_data, decode_group, encode
+from actors.payload import FORMAT, DataPayload, GroupPayload, PayloadError, count_of, decode_data, decode_group, encode
 
 SIZE = st.integers(1, 4)
 
@@ -81,29 +83,108 @@ def test_views_and_non_finite_values_come_back() -> None:
     assert equal(decode_group(encode(odd)), odd)
 
 
+@given(n=SIZE, k=SIZE, chosen=st.data())
+@settings(max_examples=25)
+def test_some_members_come_back_by_themselves(n: int, k: int, chosen: st.DataObject) -> None:
+    payload = group(n, k)
+    own = chosen.draw(st.lists(st.integers(0, n - 1), unique=True).map(sorted))
+    segments = encode(payload)
+    found = decode_group([segments[0], *(segments[1 + m] for m in own)])
+    assert equal(found, replace(payload, x=payload.x[own], x_next=payload.x_next[own], log_prob=payload.log_prob[own]))
+    batch, parts = data(n), encode(data(n))
+    rows = decode_data([parts[0], *(parts[1 + m] for m in own)])
+    assert equal(rows, DataPayload(batch.x0[own], batch.prompt_embeds[own], batch.pooled[own]))
+    assert count_of(segments[0]) == count_of(parts[0]) == n == len(segments) - 1 == len(parts) - 1
+
+
+def test_a_member_is_its_tensors_one_behind_the_other() -> None:
+    payload = group(n=2, k=3)
+    head, first, second = encode(payload)
+    table = json.loads(bytes(load(bytes(head))["table"].tolist()))
+    assert table == {"count": 2, "rows": [["log_prob", "float64", [3]], ["states", "float32", [6, 3, 4, 5]]], "x": [0, 2, 4], "x_next": [1, 3, 5]}
+    assert len(first) == len(second) == 3 * 8 + 6 * 60 * 4
+    assert torch.equal(torch.frombuffer(second, dtype=torch.float32, offset=24 + 120 * 4, count=60).reshape(3, 4, 5), payload.x[1, 1])
+
+
+def chain(trained: list[int], seed: int = 0) -> GroupPayload:
+    """A group as the engine samples it: a step ends where the next one begins."""
+    states = torch.randn(2, 8, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+    after = [step + 1 for step in trained]
+    plain = group(k=len(trained), seed=seed)
+    return replace(plain, x=states[:, trained], x_next=states[:, after], trained=torch.tensor(trained))
+
+
+@given(trained=st.lists(st.integers(0, 6), min_size=1, max_size=5, unique=True).map(sorted))
+@settings(max_examples=40)
+def test_steps_that_follow_each_other_share_a_state(trained: list[int]) -> None:
+    payload = chain(trained)
+    segments = encode(payload)
+    assert equal(decode_group(segments), payload)
+    states = len({*trained, *(step + 1 for step in trained)})
+    assert len(segments[1]) == 8 * len(trained) + 60 * 4 * states
+    assert equal(decode_group([segments[0], segments[2]]), replace(payload, x=payload.x[1:], x_next=payload.x_next[1:], log_prob=payload.log_prob[1:]))
+
+
+def test_states_in_half_the_bytes_are_the_states_that_were_sampled() -> None:
+    payload = chain([0, 1, 3])
+    with pytest.raises(PayloadError, match=r"no values of torch\.bfloat16: rollouts must be sampled with the replay\.store_dtype"):
+        encode(payload, torch.bfloat16)
+    rounded = replace(payload, x=payload.x.bfloat16().float(), x_next=payload.x_next.bfloat16().float(), previous=torch.zeros_like(payload.x))
+    segments = encode(rounded, torch.bfloat16)
+    assert equal(decode_group(segments), rounded)
+    assert len(segments[1]) == 8 * 3 + 60 * 2 * (5 + 3)
+    with pytest.raises(PayloadError, match="no values"):
+        encode(replace(rounded, previous=payload.x), torch.bfloat16)
+
+
+@pytest.mark.parametrize("places", [[0, 2, 6], [], [-1, 0, 1], [0, 2]])
+def test_a_table_that_points_elsewhere_is_refused(places: list[int]) -> None:
+    head, *members = encode(group())
+    tensors = load(bytes(head))
+    table = json.loads(bytes(tensors["table"].tolist())) | {"x": places}
+    tensors["table"] = torch.tensor(list(json.dumps(table).encode()), dtype=torch.uint8)
+    with pytest.raises(PayloadError):
+        decode_group([save(tensors), *members])
+
+
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"\xff" * 40, lambda b: b[8:], lambda b: b + b"x"])
-def test_damaged_bytes_are_refused(damage: object) -> None:
+def test_damaged_bytes_are_refused(damage: Any) -> None:
     for payload, decode in ((group(), decode_group), (data(), decode_data)):
+        head, *rest = encode(payload)
         with pytest.raises(PayloadError, match="payload is not safetensors"):
-            decode(damage(encode(payload)))  # type: ignore[operator]
+            decode([damage(head), *rest])
+        with pytest.raises(PayloadError, match="bytes, its table says"):
+            decode([head, *rest[:-1], damage(rest[-1])])
 
 
 @given(cut=st.integers(0, 400))
 @settings(max_examples=40)
 def test_a_cut_anywhere_is_noticed(cut: int) -> None:
-    whole = encode(data())
+    head, *rows = encode(data())
     with pytest.raises(PayloadError):
-        decode_data(whole[: min(cut, len(whole) - 1)])
+        decode_data([head[: min(cut, len(head) - 1)], *rows])
 
 
-@pytest.mark.parametrize("version", [None, [FORMAT + 1], [FORMAT, FORMAT]])
+@pytest.mark.parametrize("version", [None, [FORMAT + 1], [FORMAT, FORMAT], [3]])
 def test_another_version_is_refused(version: list[int] | None) -> None:
-    tensors = load(encode(group()))
+    head, *members = encode(group())
+    tensors = load(bytes(head))
     del tensors["format"]
     if version is not None:
         tensors["format"] = torch.tensor(version)
-    with pytest.raises(PayloadError, match="it was written by another version of ddrl"):
-        decode_group(save(tensors))
+    with pytest.raises(PayloadError, match="it was written by another version of ddrl: finish the run with that one"):
+        decode_group([save(tensors), *members])
+
+
+@pytest.mark.parametrize("table", [None, "[]", "{", '{"count": 2}', '{"count": 2, "rows": [["x", "int3", [1]]]}', '{"count": 2, "rows": [["x"]]}'])
+def test_a_table_that_cannot_be_read_is_refused(table: str | None) -> None:
+    head, *members = encode(group())
+    tensors = load(bytes(head))
+    del tensors["table"]
+    if table is not None:
+        tensors["table"] = torch.tensor(list(table.encode()), dtype=torch.uint8)
+    with pytest.raises(PayloadError, match="the table of a payload cannot be read"):
+        decode_group([save(tensors), *members])
 
 
 def test_the_other_kind_is_refused() -> None:

@@ -129,7 +129,7 @@ class Ledger:
     def commit(
         self,
         lease: Lease,
-        payload: bytes,
+        payload: list[bytearray],
         rewards: list[float],
         version: int,
         meta: dict[str, Any],

@@ -28,6 +28,8 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.root / owner / name
         if not repository.is_dir():
             self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif is_api and rest[:1] == ["auth-check"] and "gated" in name:
+            self.answer(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask for access"})
         elif is_api and rest[:1] in (["revision"], ["tree"]) and rest[1] not in REVISIONS:
             self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         elif is_api and rest[:1] == ["tree"]:

@@ -113,8 +113,10 @@ def test_blocks_that_do_not_pair_or_hold_nothing_are_refused(lens: tuple[list[in
 
 def test_provider_on_a_cpu() -> None:
     cpu = torch.device("cpu")
-    assert resolve_provider("auto", cpu) == ("sdpa", "attention: sdpa, because xformers and torch_varlen have no kernels for cpu")
-    assert resolve_provider("sdpa", cpu) == ("sdpa", "attention: sdpa, as model.attention says")
+    chosen = resolve_provider("auto", cpu)
+    assert chosen == ("sdpa", "which runs everywhere", {"xformers": "no kernels for cpu", "torch_varlen": "no kernels for cpu"})
+    assert chosen.why == "attention: sdpa, which runs everywhere (xformers: no kernels for cpu; torch_varlen: no kernels for cpu)"
+    assert resolve_provider("sdpa", cpu).why == "attention: sdpa, as model.attention says"
     for name in set(PROVIDERS) - {"sdpa"}:
         with pytest.raises(ValueError, match=f"'{name}' has no kernels for cpu; use model.attention=auto or sdpa"):
             resolve_provider(name, cpu)
@@ -135,17 +137,19 @@ def halves(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def test_provider_on_a_gpu() -> None:
     gpu = torch.device("cuda")
-    assert resolve_provider("auto", gpu, trial=works) == ("xformers", "attention: xformers, which works on this GPU")
+    chosen = resolve_provider("auto", gpu, trial=works)
+    assert (chosen.name, chosen.because) == ("xformers", "which works on this GPU")
+    assert chosen.others == {"sdpa": "for where xformers does not work", "torch_varlen": "taken only when model.attention names it"}
     for name in PROVIDERS:
         assert resolve_provider(name, gpu, trial=works).name == name
 
 
 def test_a_provider_that_does_not_work_on_a_gpu() -> None:
     gpu = torch.device("cuda")
-    name, why = resolve_provider("auto", gpu, trial=fails)
-    assert name == "sdpa"
-    assert "xformers does not work here (ImportError: no xformers)" in why
-    assert "ddrl[gpu]" in why
+    chosen = resolve_provider("auto", gpu, trial=fails)
+    assert chosen.name == "sdpa"
+    assert chosen.others["xformers"] == "does not work here (ImportError: no xformers); ddrl doctor says more"
+    assert set(chosen.others) == {"xformers", "torch_varlen"}
     assert resolve_provider("sdpa", gpu, trial=fails).name == "sdpa"
     with pytest.raises(ValueError, match=r"'torch_varlen' does not work on cuda with torch.bfloat16 \(ImportError: no torch_varlen\)"):
         resolve_provider("torch_varlen", gpu, trial=fails)
@@ -170,3 +174,14 @@ def test_a_trial_tells_what_happens() -> None:
 def test_an_unknown_provider_is_refused_with_the_known_ones(device: str) -> None:
     with pytest.raises(ValueError, match="unknown attention provider 'flash3'; known: auto, sdpa, xformers, torch_varlen"):
         resolve_provider("flash3", torch.device(device))
+
+
+def test_the_attention_kernels_of_xformers_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With arguments that this torch takes. Its own library must load all the same, or it refuses every call on a GPU (docs/doctor.md)."""
+    from xformers.ops.fmha import cutlass
+    from xformers.ops.fmha.torch_attention_compat import ensure_pt_flash_ok
+
+    assert cutlass.FwOp.OPERATOR is torch.ops.aten._efficient_attention_forward
+    assert cutlass.BwOp.OPERATOR is torch.ops.aten._efficient_attention_backward
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)  # what a CUDA build says
+    ensure_pt_flash_ok()

@@ -250,6 +250,29 @@ def test_replayed_transitions_have_ratio_one(kernel: str, style: str, tiny_model
     assert (ratio - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
+def test_densities_are_those_of_states_rounded_as_they_are_stored(kernel: str, tiny_model: Build) -> None:
+    """Beside requests that store fp32, which it does not touch; the chain goes on from the rounded states, the sample is not rounded."""
+    model, steps, trained = tiny_model(), 6, (0, 1, 3)
+    half = request(0, steps=steps, kernel=kernel, noise_level=0.8, trained=trained, state_dtype="bfloat16")
+    full = replace(half, state_dtype="float32", member=1)
+    done, beside = Engine(model, PROCESS, PLENTY).run([half, full])
+    same(beside, Engine(model, PROCESS, PLENTY).run([full])[0])
+    stored = [done.x, done.x_next] + ([done.previous] if done.previous is not None else [])
+    assert all(torch.equal(state, state.bfloat16().float()) for state in stored)
+    assert torch.equal(done.x_next[0], done.x[1])
+    assert not torch.equal(done.latent, done.latent.bfloat16().float())
+    assert not torch.equal(beside.x, beside.x.bfloat16().float())
+    step, index, (embeds, pooled) = make_kernel(kernel, PROCESS, 0.8, steps), torch.tensor(trained), batched(half)
+    t, t_next = done.times[index], done.times[index + 1]
+    previous = None
+    if done.previous is not None:
+        previous = Previous(done.previous, torch.where(index > 0, done.times[index - 1], torch.inf))
+    prediction = model(step.process.model_input(done.x, t), step.process.model_time(t), embeds.expand(3, -1, -1), pooled.expand(3, -1))
+    mean, std = step.moments(prediction, done.x, t, t_next, previous)
+    assert ((log_prob(done.x_next, mean, std) - done.log_prob).exp() - 1).abs().max() < 1e-6
+
+
 def test_only_trained_transitions_are_kept_and_they_chain(tiny_model: Build) -> None:
     r = request(steps=5, trained=(0, 1, 3))
     done = Engine(tiny_model(), PROCESS, PLENTY).run([r])[0]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from diffusion.checkpoint import load_policy, save_policy
+from diffusion.checkpoint import load_policy, merged_policy, save_policy
 from diffusion.config import LoRAConfig, ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
@@ -19,6 +19,7 @@ from diffusion.families.conditioning import Conditioning
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
 from diffusion.lora import PREFIX, WEIGHTS, adapter_bytes, add_lora, merge_lora, merged_state, trained_weights, without_lora
 from diffusion.processes import RectifiedFlow
+from diffusion.weights import tensors_of, write_weights
 
 Build = Callable[..., SD3Transformer]
 CONFIG = LoRAConfig(rank=3, alpha=6.0)
@@ -110,6 +111,56 @@ def test_the_engine_swaps_adapters_alone_merged_or_not(tiny_model: Build) -> Non
     torch.testing.assert_close(Engine(adapted(tiny_model, 5), process, 1000).run([request])[0].latent, done[0].latent, atol=0, rtol=0)
     with pytest.raises(ValueError, match="do not fit the model"):
         Engine(adapted(tiny_model), process, 1000).set_weights(tiny_model().state_dict(), 4)
+
+
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_merged_into_the_files_as_it_is_into_the_network(tmp_path: Path, policy_folder: Path, base_dtype: Literal["float32", "bfloat16"]) -> None:
+    """Tensor by tensor, without the whole of it, to the bit; and in shards that diffusers opens."""
+    from diffusers import SD3Transformer2DModel
+
+    drawn = load_policy(ModelConfig(path=str(policy_folder), init=True)).transformer.state_dict()
+    save_policy(tmp_path / "base", policy_folder, drawn)
+    config = ModelConfig(path=str(tmp_path / "base"), dtype=base_dtype, base_dtype=base_dtype, lora=LoRAConfig(rank=4, alpha=8.0))
+    model = load_policy(config).transformer
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        if ".lora_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    expected = merged_state(model.state_dict(), config.lora)
+    found = dict(merged_policy(tmp_path / "base", trained_weights(model), config))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items())
+
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    largest = max(tensor.nbytes for tensor in expected.values())
+    write_weights(folder, expected.items(), shard_bytes=2 * largest)
+    assert len(list(folder.glob("diffusion_pytorch_model-0000?-of-0000?.safetensors"))) > 1
+    assert max(file.stat().st_size for file in folder.glob("*.safetensors")) < 2 * largest + 20_000  # its header
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(folder))
+    (folder / "config.json").write_bytes((policy_folder / "transformer" / "config.json").read_bytes())
+    theirs = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=getattr(torch, base_dtype)).state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in expected.items())
+
+
+def test_mapped_weights_are_the_file_until_something_is_written_to_them(tmp_path: Path, policy_folder: Path) -> None:
+    drawn = load_policy(ModelConfig(path=str(policy_folder), init=True)).transformer.state_dict()
+    save_policy(tmp_path / "base", policy_folder, drawn)
+    file = tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
+    config = ModelConfig(path=str(tmp_path / "base"), map_weights=True, lora=LoRAConfig(rank=4))
+    mapped, copied = load_policy(config).transformer, load_policy(config.model_copy(update={"map_weights": False})).transformer
+    assert all(torch.equal(a, b) for a, b in zip(mapped.state_dict().values(), copied.state_dict().values(), strict=True))
+    ranges = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+
+    def in_file(tensor: torch.Tensor) -> bool:
+        return any(low <= tensor.data_ptr() < high for low, high in ranges)
+
+    assert all(in_file(tensor) == (".lora_" not in name) for name, tensor in mapped.state_dict().items())
+    assert not any(map(in_file, copied.state_dict().values()))
+    merge_lora(mapped)
+    with torch.no_grad():
+        next(mapped.parameters()).add_(1)
+    assert file.read_bytes() == content
 
 
 def test_a_folder_with_an_adapter_loads_in_diffusers_both_ways(tmp_path: Path, policy_folder: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_policy_brings_the_encoder_frozen(folder: Path) -> None:
     policy = load_policy(ModelConfig(path=str(folder), t5_tokens=16, text_dtype="bfloat16"))
     encoder = policy.text_encoder
     assert isinstance(encoder, SD3TextEncoder)
-    models = [model for _, model in (*encoder.clips, *([encoder.t5] if encoder.t5 else []))]
+    models = [*encoder.clips, *([encoder.t5] if encoder.t5 else [])]
     assert len(models) == 2 + (folder / "text_encoder_3").exists()
     for model in models:
         assert not model.training
@@ -90,7 +90,7 @@ def test_a_policy_brings_the_encoder_frozen(folder: Path) -> None:
 def test_prompts_that_the_tokenizers_cut_to_the_same_are_collisions(folder: Path) -> None:
     encoder = SD3TextEncoder.load(folder, t5_tokens=16)
     longer, cased = LONG + " a cat", "A red CIRCLE"  # CLIP has no capitals, T5 does
-    found = collisions(encoder, [*PROMPTS, longer, cased])
+    found = collisions(encoder.signature, [*PROMPTS, longer, cased])
     same = {frozenset(group) for group in found}
     assert same == {frozenset({LONG, longer})} | (set() if encoder.t5 else {frozenset({"a red circle", cased})})
     for group in found:

@@ -19,7 +19,8 @@ from replay.audit import Snapshot, audit
 from replay.config import RedisConfig, ReplayConfig
 from replay.embedded import find_server, refuse_several_nodes
 from replay.errors import EmbeddedServerError, PayloadMissing
-from replay.payloads import FolderPayloads, checksum
+from replay.payloads import FolderPayloads
+from replay.policy import PART_BYTES
 from replay.records import GroupHeader
 from replay.rewards import identity
 from replay.waiting import poll
@@ -59,6 +60,9 @@ def test_config_is_strict_and_described() -> None:
         RedisConfig(fsync="no")  # type: ignore[arg-type]
     with pytest.raises(ValidationError):
         ReplayConfig(payloads="relative/folder")
+    with pytest.raises(ValidationError):
+        ReplayConfig(part_bytes=1 << 29)
+    assert ReplayConfig().part_bytes == PART_BYTES
     assert ReplayConfig(payloads="/shared/payloads", drop_zero_variance=True).payloads == "/shared/payloads"
     for model in (ReplayConfig, RedisConfig):
         assert all(info.description for info in model.model_fields.values())
@@ -99,30 +103,28 @@ def test_folder_store_writes_whole_files_and_sweeps_old_strangers(tmp_path: Path
     store = FolderPayloads(tmp_path / "payloads")
     assert store.sweep(set(), 0) == 0, "a folder nobody has written to"
     batch = redis.Redis().pipeline(transaction=False)  # never executed: this store writes at once
-    kept, stray = store.write("g1-a", b"one", batch), store.write("g2-b", b"two", batch)
+    kept, stray = store.write("g1-a", [[b"o", b"ne"]], batch), store.write("g2-b", [[b"two"]], batch)
     assert not batch.command_stack
-    assert store.read(kept) == b"one"
+    into = bytearray(2)
+    assert (store.read(kept, 0, 1, memoryview(into)), into) == (2, b"ne")
     assert sorted(file.name for file in (tmp_path / "payloads").iterdir()) == ["g1-a", "g2-b"]
     assert store.sweep({kept}, older_than_s=60) == 0
     old = time.time() - 120
     for name in (kept, stray):
         os.utime(tmp_path / "payloads" / name, (old, old))
     assert store.sweep({kept}, older_than_s=60) == 1
-    waiting = store.write("g3-c", b"three", batch)
-    os.utime(tmp_path / "payloads" / waiting, (old, old))
+    waiting = store.write("g3-c", [[b"th"], [b"ree"]], batch)
+    for name in ("g3-c.0", "g3-c.1"):
+        os.utime(tmp_path / "payloads" / name, (old, old))
     (tmp_path / "payloads" / "notes.txt").touch()
     os.utime(tmp_path / "payloads" / "notes.txt", (old, old))
     store.refresh(waiting, batch)
     assert store.sweep({kept}, older_than_s=60) == 0, "refreshed, or not ours"
     store.delete([kept, kept])
     with pytest.raises(PayloadMissing, match="g1-a"):
-        store.read(kept)
+        store.read(kept, 0, 0, memoryview(into))
     with pytest.raises(PayloadMissing, match="vanished"):
         store.refresh(kept, batch)
-
-
-def test_checksum_is_xxh3() -> None:
-    assert checksum(b"") == "2d06800538d394c2"  # the published XXH3-64 of the empty input
 
 
 def test_every_script_states_its_contract() -> None:

@@ -289,8 +289,9 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"lr": "fast"}}, "optimizer.lr: "),
     ({"learner": {"ranks": 0}}, "learner.ranks: "),
     ({"model": None}, "model: "),
-    # every rank needs a group and an anchor row: known before anything is started
-    ({"rollout": {"groups_per_step": 1}, "learner": {"ranks": 2}}, "learner.ranks"),
+    # every rank needs a rollout and an anchor row: known before anything is started
+    ({"rollout": {"groups_per_step": 1, "group_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),
+    ({"rollout": {"groups_per_step": 1, "group_size": 4, "min_group_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),
     ({"objective": {"preset": "sft"}, "data": {"batch_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),
 ]
 

@@ -37,7 +37,7 @@ UPDATES = 3
 GROUPS, MEMBERS, TRAINED = 5, 3, 2
 DEADLINE_S = 240.0
 """Of a collective and of an export: the ranks wait for each other, never for a clock."""
-SAVED = ("plain", "lora")
+SAVED = ("plain", "lora", "moments in 8 bits")
 """Scenarios that write checkpoints."""
 
 
@@ -67,6 +67,9 @@ SCENARIOS = {
     "clipped gradient in one unit": Scenario({"optimizer": {"grad_clip": 0.02}, "learner": {"ranks": 1, "shard_blocks": False}}),
     "recomputed": Scenario({"learner": {"ranks": 1, "micro_batch": 4, "recompute": True}}),
     "sharded gradients": Scenario({"learner": {"ranks": 1, "micro_batch": 1, "accumulate": "sharded"}}),
+    "token budget": Scenario({"learner": {"ranks": 1, "micro_batch": 40, "micro_tokens": 100}}),
+    "in host memory": Scenario({"learner": {"ranks": 1, "micro_batch": 4, "offload": True}}),
+    "moments in 8 bits": Scenario({"optimizer": {"lr": 5e-3, "ema": 0.9, "eps": 1e-2, "decay": "cosine", "kind": "adamw8bit"}}),
     "kl": Scenario({"objective": {"kl_weight": 0.5}}),
     "lora": Scenario({"model": {"lora": {"rank": 4, "alpha": 8.0}}, "objective": {"kl_weight": 0.5}, "optimizer": {"lr": 5e-2, "eps": 1e-5}}),
     "two steps in sigma space": Scenario({"sampler": {"kernel": "edm_2ab", "noise_level": 1.0, "guidance": 2.0}, "objective": {"data_noise": "shared"}}),
@@ -84,14 +87,13 @@ STARTS: dict[str, dict[str, Any]] = {
 
 
 class Held:
-    """Payloads in a file: what `step_batch` fetches."""
+    """Payloads in a file: what `step_batch` reads."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.claim, self._payloads = torch.load(folder / f"claim-{name}.pt", weights_only=False)
 
-    def fetch(self, item: Any) -> bytes:
-        payload: bytes = self._payloads[item.ref]
-        return payload
+    def read(self, item: Any, segments: list[int]) -> list[bytearray]:
+        return [self._payloads[item.ref][i] for i in segments]
 
 
 def whole(value: Any) -> Any:

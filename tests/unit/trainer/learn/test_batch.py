@@ -55,11 +55,11 @@ def rewards_of(group: int) -> list[float]:
 
 
 class Ledger:
-    """A claim of real payloads; keeps what is fetched."""
+    """A claim of real payloads; keeps what is read: (reference, segments)."""
 
     def __init__(self, config: RunConfig, step: int = 2) -> None:
-        self.payloads: dict[str, bytes] = {}
-        self.fetched: list[str] = []
+        self.payloads: dict[str, list[bytearray]] = {}
+        self.fetched: list[tuple[str, list[int]]] = []
         groups, data = [], []
         if config.uses_policy:
             for group in GROUPS:
@@ -95,9 +95,9 @@ class Ledger:
             empty_pooled=torch.zeros(3) if config.data.caption_dropout > 0 else None,
         )
 
-    def fetch(self, item: ClaimedGroup | ClaimedData) -> bytes:
-        self.fetched.append(item.ref)
-        return self.payloads[item.ref]
+    def read(self, item: ClaimedGroup | ClaimedData, segments: list[int]) -> list[bytearray]:
+        self.fetched.append((item.ref, segments))
+        return [self.payloads[item.ref][i] for i in segments]
 
 
 def rows_of(config: RunConfig, rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> StepBatch:
@@ -128,7 +128,7 @@ OBJECTIVES: list[dict[str, Any]] = [
 ]
 
 
-@given(objective=st.sampled_from(OBJECTIVES), world=st.integers(1, len(GROUPS)))
+@given(objective=st.sampled_from(OBJECTIVES), world=st.integers(1, 2 * len(GROUPS)))
 @settings(max_examples=30)
 def test_the_ranks_have_every_row_once_whatever_their_number(objective: dict[str, Any], world: int) -> None:
     config = config_of(**objective)
@@ -176,21 +176,39 @@ def test_a_row_of_a_group_carries_its_own_times_advantage_and_prompt(kernel: str
     assert seen == {(g, m, k) for g in GROUPS for m in range(members_of(g)) for k in range(TRAINED)}
 
 
-def test_a_rank_fetches_its_own_groups_and_the_anchor_batch() -> None:
+@pytest.mark.parametrize("world", [1, 2, 7])
+def test_a_rank_reads_the_heads_members_and_data_rows_that_it_trains(world: int) -> None:
     config = config_of()
-    fetched = []
-    for rank in range(2):
+    read: dict[str, list[int]] = {}
+    for rank in range(world):
         ledger = Ledger(config)
-        rows_of(config, rank, 2, ledger)
-        assert ledger.fetched.count("d1") == 1
-        fetched += [ref for ref in ledger.fetched if ref != "d1"]
-    assert sorted(fetched) == sorted(f"g{g}" for g in GROUPS)
+        rows = rows_of(config, rank, world, ledger)
+        assert rows.transitions is not None
+        members = {(round(x) // 100, round(x) % 100 // 10) for x in rows.transitions.x[:, 0, 0, 0].tolist()}
+        groups = [(int(ref[1:]), segments) for ref, segments in ledger.fetched if ref != "d1"]
+        assert [segments[0] for _, segments in groups] == [0] * len({g for g, _ in members})
+        assert {(group, segment - 1) for group, segments in groups for segment in segments[1:]} == members
+        for group, segments in groups:
+            read.setdefault(f"g{group}", []).extend(segments[1:])
+        (head, data) = (segments for ref, segments in ledger.fetched if ref == "d1")
+        assert head == [0]
+        assert rows.anchors is not None
+        assert {segment - 1 for segment in data} == {round(x) for x in rows.anchors.x0[:, 0, 0, 0].tolist()}
+    assert read == {f"g{g}": list(range(1, 1 + members_of(g))) for g in GROUPS}
 
 
-def test_more_ranks_than_groups_are_refused() -> None:
+def test_more_ranks_than_members_are_refused() -> None:
     config = config_of()
-    with pytest.raises(ValueError, match="5 items cannot be shared among 6 ranks"):
-        rows_of(config, 0, 6)
+    with pytest.raises(ValueError, match="14 items cannot be shared among 15 ranks"):
+        rows_of(config, 0, 15)
+
+
+def test_a_group_of_another_number_of_members_is_refused() -> None:
+    config = config_of()
+    ledger = Ledger(config)
+    ledger.payloads["g8"] = ledger.payloads["g7"]
+    with pytest.raises(PayloadError, match="group 8 has 3 members, its header says 2"):
+        rows_of(config, ledger=ledger)
 
 
 def test_groups_of_another_sampler_are_refused() -> None:
@@ -326,8 +344,8 @@ def test_clips_become_rows_like_pictures(kernel: str, data_noise: str, monkeypat
 def test_a_damaged_payload_stops_the_step() -> None:
     config = config_of()
     ledger = Ledger(config)
-    ledger.payloads["g7"] = ledger.payloads["g7"][:-1]
-    with pytest.raises(PayloadError):
+    ledger.payloads["g7"][2] = ledger.payloads["g7"][2][:-1]
+    with pytest.raises(PayloadError, match="its table says"):
         rows_of(config, ledger=ledger)
 
 
@@ -338,7 +356,7 @@ def test_with_own_pairs_every_rollout_has_its_groups_example(dropout: float) -> 
     ledger = Ledger(config)
     anchors = rows_of(config, ledger=ledger).anchors
     assert anchors is not None
-    assert ledger.fetched == [f"g{group}" for group in GROUPS]
+    assert [ref for ref, _ in ledger.fetched] == [f"g{group}" for group in GROUPS]
     assert anchors.x0[:, 0, 0, 0].tolist() == [float(group) for group in GROUPS for _ in range(MEMBERS)]
     captions = anchors.pooled[:, 0].tolist()
     assert all(c in (0.0, x) for c, x in zip(captions, anchors.x0[:, 0, 0, 0].tolist(), strict=True))

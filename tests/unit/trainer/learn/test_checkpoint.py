@@ -21,7 +21,7 @@ class Gathered:
     def __init__(self) -> None:
         self.ema: dict[str, torch.Tensor] = {}
 
-    def full_state(self, ema: bool = False, keep: bool = True) -> dict[str, torch.Tensor]:
+    def full_state(self, ema: bool = False, keep: bool = True, frozen: bool = True) -> dict[str, torch.Tensor]:
         return {"w": torch.ones(2)} if keep else {}
 
 

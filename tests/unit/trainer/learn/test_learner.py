@@ -15,6 +15,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+import trainer.learn.learner
 from diffusion.checkpoint import load_policy
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
@@ -85,6 +86,17 @@ def learner_of(config: RunConfig) -> Learner:
             if name in made.ema:
                 made.ema[name].to_local().copy_(state[name])  # type: ignore[attr-defined]
     return made
+
+
+def test_a_learner_says_how_it_computes_and_why(policy_folder: Path, tmp_path: Path) -> None:
+    made = Learner(config_of(policy_folder), CPU)
+    assert made.describe(3) == {
+        "kind": "learner",
+        "step": 3,
+        "network": "float32 on cpu, 1 ranks",
+        "attention": "attention: sdpa, which runs everywhere (xformers: no kernels for cpu; torch_varlen: no kernels for cpu)",
+    }
+    append_metrics(tmp_path, made.describe(3))  # plain values, as a line of metrics.jsonl needs
 
 
 def batch_of(made: Learner) -> StepBatch:
@@ -208,6 +220,39 @@ def test_the_size_of_a_micro_batch_changes_nothing(micro_batch: int, shard_block
     batch = batch_of(whole)
     one, other = whole.update(batch, 1), parts.update(batch, 1)
     assert flat(one) == pytest.approx(flat(other), rel=1e-4, abs=2e-6)
+
+
+@pytest.mark.parametrize(("micro_tokens", "expected"), [(1000, (1, 1)), (60, (2, 3)), (15, (6, 5))])
+def test_passes_are_cut_by_tokens(
+    micro_tokens: int, expected: tuple[int, int], policy_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rollouts of 18 tokens, anchors of another size and prompt of 23: the update is that of the undivided sum."""
+    whole, parts = learner_of(config_of(policy_folder)), learner_of(config_of(policy_folder, learner={"micro_tokens": micro_tokens}))
+    batch = batch_of(whole)
+    assert batch.transitions is not None
+    g = torch.Generator().manual_seed(1)
+    x0, eps = torch.randn(2, 5, 3, 16, 16, generator=g)
+    anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.randn(5, 7, 64, generator=g), torch.randn(5, 64, generator=g))
+    batch = replace(batch, anchors=anchors)
+    tokens = (whole.model.packed_tokens(SHAPE, 10), whole.model.packed_tokens((3, 16, 16), 7))
+    assert tokens == (18, 23)
+    made: list[tuple[str, int]] = []
+    for name in ("policy_prediction", "data_prediction"):
+        predict = getattr(trainer.learn.learner, name)
+
+        def counting(*args: Any, name: str = name, predict: Any = predict) -> torch.Tensor:
+            rows = args[2]
+            made.append((name, len(rows.t)))
+            return predict(*args)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(trainer.learn.learner, name, counting)
+    said = parts.update(batch, 1)
+    assert tuple(sum(kind == name for kind, _ in made) for name in ("policy_prediction", "data_prediction")) == expected
+    sizes = dict(zip(("policy_prediction", "data_prediction"), tokens, strict=True))
+    assert all(rows == 1 or rows * sizes[name] <= micro_tokens for name, rows in made)
+    parts.update(batch, 2)
+    assert [r.name for r in caplog.records].count("trainer.learn.learner") == (micro_tokens == 15)  # said once
+    assert flat(said) == pytest.approx(flat(whole.update(batch, 1)), rel=1e-4, abs=2e-6)
 
 
 def test_a_group_of_ranks_with_unequal_rows_pads_without_effect(policy_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Blocks that are recomputed: the same numbers to the bit, fewer activations kept."""
+"""Blocks that are recomputed, shards in host memory: the same numbers to the bit; fewer activations kept."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from tests.unit.trainer.learn.test_learner import GUIDED, LORA, batch_of, config_of, learner_of
 from trainer.learn.batch import take
 from trainer.learn.learner import Learner
+from trainer.learn.parallel import buffers_to
 from trainer.learn.selftest import self_test
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -47,6 +49,31 @@ def test_recomputing_changes_no_bit_of_an_update(way: str, policy_folder: Path) 
     expected, found = plain.full_state(), recomputed.full_state()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_shards_in_host_memory_change_no_bit_of_an_update(way: str, policy_folder: Path, tmp_path: Path) -> None:
+    sections = WAYS[way]
+    made = [learner_of(config_of(policy_folder, 4, **sections | {"learner": sections.get("learner", {}) | {"offload": o}})) for o in (False, True, True)]
+    plain, offloaded, resumed = made
+    for module in offloaded.model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            assert group is None or (isinstance(group.offload_policy, CPUOffloadPolicy) and not group.offload_policy.pin_memory)
+    batch = batch_of(learner_of(config_of(policy_folder, sampler=sections.get("sampler", {}))))
+    assert plain.update(batch, 1) == offloaded.update(batch, 1)
+    offloaded.save(tmp_path / "checkpoint")
+    resumed.load(tmp_path / "checkpoint")
+    assert plain.update(batch, 2) == offloaded.update(batch, 2) == resumed.update(batch, 2)
+    expected = plain.full_state()
+    assert all(torch.equal(learner.full_state()[name], value) for learner in (offloaded, resumed) for name, value in expected.items())
+
+
+def test_buffers_go_to_the_device_and_parameters_stay() -> None:
+    model = torch.nn.BatchNorm1d(4)
+    buffers_to(model, torch.device("meta"))
+    assert {b.device.type for b in model.buffers()} == {"meta"}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ def write_policy(folder: Path) -> None:
 
 
 def write_claim(folder: Path, name: str) -> None:
-    """Real rollouts of odd groups, one of which lost a member, so that no two ranks have as many rows; sampled by slightly
+    """Real rollouts of odd groups, two of which lost a member, so that no two ranks have as many rows; sampled by slightly
     other weights, so that ratios are not 1."""
     config = SCENARIOS[name].config(folder)
     policy = load_policy(config.model)
@@ -61,7 +61,7 @@ def write_claim(folder: Path, name: str) -> None:
     done = Engine(policy.transformer, policy.process, 10_000).run(requests)
     payloads, groups = {}, []
     for i, (request, text) in enumerate(zip(requests, texts, strict=True)):
-        members = [t for t in done if t.request is request][: MEMBERS - (i == 1)]
+        members = [t for t in done if t.request is request][: MEMBERS - (i in (1, 3))]
         payloads[f"g{i}"] = encode(group_payload(members, text))
         ocr, sharp = torch.rand(2, len(members), generator=g).tolist()
         totals = [float(a + b) for a, b in zip(ocr, sharp, strict=True)]
@@ -125,6 +125,16 @@ def assert_same(found: Any, expected: Any, rtol: float = 1e-4, atol: float = 0.0
         assert error <= rtol * size + atol, f"{path}: off by {error:.2g} at {size:.2g}"
 
 
+def assert_same_state(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Weights, average and optimiser agree. Of moments in 8 bits the weights: where rounding of a gradient decides a code, the next one is
+    a per cent of its block away."""
+    if name == "moments in 8 bits":
+        found, expected = ({part: state[part] for part in ("model", "average")} for state in (found, expected))
+        assert_same(found, expected, rtol=1e-3)
+    else:
+        assert_same(found, expected)
+
+
 def assert_same_updates(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     """Both groups of ranks say the same of their updates. Log-densities of about 5 in fp32 are known to some 1e-6."""
     assert_same(found, expected, atol=2e-6)
@@ -136,7 +146,7 @@ def assert_same_updates(found: list[dict[str, Any]], expected: list[dict[str, An
 def test_two_ranks_compute_what_one_does(name: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for rank in two:
         assert_same_updates(rank[name]["said"], one[name]["said"])
-        assert_same(rank[name]["state"], one[name]["state"])
+        assert_same_state(name, rank[name]["state"], one[name]["state"])
     said = one[name]["said"]
     assert all(s["grad_norm"] > 1e-5 and not s["skipped"] for s in said)  # the scenario moves something
     assert said[0]["ratio_deviation"] > 1e-4
@@ -148,6 +158,22 @@ def test_recomputing_changes_no_bit_on_one_rank_or_two(one: dict[str, Any], two:
     for found in (one, *two):
         recomputed, plain = ({part: found[name][part] for part in ("said", "state")} for name in ("recomputed", "plain"))
         assert_same(recomputed, plain, rtol=0)
+
+
+def test_shards_in_host_memory_change_no_bit_on_one_rank_or_two(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    """On CPUs they lie where they lay; the way through FSDP's offloading is another."""
+    for found in (one, *two):
+        offloaded, plain = ({part: found[name][part] for part in ("said", "state")} for name in ("in host memory", "plain"))
+        assert_same(offloaded, plain, rtol=0)
+
+
+def test_moments_in_8_bits_stay_near_those_in_fp32(one: dict[str, Any]) -> None:
+    low, full = (one[name]["state"] for name in ("moments in 8 bits", "plain"))
+    codes = [t for moments in low["optimizer"].values() for t in moments.values() if t.dtype == torch.uint8]
+    exact = [t for moments in low["optimizer"].values() for n, t in moments.items() if n.startswith("exp_avg") and "scale" not in n and t.dtype != torch.uint8]
+    assert sum(t.numel() for t in codes) > sum(t.numel() for t in exact)  # most values, in a policy this small
+    moved = {n: (t - full["model"][n]).abs().max() / 5e-3 for n, t in low["model"].items()}
+    assert 0 < max(moved.values()) < 0.05  # of a step of Adam's
 
 
 def test_gradients_may_stay_sharded_while_passes_accumulate(two: list[dict[str, Any]]) -> None:
@@ -193,7 +219,7 @@ def test_a_checkpoint_of_one_rank_is_loaded_by_two(name: str, one: dict[str, Any
     for rank in two:
         assert_same(rank[f"{name}, resumed"]["state"], one[name]["state"], rtol=0)
         assert_same_updates(rank[f"{name}, resumed"]["next"], one[name]["next"])
-        assert_same(rank[f"{name}, resumed"]["next state"], one[name]["next state"])
+        assert_same_state(name, rank[f"{name}, resumed"]["next state"], one[name]["next state"])
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -202,7 +228,7 @@ def test_a_checkpoint_of_two_ranks_is_loaded_by_one(name: str, folder: Path, two
     assert (found["progress"].step, found["progress"].groups, found["progress"].data) == (UPDATES, [1, 2], [3])
     assert_same(found["state"], two[0][name]["state"], rtol=0)
     assert_same_updates(found["next"], two[0][name]["next"])
-    assert_same(found["next state"], two[0][name]["next state"])
+    assert_same_state(name, found["next state"], two[0][name]["next state"])
 
 
 def test_a_run_that_has_grown_goes_on_at_the_rate_it_had(folder: Path, one: dict[str, Any], two: list[dict[str, Any]]) -> None:

@@ -74,7 +74,10 @@ def test_the_first_change_is_the_one_that_alters_least() -> None:
     full = setting(learner={"ranks": 1, "gpus": 0.5, "micro_batch": 16})
     assert not full.placement().fits
     found = {c.name: c for c in changes(full)}
-    assert list(found)[:3] == ["activation checkpointing", "an adapter instead of all weights", "a smaller micro-batch"]
+    expected = ["activation checkpointing", "shards in host memory", "moments in 8 bits", "an adapter instead of all weights", "a smaller micro-batch"]
+    assert list(found)[:5] == expected
+    assert found["shards in host memory"].keys == ("learner.offload=true",)
+    assert found["moments in 8 bits"].keys == ("optimizer.kind=adamw8bit",)
     assert found["activation checkpointing"].keys == ("learner.recompute=true",)
     assert found["an adapter instead of all weights"].keys == ("model.lora.rank=32", "model.lora.alpha=64")
     assert found["another GPU"].keys == ("--gpu h200-141",)
@@ -92,6 +95,25 @@ def test_a_change_that_suffices_is_the_smallest_of_its_kind() -> None:
     assert again.placement().most == smaller.most
 
 
+def test_shards_in_host_memory_are_proposed_where_they_suffice() -> None:
+    full = setting("h100-80", learner={"ranks": 1, "gpus": 0.5, "micro_batch": 1, "recompute": True})
+    found = {c.name: c for c in changes(full)}
+    offloaded = found["shards in host memory"]
+    p = 2_243_171_520
+    placed = full.placement().most
+    assert placed - offloaded.most > 4 * 3 * p  # moments and average, and of the weights what is not gathered
+    low = found["moments in 8 bits"]
+    assert placed - low.most == pytest.approx(6 * p, rel=0.01)
+    already = full.with_keys(learner__offload=True)
+    assert already is not None
+    assert not {"shards in host memory", "moments in 8 bits"} & {c.name for c in changes(already)}
+
+
+def test_a_token_budget_is_undercut_by_fewer_samples() -> None:
+    lora = setting(model=HALF | {"lora": {"rank": 32}}, learner={"ranks": 1, "gpus": 0.5, "micro_batch": 160, "micro_tokens": 32 * 1357})
+    assert next(c for c in changes(lora) if c.name == "a smaller micro-batch").keys == ("learner.micro_batch=8",)
+
+
 def test_half_precision_of_what_is_frozen_is_proposed() -> None:
     lora = setting(model=HALF | {"text_dtype": "float32", "lora": {"rank": 32}}, learner={"ranks": 1, "gpus": 0.5, "micro_batch": 32})
     found = {c.name: c for c in changes(lora)}
@@ -106,11 +128,11 @@ def test_changes_are_made_together_before_another_gpu_is_bought() -> None:
     tight = setting("l40s-48", learner={"ranks": 1, "gpus": 0.5, "micro_batch": 8})
     found = changes(tight)
     assert [c.name for c in found if c.fits] == [
-        "activation checkpointing and an adapter instead of all weights and frozen weights in bf16",
+        "activation checkpointing and shards in host memory and an adapter instead of all weights",
         "another GPU",
     ]
     together = next(c for c in found if c.fits)
-    assert together.keys[:3] == ("learner.recompute=true", "model.lora.rank=32", "model.lora.alpha=64")
+    assert together.keys == ("learner.recompute=true", "learner.offload=true", "model.lora.rank=32", "model.lora.alpha=64")
 
 
 def test_too_few_gpus() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
+from trainer.learn.optimizer import AdamW8bit
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass, vae_pass
 from trainer.plan.memory import generator, hosts, learner_rank, micro_rows, pass_count, processes, rank_rows
@@ -47,10 +48,47 @@ def test_full_training_over_eight_ranks() -> None:
 def test_rows_and_passes() -> None:
     config = recipe()
     assert rank_rows(config) == (8 * 4, 8)  # one group of 8 with 4 trained steps; an eighth of 64 anchors
-    assert (pass_count(config), micro_rows(config)) == (8 + 2, 4)
-    assert rank_rows(recipe(learner={"ranks": 3})) == (3 * 8 * 4, 22)
-    assert micro_rows(recipe(learner={"micro_batch": 20})) == 16  # 32 rows in two passes
+    assert (pass_count(config, 1357), micro_rows(config, 1357)) == (8 + 2, 4)
+    assert rank_rows(recipe(learner={"ranks": 3})) == (22 * 4, 22)  # of 64 members
+    assert micro_rows(recipe(learner={"micro_batch": 20}), 1357) == 16  # 32 rows in two passes
     assert rank_rows(recipe(objective={"preset": "sft"}, data={"batch_size": 16})) == (0, 2)
+
+
+def test_a_token_budget_bounds_the_rows_of_a_pass() -> None:
+    assert sizes_of(recipe(), Assumptions()).tokens == 1357
+    bounded = recipe(learner={"micro_tokens": 3 * 1357})
+    assert (pass_count(bounded, 1357), micro_rows(bounded, 1357)) == (11 + 3, 3)
+    assert rank(bounded)["activations"] == rank(recipe(learner={"micro_batch": 3}))["activations"] < rank(recipe())["activations"]
+    alone = recipe(learner={"micro_tokens": 1000})
+    assert (pass_count(alone, 1357), micro_rows(alone, 1357)) == (32 + 8, 1)
+    assert micro_rows(recipe(learner={"micro_tokens": 100_000}), 1357) == 4  # micro_batch stays the other bound
+
+
+def test_moments_in_8_bits() -> None:
+    full, found = rank(recipe()), rank(recipe(optimizer={"kind": "adamw8bit"}))
+    assert 0.25 < found["optimiser"] / full["optimiser"] < 0.257  # scales of blocks, and small parameters in fp32
+    assert {n: b for n, b in found.items() if n != "optimiser"} == {n: b for n, b in full.items() if n != "optimiser"}
+    tiny = recipe(model={"path": "glyph-base"}, sampler={"height": 16, "width": 48}, optimizer={"kind": "adamw8bit"})
+    network = sizes_of(tiny, Assumptions()).network
+    optimizer = AdamW8bit([p for p in network.parameters() if p.requires_grad], tiny.optimizer)
+    states = [optimizer._fresh(p) for p in network.parameters()]
+    assert rank(tiny)["optimiser"] == sum(t.nbytes for s in states for n, t in s.items() if n != "step") / 8
+
+
+def test_what_is_offloaded_lies_on_the_host() -> None:
+    plain, config = recipe(objective={"kl_weight": 0.04}), recipe(objective={"kl_weight": 0.04}, learner={"offload": True})
+    full, found = rank(plain), rank(config)
+    assert found["weights"] == found["reference"] == BUFFERS * 4
+    assert not {"optimiser", "average"} & found.keys()
+    assert found["gradients"] == full["gradients"] == P * 4  # whole while passes accumulate, wherever the parts rest
+    host = {p.name: p.bytes for p in hosts(config, sizes_of(config, Assumptions()))[0].parts}
+    assert [host[n] for n in ("weights", "optimiser", "average", "gradients", "reference")] == [P / 2, P, P / 2, P / 2, P / 2]
+    assert not {"weights", "optimiser"} & {p.name for p in hosts(plain, sizes_of(plain, Assumptions()))[0].parts}
+    one = rank(recipe(learner={"offload": True, "ranks": 1, "accumulate": "sharded"}))
+    sizes = sizes_of(config, Assumptions())
+    assert one["gathered weights"] == 4 * (sizes.root + 3 * max(sizes.blocks))  # the GPU holds no shard to compute with
+    assert one["gradients"] == 2 * 4 * max(sizes.blocks)
+    assert rank(recipe(learner={"offload": True, "gpus": 0})) == rank(recipe(learner={"gpus": 0}))
 
 
 def test_one_pass_keeps_sharded_gradients_only() -> None:
@@ -111,6 +149,17 @@ def test_loading_is_said_where_it_takes_most() -> None:
     assert sum(drawn.values()) >= 4 * (P + BUFFERS)
 
 
+def test_text_encoders_are_held_once_where_actors_hold_them() -> None:
+    parts: dict[str, dict[str, Any]] = {"encoder": {"actors": 2, "gpus": 0.1}, "evaluation": {"gpus": 0.2}, "data": {"kind": "prepared", "path": "/sets/a"}}
+    own, shared = recipe(data=parts["data"]), recipe(**parts)
+    for config, holders in ((own, {"generator", "evaluator", "anchor feeder"}), (shared, {"encoder"})):
+        sizes = sizes_of(config, Assumptions())
+        found = processes(config, sizes, vae_pass(sizes, 512, 512), Assumptions()) + hosts(config, sizes)
+        assert {p.name for p in found for part in p.parts if part.name == "text encoders" and part.bytes == 4 * TEXT} == holders
+        placed = {(p.name, p.count, p.gpus) for p in found}
+        assert ({("encoder", 2, 0.1), ("evaluator", 1, 0.2)} <= placed) == (config is shared)
+
+
 def test_a_generator() -> None:
     config = recipe(sampler={"guidance": 4.5, "max_tokens": 50_000})
     sizes = sizes_of(config, Assumptions())
@@ -120,7 +169,7 @@ def test_a_generator() -> None:
     assert found["casts of weights"].bytes == P * 2
     assert found["text encoders"].bytes == 4 * TEXT  # they are where the generator runs
     assert found["activations"].bytes == 8 * 2 * 1357 * sizes.network.activation_bytes(2)
-    assert found["decoding"].bytes == 8 * vae.decode.peak
+    assert found["decoding"].bytes == 4 * vae.decode.peak
     assert found["states"].bytes == 8 * (2 * 4 + 3) * 16 * 64 * 64 * 4
     merged = recipe(model={"path": MEDIUM, "lora": {"rank": 32, "merge": True}}, objective={"old_log_prob": "learner"})
     kept = {part.name: part.bytes for part in generator(merged, sizes_of(merged, Assumptions()), vae, Assumptions())}
@@ -132,7 +181,7 @@ def test_a_vae_is_run_without_its_numbers() -> None:
     assert found.decode.flops == pytest.approx(2.51e12, rel=0.01)  # counted of diffusers' AutoencoderKL
     assert found.encode.flops == pytest.approx(1.12e12, rel=0.01)
     assert found.decode.peak == 3 * 256 * 512 * 512 * 4  # three tensors of 256 channels at full size
-    assert found.batch == 16
+    assert found.batch == 4
     big = vae_pass(sizes_of(recipe(sampler={"height": 2048, "width": 2048}), Assumptions()), 2048, 2048)
     assert big.decode.peak == 4 * found.decode.peak  # tiles of 1024
     assert big.batch == 1
@@ -148,16 +197,17 @@ def test_who_is_there() -> None:
     assert [p.name for p in processes(sft, sizes_of(sft, Assumptions()), VAEPass(), Assumptions())] == ["learner rank"]
 
 
-def test_hosts_hold_the_evaluations_of_all_ranks() -> None:
+def test_hosts_hold_their_own_evaluations_and_the_noise_of_all() -> None:
     few, many = recipe(), recipe(objective={"data_per": "transition"})
 
-    def evaluations(config: RunConfig) -> float:
-        found = hosts(config, sizes_of(config, Assumptions()))[0]
-        return next(p.bytes for p in found.parts if p.name == "anchor evaluations")
+    def evaluations(config: RunConfig) -> tuple[float, float]:
+        found = {p.name: p.bytes for p in hosts(config, sizes_of(config, Assumptions()))[0].parts}
+        return found["anchor evaluations"], found["anchor noise"]
 
-    row = (2 * 16 * 64 * 64 + 333 * 4096 + 2048) * 4
-    assert evaluations(few) == 2 * 64 * row
-    assert evaluations(many) == (4 + 1) * 64 * row
+    latent = 16 * 64 * 64
+    row = (2 * latent + 333 * 4096 + 2048) * 4
+    assert evaluations(few) == (2 * 8 * row, 64 * latent * 4)
+    assert evaluations(many) == ((4 + 1) * 8 * row, 4 * 64 * latent * 4)
 
 
 def test_objects_of_published_versions_lie_in_the_nodes_memory() -> None:

@@ -32,7 +32,13 @@ def test_the_recipe_fits_one_gpu() -> None:
     assert plan.fits
     assert plan.changes == ()
     assert plan.components[0].trained == 18_776_064  # Flow-GRPO's 191 layers at rank 32, not the second attentions
-    assert kinds(plan) == {"encoding": "warning", "evaluation": "warning"}
+    assert kinds(plan) == {}
+
+
+def test_text_encoders_and_evaluations_on_cpus_are_too_slow() -> None:
+    found = {f.kind: f.message for f in planned(sd35("encoder.actors=0", "evaluation.gpus=0")).findings}
+    assert "encode prompts on a GPU (encoder.actors, encoder.gpus)" in found["encoding"]
+    assert "evaluation.gpus puts it on a GPU" in found["evaluation"]
 
 
 def test_a_smaller_gpu_names_the_nearest_change() -> None:
@@ -44,8 +50,9 @@ def test_a_smaller_gpu_names_the_nearest_change() -> None:
 
 
 def test_payloads_must_fit_their_store() -> None:
-    plan = planned(sd35("replay.payloads=redis", "data.batch_size=null", "rollout.group_size=24"))
-    assert kinds(plan)["payload"] == "error"  # an anchor batch of 192 rows is more than a value of Redis holds
+    plan = planned(sd35("replay.payloads=redis", "data.batch_size=null", "rollout.group_size=24", "replay.max_bytes=1099511627776"))
+    assert plan.storage.data > 512 * 2**20  # an anchor batch of 192 rows: more than a value of Redis holds, so it is several
+    assert "payload" not in kinds(plan)
     plan = planned(sd35("checkpoint_every=100"))
     budget = next(f for f in plan.findings if f.kind == "budget")
     assert budget.level == "error"
@@ -70,6 +77,13 @@ def test_gradients_of_several_passes_are_told() -> None:
     assert "gradients" not in kinds(planned(sd35(*full, "learner.accumulate=sharded"), count=8))
 
 
+def test_what_the_learner_s_memory_options_cannot_do_is_told() -> None:
+    assert kinds(planned(sd35("learner.micro_tokens=1000")))["tokens"] == "warning"
+    assert "tokens" not in kinds(planned(sd35("learner.micro_tokens=2000")))
+    assert kinds(planned(parse_config({"learner": {"offload": True}}), count=0))["offload"] == "note"
+    assert "offload" not in kinds(planned(sd35("learner.offload=true")))
+
+
 def test_the_plan_as_json() -> None:
     plan = planned(sd35(), gpu="l40s-48")
     found = json.loads(json.dumps(plan.json()))
@@ -78,4 +92,4 @@ def test_the_plan_as_json() -> None:
     assert found["gpu"]["name"] == "l40s-48"
     assert found["processes"][0]["bytes"] == plan.processes[0].total
     assert found["assumptions"]["train_utilisation"] == 0.4
-    assert found["placement"]["devices"] == [{"index": 0, "bytes": plan.placement.most, "holds": ["learner rank", "generator"]}]
+    assert found["placement"]["devices"] == [{"index": 0, "bytes": plan.placement.most, "holds": ["learner rank", "generator", "encoder", "evaluator"]}]

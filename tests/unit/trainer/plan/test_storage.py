@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from actors.config import WeightsConfig
 from actors.payload import DataPayload, GroupPayload, encode
+from diffusion.kernel_names import stochastic_steps
 from replay.errors import BudgetExceeded
 from replay.policy import budget_error
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.sizes import sizes_of
-from trainer.plan.storage import data_bytes, group_bytes, storage_of
+from trainer.plan.storage import data_bytes, group_bytes, storage_of, stored_states
 
 HEADER = 1200
-"""Most bytes of a file's header: names, shapes, places."""
+"""Most bytes of a head's names, shapes, places and table."""
 
 
 def recipe(members: int = 4, trained: int = 3, steps: int = 6, **sections: dict[str, Any]) -> RunConfig:
@@ -28,16 +30,29 @@ def recipe(members: int = 4, trained: int = 3, steps: int = 6, **sections: dict[
     return parse_config({"sampler": sampler, "rollout": {"group_size": members, "groups_per_step": 2}, **sections})
 
 
-@given(members=st.integers(2, 6), trained=st.integers(1, 4), steps=st.integers(6, 9), kernel=st.sampled_from(["flow_sde", "edm_2ab"]), own=st.booleans())
+@given(
+    members=st.integers(2, 6),
+    trained=st.integers(1, 4),
+    steps=st.integers(6, 9),
+    kernel=st.sampled_from(["flow_sde", "edm_2ab"]),
+    own=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
 @settings(max_examples=20, deadline=None)
-def test_a_group(members: int, trained: int, steps: int, kernel: str, own: bool) -> None:
+def test_a_group(members: int, trained: int, steps: int, kernel: str, own: bool, dtype: torch.dtype) -> None:
     data = {"kind": "folder", "path": "x", "pairing": "own", "caption_dropout": 0.1} if own else {}
-    config = recipe(members, trained, steps, sampler={"kernel": kernel, "noise_level": 1.0}, data=data)
+    config = recipe(
+        members, trained, steps, sampler={"kernel": kernel, "noise_level": 1.0}, data=data, replay={"store_dtype": str(dtype).removeprefix("torch.")}
+    )
     shape, text, pooled = (3, 16, 48), torch.zeros(10, 64), torch.zeros(64)
-    states = torch.zeros(members, trained, *shape)
+    stochastic = range(stochastic_steps(kernel, steps))
+    assume(trained <= len(stochastic))
+    apart = max(combinations(stochastic, trained), key=lambda chosen: len({*chosen, *(step + 1 for step in chosen)}))  # the draw that stores most
+    chain = torch.randn(members, steps + 1, *shape).to(dtype).float()
+    states = chain[:, apart]
     payload = GroupPayload(
         x=states,
-        x_next=states.clone(),
+        x_next=chain[:, [step + 1 for step in apart]],
         log_prob=torch.zeros(members, trained, dtype=torch.float64),
         trained=torch.arange(trained),
         times=torch.zeros(steps + 1),
@@ -49,15 +64,22 @@ def test_a_group(members: int, trained: int, steps: int, kernel: str, own: bool)
         empty_pooled=pooled.clone() if own else None,
     )
     planned = group_bytes(config, sizes_of(config, Assumptions()))
-    assert planned <= len(encode(payload)) <= planned + HEADER
+    assert planned <= sum(map(len, encode(payload, dtype))) <= planned + HEADER
     assert (data_bytes(config, sizes_of(config, Assumptions())) == 0) == own
+
+
+def test_steps_that_follow_each_other_store_one_state_more_than_there_are_steps() -> None:
+    assert stored_states(recipe(trained=3)) == 6
+    assert stored_states(recipe(trained=4)) == 6  # of the states before and after five stochastic steps
+    assert stored_states(recipe(sampler={"trained_steps": [0, 1, 2]})) == 4
+    assert stored_states(recipe(sampler={"trained_steps": [0, 2, 4]})) == 6
 
 
 def test_an_anchor_batch() -> None:
     config = recipe()
     batch = DataPayload(torch.zeros(8, 3, 16, 48), torch.zeros(8, 10, 64), torch.zeros(8, 64))
     planned = data_bytes(config, sizes_of(config, Assumptions()))
-    assert planned <= len(encode(batch)) <= planned + HEADER
+    assert planned <= sum(map(len, encode(batch))) <= planned + HEADER
 
 
 def test_the_store() -> None:

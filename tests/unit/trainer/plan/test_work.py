@@ -13,7 +13,7 @@ from trainer.plan.dry import vae_pass
 from trainer.plan.gpus import GPUS
 from trainer.plan.sizes import sizes_of
 from trainer.plan.storage import storage_of
-from trainer.plan.work import Work, forwards, work_of
+from trainer.plan.work import Work, forwards, offloaded_bytes, work_of
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -82,12 +82,28 @@ def test_utilisation_precision_and_price() -> None:
     assert work(recipe(), price=2.5).cost == pytest.approx(plain.hours * 4 * 2.5)
 
 
+def test_offloading_takes_time_on_pcie_and_on_the_host() -> None:
+    plain, offloaded = work(recipe()), work(recipe(learner={"offload": True}))
+    assert "offload" not in plain.seconds
+    shard, passes = 2_243_171_520 * 4 / 2, (1, 1)  # 24 x 9 / 2 transitions and 12 anchors fit one pass each
+    over_pcie = (passes[0] * 3 + passes[1] * 2 + 1) * shard  # forward, unconditional, backward; forward, backward; gradients once
+    on_host = (3 + 4 + 3) * shard  # weights and gradient, moments, average
+    assert offloaded.seconds["offload"] == pytest.approx(over_pcie / 20e9 + on_host / 10e9)
+    assert offloaded.seconds["training"] == pytest.approx(plain.seconds["training"] + offloaded.seconds["offload"])
+    assert offloaded_bytes(recipe(learner={"offload": True, "shard_blocks": False}), sizes_of(recipe(), Assumptions()))[0] == (1 + 1 + 1) * shard
+    more = recipe(learner={"offload": True, "micro_batch": 54, "accumulate": "sharded"})
+    assert offloaded_bytes(more, sizes_of(more, Assumptions()))[0] == (2 * 3 + 2 + 3) * shard
+    low = recipe(learner={"offload": True}, optimizer={"kind": "adamw8bit", "ema": 0.0})
+    assert offloaded_bytes(low, sizes_of(low, Assumptions()))[1] == pytest.approx((3 + 1) * shard, rel=0.01)
+    assert work(recipe(learner={"offload": True}), pcie_gb_s=1e9, host_gb_s=5.0).seconds["offload"] == pytest.approx(on_host / 5e9)
+
+
 def test_links() -> None:
     found = work(recipe(rollout={"generators": 3}))
     version = 4 * (2_243_171_520 + 226_492_416)
     assert found.links["weights, handed in by ranks"] == version
     assert found.links["weights, read by generators"] == 3 * version
-    assert found.links["anchor batch, written and read by each rank"] == 3 * 24 * (65_536 + 333 * 4096 + 2048) * 4
+    assert found.links["anchor batch, written and read"] == 2 * 24 * (65_536 + 333 * 4096 + 2048) * 4
 
 
 def test_a_run_on_cpus() -> None:

@@ -111,6 +111,19 @@ def test_without_a_terminal_there_is_one_plain_line_per_event() -> None:
     ]
 
 
+def test_how_generators_and_learner_compute_is_said_once() -> None:
+    display, out = plain(2, Clock())
+    learner = {"kind": "learner", "step": 0, "network": "bfloat16 on cuda:0, 2 ranks", "attention": "attention: xformers, which works on this GPU"}
+    with display:
+        display.event({"kind": "engine", "generator": "generator-0", "network": "bfloat16 on cuda:0", "attention": "attention: sdpa, which runs everywhere"})
+        display.event(learner)
+        display.event(learner)  # the ranks were started again
+    assert out.getvalue().splitlines()[1:] == [
+        "generator-0: bfloat16 on cuda:0; attention: sdpa, which runs everywhere",
+        "learner: bfloat16 on cuda:0, 2 ranks; attention: xformers, which works on this GPU",
+    ]
+
+
 def test_fast_updates_are_thinned_out_but_the_last_one_shows() -> None:
     clock = Clock()
     display, out = plain(50, clock)

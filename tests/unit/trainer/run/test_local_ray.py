@@ -12,7 +12,7 @@ import pytest
 
 from trainer.learn.entry import FOLDER_VARIABLE
 from trainer.run import local_ray
-from trainer.run.local_ray import own_folder, sweep
+from trainer.run.local_ray import leftovers, own_folder, sweep
 
 DRIVER = """
 import os, subprocess, sys
@@ -53,6 +53,8 @@ def test_a_killed_driver_is_swept_and_a_living_one_is_not(root: Path) -> None:
         told = [driver.stdout.readline().split() for driver in drivers if driver.stdout is not None]
         drivers[0].kill()
         drivers[0].wait(10)
+        assert leftovers() == [Path(told[0][0])]
+        assert leftovers()[0].is_dir()  # looked at, not removed
         assert sweep() == [Path(told[0][0])]
         assert not _alive(int(told[0][1]))
         assert _alive(int(told[1][1]))

@@ -18,9 +18,9 @@ def config(**sections: Any) -> Any:
 
 
 def test_needs_are_told_by_the_key_that_asks() -> None:
-    found = needs(config(rollout={"generators": 3, "gpus": 0.25}), FLEET)
-    assert found["CPU"] == {"rollout.generators": 3, "learner.ranks": 2, "rewards": 2, "evaluation, weights and data": 1.6}
-    assert found["GPU"] == {"rollout.gpus": 0.75, "learner.gpus": 0, "rewards": 0.5}
+    found = needs(config(rollout={"generators": 3, "gpus": 0.25}, encoder={"actors": 2, "gpus": 0.2}, evaluation={"gpus": 0.1}), FLEET)
+    assert found["CPU"] == {"rollout.generators": 3, "encoder.actors": 2, "learner.ranks": 2, "rewards": 2, "evaluation, weights and data": 1.6}
+    assert found["GPU"] == {"rollout.gpus": 0.75, "encoder.gpus": 0.4, "learner.gpus": 0, "evaluation.gpus": 0.1, "rewards": 0.5}
 
 
 def test_supervised_training_asks_for_no_generators() -> None:
