@@ -61,7 +61,7 @@ test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in 
 test-chaos: setup-dev  ## a seeded storm of 50 kills over the whole pipeline, then the audit (about 15 minutes)
 	@$(PYTEST) -m chaos -s
 
-test-fullsize: setup-dev  ## one update of SD3.5-medium's size with random weights (about 20 minutes on 2 cores, 22 GB of memory, 25 GB of disk)
+test-fullsize: setup-dev  ## one update of SD3.5-medium's size with random weights (about 25 minutes on 2 cores, 22 GB of memory, 40 GB of disk)
 	@$(BIN)/python -m benchmarks.fullsize
 
 test-mutation: setup-dev  ## break ledger, learner and driver on purpose, one place at a time: the tests must notice (about an hour)

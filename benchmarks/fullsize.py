@@ -5,7 +5,7 @@
 Random weights in bf16, an adapter, 128 x 128 pixels, 2 steps, 2 groups of 2; everything else is recipes/sd35-medium-ocr.yaml's: text
 encoders of full width, OCR, FSDP, Redis, Serve, checkpoint and export. It shows that a policy of this size loads, fits and learns, with
 peak memory beside what `ddrl plan` says and seconds by stage. Weights are written to FOLDER once (16 GB); the run needs some 22 GB of
-memory and 25 GB of disk, and takes about a quarter of an hour on two cores. `--policy`: another folder in diffusers' layout instead.
+memory and 40 GB of disk, and takes about 25 minutes on two cores. `--policy`: another folder in diffusers' layout instead.
 """
 
 from __future__ import annotations
