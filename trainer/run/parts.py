@@ -26,7 +26,8 @@ from trainer.run.folder import RunFolder
 from trainer.run.resources import CPUS
 from trainer.run.training import LearnerGroup
 
-START_DEADLINE_S = 180.0
+START_DEADLINE_S = 600.0
+"""For an actor to have its weights: text encoders of 11 GB come from disks of 50 MB/s too. One that fails says so at once."""
 STOP_DEADLINE_S = 60.0
 
 
