@@ -10,12 +10,12 @@ import torch
 
 from actors.config import DataConfig
 from actors.connect import Target
+from actors.encoding import SharedTextEncoder
 from actors.payload import DataPayload, encode
 from actors.sources.draws import data_source, training_rows
 from actors.sources.latents import clean_latents
-from diffusion.checkpoint import load_codec, load_text_encoder
+from diffusion.checkpoint import load_codec
 from diffusion.config import ModelConfig, SamplerConfig
-from diffusion.families.conditioning import TextEncoder
 from diffusion.source import locate
 
 IDLE_S = 1.0
@@ -24,7 +24,7 @@ OWNER = "anchor-feeder"
 
 @dataclass(frozen=True)
 class AnchorSpec:
-    """Everything a feeder needs; `rows` is the batch size, `encoder` encodes captions (None = the policy's own text encoders, loaded)."""
+    """Everything a feeder needs; `rows` is the batch size, `encoder` the Encoder actors that will be asked for the captions, if any."""
 
     seed: int
     model: ModelConfig
@@ -32,7 +32,7 @@ class AnchorSpec:
     data: DataConfig
     rows: int
     target: Target
-    encoder: TextEncoder | None = None
+    encoder: SharedTextEncoder | None = None
 
 
 class AnchorFeeder:
@@ -42,7 +42,7 @@ class AnchorFeeder:
         torch.set_num_threads(1)
         self.spec = spec
         folder = locate(spec.model.path, spec.model.revision).folder
-        self.codec, self.encoder = load_codec(folder), spec.encoder or load_text_encoder(folder, spec.model)
+        self.codec = load_codec(folder)
         self.source = data_source(spec.data)
         self.buffer = spec.target.buffer()
         self._stop = threading.Event()
@@ -55,12 +55,13 @@ class AnchorFeeder:
         self._stop.set()
 
     def make(self, batch: int) -> DataPayload:
-        """Anchor batch `batch`: clean latents and their own captions, encoded."""
+        """Anchor batch `batch`: clean latents and their own captions. The ranks will ask for these soon, so an Encoder may begin."""
         sampler = self.spec.sampler
         rows = training_rows(self.source, self.spec.data.caption_dropout, self.spec.seed, batch, self.spec.rows)
-        text = self.encoder.encode([caption for caption, _ in rows])
-        x0 = clean_latents([example for _, example in rows], self.codec, sampler.height, sampler.width)
-        return DataPayload(x0, text.prompt_embeds, text.pooled)
+        captions = tuple(caption for caption, _ in rows)
+        if self.spec.encoder is not None:
+            self.spec.encoder.prefetch(captions)
+        return DataPayload(captions, clean_latents([example for _, example in rows], self.codec, sampler.height, sampler.width))
 
     def run(self) -> int:
         """Feed until stopped; returns how many batches were committed."""

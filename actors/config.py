@@ -83,9 +83,7 @@ class RolloutConfig(Strict):
 class EncoderConfig(Strict):
     """Where prompts are encoded."""
 
-    actors: int = Field(
-        0, ge=0, description="Encoder actors that hold the text encoders for everyone; 0 = generators, ranks, feeder and evaluator each load their own"
-    )
+    actors: int = Field(0, ge=0, description="Encoder actors that hold the text encoders for everyone; 0 = generators, ranks and evaluator each load their own")
     gpus: float = Field(0.0, ge=0, description="GPUs of one Encoder actor")
     threads: int = Field(1, ge=1, description="torch threads of one Encoder actor")
     batch: int = Field(8, ge=1, description="prompts in one forward pass of the text encoders")

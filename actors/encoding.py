@@ -8,6 +8,7 @@ cache alone. A prompt always goes to the same Encoder, so that no two keep it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from diffusion.checkpoint import load_text_encoder
 from diffusion.config import ModelConfig
 from diffusion.device import resolve_device
 from diffusion.engine.cache import PromptCache
-from diffusion.families.conditioning import TextConditioning
+from diffusion.families.conditioning import Conditioning, stacked
 from diffusion.source import locate
 
 ENCODE_DEADLINE_S = 900.0
@@ -44,10 +45,14 @@ class Encoder:
     def pid(self) -> int:
         return os.getpid()
 
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings `[B, L, D]` and pooled vectors `[B, P]`, fp32. Raises ValueError naming a prompt that does not fit."""
-        found = [one for part in _parts(prompts, self._batch) for one in self._cache.get(part)]
-        return torch.stack([one.prompt_embeds for one in found]), torch.stack([one.pooled for one in found])
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Named tensors `[B, …]`, fp32. Raises ValueError naming a prompt that does not fit."""
+        return dict(stacked([one for part in _parts(prompts, self._batch) for one in self._cache.get(part)]).tensors)
+
+    def prefetch(self, prompts: list[str]) -> None:
+        """Encode prompts that will be asked for; one that does not fit is told to who asks."""
+        with contextlib.suppress(ValueError):
+            self.encode(prompts)
 
     def signature(self, prompt: str) -> bytes:
         """See `TextEncoder.signature`."""
@@ -69,14 +74,25 @@ class SharedTextEncoder:
     def __init__(self, actors: Sequence[Any], deadline_s: float = ENCODE_DEADLINE_S) -> None:
         self._actors, self._deadline_s = list(actors), deadline_s
 
-    def encode(self, prompts: list[str]) -> TextConditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         """See `TextEncoder.encode`. Raises EncoderUnavailable."""
-        of = [int.from_bytes(hashlib.blake2b(p.encode(), digest_size=8).digest()) % len(self._actors) for p in prompts]
-        shares = {i: [p for p, owner in zip(prompts, of, strict=True) if owner == i] for i in sorted(set(of))}
-        answers = self._asked([self._actors[i].encode.remote(share) for i, share in shares.items()])
-        rows = {i: iter(zip(embeds, pooled, strict=True)) for i, (embeds, pooled) in zip(shares, answers, strict=True)}
-        ordered = [next(rows[owner]) for owner in of]
-        return TextConditioning(torch.stack([embeds for embeds, _ in ordered]), torch.stack([pooled for _, pooled in ordered]))
+        shares = self._shares(prompts)
+        answers = self._asked([self._actors[i].encode.remote([prompts[row] for row in rows]) for i, rows in shares.items()])
+        place = torch.tensor([row for rows in shares.values() for row in rows]).argsort()
+        return Conditioning({name: torch.cat([answer[name] for answer in answers])[place] for name in answers[0]})
+
+    def prefetch(self, prompts: Sequence[str]) -> None:
+        """Have these prompts encoded ahead of need; returns at once."""
+        for i, rows in self._shares(prompts).items():
+            self._actors[i].prefetch.remote([prompts[row] for row in rows])
+
+    def _shares(self, prompts: Sequence[str]) -> dict[int, list[int]]:
+        """Places of the prompts that each actor keeps."""
+        shares: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            owner = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest()) % len(self._actors)
+            shares.setdefault(owner, []).append(row)
+        return shares
 
     def signature(self, prompt: str) -> bytes:
         """See `TextEncoder.signature`."""

@@ -161,8 +161,8 @@ class Evaluator:
         t = self.policy.process.spread_times(t[torch.randperm(points, generator=g)])
         eps = torch.randn(x0.shape, generator=g)
         network, dtype = self.policy.transformer, self.spec.model.dtype
-        rows = max(1, min(LOSSES_AT_ONCE, self.spec.sampler.max_tokens // network.packed_tokens(tuple(x0.shape[1:]), text.prompt_embeds.shape[1])))
-        found = diffusion_losses(network, self.policy.process, x0, eps, t, text.prompt_embeds, text.pooled, rows, dtype, self.device)
+        rows = max(1, min(LOSSES_AT_ONCE, self.spec.sampler.max_tokens // network.packed_tokens(tuple(x0.shape[1:]), text.tokens)))
+        found = diffusion_losses(network, self.policy.process, x0, eps, t, text, rows, dtype, self.device)
         losses: NDArray[np.float32] = found.numpy()
         return captions, losses
 

@@ -136,28 +136,16 @@ def group_request(
     )
 
 
-@dataclass(frozen=True)
-class OwnDatum:
-    """A group's own example as anchor data: clean latent `[C, h, w]`, and the empty prompt's encoding where captions are dropped."""
-
-    x0: Tensor
-    empty: Conditioning | None
-
-
-def group_payload(trajectories: Sequence[Trajectory], text: Conditioning, own: OwnDatum | None = None) -> GroupPayload:
-    """Stack the members' trained transitions."""
+def group_payload(trajectories: Sequence[Trajectory], text: str, x0: Tensor | None = None) -> GroupPayload:
+    """Stack the members' trained transitions. `x0`: clean latent `[C, h, w]` of the group's own example, where that is its anchor datum."""
     previous = [t.previous for t in trajectories if t.previous is not None]
-    empty = own.empty if own is not None else None
     return GroupPayload(
+        text=text,
         x=torch.stack([t.x for t in trajectories]),
         x_next=torch.stack([t.x_next for t in trajectories]),
         log_prob=torch.stack([t.log_prob for t in trajectories]),
         trained=torch.tensor(trajectories[0].request.trained),
         times=trajectories[0].times,
-        prompt_embeds=text.prompt_embeds.cpu(),
-        pooled=text.pooled.cpu(),
         previous=torch.stack(previous) if previous else None,
-        x0=None if own is None else own.x0.cpu(),
-        empty_embeds=None if empty is None else empty.prompt_embeds.cpu(),
-        empty_pooled=None if empty is None else empty.pooled.cpu(),
+        x0=None if x0 is None else x0.cpu(),
     )

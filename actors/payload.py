@@ -2,24 +2,23 @@
 
 This is the only encoder and decoder. Segments are what `replay.buffer` reads apart, so a rank fetches the members it trains.
 The head is safetensors: what all members share, `format`, and `table`, JSON as bytes: how many members (rows) there are, and
-name, type, shape of each tensor of a member; in a segment they follow each other in that order without a gap. Of a group it also
-names the places among `states` of `x` and of `x_next`: where one trained step follows another, they share a state.
+name, type, shape of each tensor of a member; in a segment they follow each other in that order without a gap. It also has the text of
+the group or of every row: what the network is conditioned on is made of it by the text encoder, where it is needed, and stored
+nowhere. Of a group it names the places among `states` of `x` and of `x_next`: where one trained step follows another, they share a
+state.
 
 With `states=torch.bfloat16` states and `previous` are stored in half the bytes. Rollouts must have been sampled through such
 values (`replay.store_dtype`): bytes that would change a state, and so its density, are refused.
 
-Members N, trained steps K, latent shape C h w (or C f h w), prompt tokens L D, pooled P.
+Members N, trained steps K, latent shape C h w (or C f h w).
 
     group   head    trained           i64 [K]              trained step indices
                     times             f32 [steps + 1]      time grid that was sampled on
-                    prompt_embeds     f32 [L, D]           pooled  f32 [P]
                     x0                f32 [C, h, w]        clean latent of the group's own example; only with data.pairing: own
-                    empty_embeds      f32 [L, D]           empty_pooled  f32 [P]; the empty prompt, only where captions are dropped
             member  log_prob          f64 [K]              exact log-density (mean over entries) under the sampling weights
                     states            f32 [S, C, h, w]     states before and after each trained step (x, x_next), each once
                     previous          f32 [K, C, h, w]     prediction of x0 in the step before; only for kernels that use it
     data    row     x0                f32 [C, h, w]        clean latent
-                    prompt_embeds     f32 [L, D]           pooled  f32 [P]
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-FORMAT = 4
+FORMAT = 5
 
 Buffer = bytes | bytearray | memoryview
 
@@ -45,37 +44,33 @@ class PayloadError(ValueError):
 
 @dataclass(frozen=True)
 class GroupPayload:
-    """Trained transitions of members of one group, all or some; see the module's table. Tensors of members are `[N, …]`."""
+    """Trained transitions of members of one group, all or some, and its prompt; see the module's table. Tensors of members are `[N, …]`."""
 
+    text: str
     x: Tensor
     x_next: Tensor
     log_prob: Tensor
     trained: Tensor
     times: Tensor
-    prompt_embeds: Tensor
-    pooled: Tensor
     previous: Tensor | None = None
     x0: Tensor | None = None
-    empty_embeds: Tensor | None = None
-    empty_pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DataPayload:
-    """Rows of one anchor batch, all or some; see the module's table. Tensors are `[R, …]`."""
+    """Rows of one anchor batch, all or some, with their captions; see the module's table. Tensors are `[R, …]`."""
 
+    texts: tuple[str, ...]
     x0: Tensor
-    prompt_embeds: Tensor
-    pooled: Tensor
 
 
 _DIMS = {
-    GroupPayload: {"states": 5, "log_prob": 2, "trained": 1, "times": 1, "prompt_embeds": 2, "pooled": 1},
-    DataPayload: {"x0": 4, "prompt_embeds": 3, "pooled": 2},
+    GroupPayload: {"states": 5, "log_prob": 2, "trained": 1, "times": 1},
+    DataPayload: {"x0": 4},
 }
-_OPTIONAL = {GroupPayload: {"previous": 5, "x0": 3, "empty_embeds": 2, "empty_pooled": 1}, DataPayload: {}}
+_OPTIONAL = {GroupPayload: {"previous": 5, "x0": 3}, DataPayload: {}}
 # Tensors of a member or row; the widest values first, so that each is aligned.
-_ROWS = {GroupPayload: ("log_prob", "states", "previous"), DataPayload: ("x0", "prompt_embeds", "pooled")}
+_ROWS = {GroupPayload: ("log_prob", "states", "previous"), DataPayload: ("x0",)}
 _TYPES = {"trained": torch.int64, "log_prob": torch.float64}  # all others are float32
 _STATES = {"states", "previous"}  # or bfloat16
 _LATENTS = {"states", "previous", "x0"}  # one dimension more for video
@@ -91,7 +86,8 @@ def encode(payload: GroupPayload | DataPayload, states: torch.dtype = torch.floa
     Raises:
         PayloadError: members that do not belong together, or states that are no values of the type they are stored in.
     """
-    shared = {f.name: value for f in fields(payload) if (value := getattr(payload, f.name)) is not None}
+    shared = {f.name: value for f in fields(payload) if isinstance(value := getattr(payload, f.name), Tensor)}
+    texts = [payload.text] if isinstance(payload, GroupPayload) else list(payload.texts)
     rows: dict[str, tuple[list[int], list[Tensor]]] = {}  # shape in a member, and tensors [N, …] of which a member has a slice each
     places: dict[str, list[int]] = {}
     for name in _ROWS[type(payload)]:
@@ -106,7 +102,9 @@ def encode(payload: GroupPayload | DataPayload, states: torch.dtype = torch.floa
     if len(set(counts.values())) > 1 or not set(types.values()) <= set(_NAMES):
         raise PayloadError(f"{type(payload).__name__} has members of unequal number {counts}, or types that are not stored {types}")
     count = next(iter(counts.values()))
-    table = {"count": count, "rows": [[name, _NAMES[types[name]], shape] for name, (shape, _) in rows.items()], **places}
+    if isinstance(payload, DataPayload) and len(texts) != count:
+        raise PayloadError(f"a data batch has {count} rows and {len(texts)} captions")
+    table = {"count": count, "texts": texts, "rows": [[name, _NAMES[types[name]], shape] for name, (shape, _) in rows.items()], **places}
     head = {name: value.contiguous() for name, value in shared.items()}
     head |= {"format": torch.tensor([FORMAT]), "table": torch.tensor(list(json.dumps(table).encode()), dtype=torch.uint8)}
     return [bytearray(save(head)), *(bytearray().join(_bytes(p[i]) for _, pieces in rows.values() for p in pieces) for i in range(count))]
@@ -145,11 +143,12 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class _Head:
-    """What a head says: tensors that all share, how many members there are, (name, type, shape) of each tensor of one, and the
-    places among `states` of `x` and `x_next`."""
+    """What a head says: tensors that all share, how many members there are, the prompt or the rows' captions, (name, type, shape) of
+    each tensor of a member, and the places among `states` of `x` and `x_next`."""
 
     shared: dict[str, Tensor]
     count: int
+    texts: list[str]
     rows: list[tuple[str, torch.dtype, tuple[int, ...]]]
     places: dict[str, list[int]]
 
@@ -183,7 +182,7 @@ def _open(data: Buffer) -> _Head:
         said = json.loads(bytes(table.tolist())) if table is not None else {}
         rows = [(str(name), _BY_NAME[dtype], tuple(int(n) for n in shape)) for name, dtype, shape in said["rows"]]
         places = {name: [int(place) for place in said[name]] for name in ("x", "x_next") if name in said}
-        return _Head(tensors, int(said["count"]), rows, places)
+        return _Head(tensors, int(said["count"]), [str(text) for text in said["texts"]], rows, places)
     except (KeyError, TypeError, ValueError) as error:
         raise PayloadError(f"the table of a payload cannot be read: {type(error).__name__}: {error}") from None
 
@@ -210,6 +209,8 @@ def count_of(head: Buffer) -> int:
 def decode_group(segments: Sequence[Buffer]) -> GroupPayload:
     """The head of a group and some of its members (all, in order, or none). Raises PayloadError."""
     head = _open(segments[0])
+    if len(head.texts) != 1:
+        raise PayloadError(f"a group has one prompt, its table names {len(head.texts)}")
     tensors: dict[str, Any] = _decode(GroupPayload, head, segments[1:])
     states = tensors.pop("states")
     for name in ("x", "x_next"):
@@ -218,7 +219,7 @@ def decode_group(segments: Sequence[Buffer]) -> GroupPayload:
             raise PayloadError(f"the table of a payload puts {name} at {places} of {states.shape[1]} states")
         first, last = places[0], places[-1]
         tensors[name] = states[:, first : last + 1] if places == list(range(first, last + 1)) else states[:, places]
-    group = GroupPayload(**tensors)
+    group = GroupPayload(text=head.texts[0], **tensors)
     latents = {group.x.shape, group.x_next.shape} | ({group.previous.shape} if group.previous is not None else set())
     strays = [group.log_prob.shape != group.x.shape[:2], len(group.trained) != group.x.shape[1], group.x0 is not None and group.x0.shape != group.x.shape[2:]]
     if len(latents) > 1 or any(strays):
@@ -226,7 +227,10 @@ def decode_group(segments: Sequence[Buffer]) -> GroupPayload:
     return group
 
 
-def decode_data(segments: Sequence[Buffer]) -> DataPayload:
-    """The head of a data batch and some of its rows. Raises PayloadError."""
-    tensors: dict[str, Any] = _decode(DataPayload, _open(segments[0]), segments[1:])
-    return DataPayload(**tensors)
+def decode_data(segments: Sequence[Buffer], rows: range) -> DataPayload:
+    """The head of a data batch and the segments of these of its rows. Raises PayloadError."""
+    head = _open(segments[0])
+    tensors: dict[str, Any] = _decode(DataPayload, head, segments[1:])
+    if len(head.texts) != head.count or rows.stop > head.count or len(rows) != len(segments) - 1:
+        raise PayloadError(f"a data batch of {head.count} rows with {len(head.texts)} captions was read as {len(segments) - 1} rows of {rows}")
+    return DataPayload(texts=tuple(head.texts[rows.start : rows.stop]), **tensors)

@@ -24,7 +24,7 @@ import torch
 from actors.config import DataConfig, PromptConfig, RolloutConfig
 from actors.connect import Target
 from actors.encoding import EncoderUnavailable
-from actors.groups import OwnDatum, group_payload, group_request, judge
+from actors.groups import group_payload, group_request, judge
 from actors.payload import encode
 from actors.rewards import RunRewards
 from actors.sources.draws import prompt_source, training_example
@@ -41,7 +41,7 @@ from diffusion.engine.decode import Decoder
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import Trajectory
 from diffusion.engine.runner import compile_for_batches
-from diffusion.families.conditioning import Conditioning, TextEncoder
+from diffusion.families.conditioning import TextEncoder
 from replay.buffer import Lease
 from replay.errors import ReplayError
 from services.client.base import RewardUnavailable
@@ -94,7 +94,6 @@ class _Group:
 
     lease: Lease
     example: Example
-    text: Conditioning
     lineage: int
     started: float
     mixed: bool = False  # whether weights of another lineage may have taken part
@@ -189,7 +188,7 @@ class RolloutGenerator:
             text = self.text.get([example.text])[0]
             negative = self.text.get([sampler.negative_prompt])[0] if sampler.guidance != 1 else None
             request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, text, negative, self.shape, self.spec.store_dtype)
-            group = _Group(lease, example, text, self.held[0], time.monotonic())
+            group = _Group(lease, example, self.held[0], time.monotonic())
             return self.engine.submit(request), group
         except Exception as error:  # the group goes back with its reason; the ledger counts attempts
             self._give_back(lease, "sampling", error)
@@ -267,7 +266,7 @@ class RolloutGenerator:
                 meta["failed_members"] = len(trajectories) - len(judged.members)
                 meta["failed_scores"] = judged.failures
             kept = [trajectories[member] for member in judged.members]
-            payload = encode(group_payload(kept, group.text, self._own_datum(group.example)), getattr(torch, self.spec.store_dtype))
+            payload = encode(group_payload(kept, text, self._own_datum(group.example)), getattr(torch, self.spec.store_dtype))
             version = min(t.version for t in trajectories)
             committed = self.buffer.commit(
                 lease, payload, judged.totals, version, meta, group.lineage, self.spec.target.wait_s, scores=judged.values, revisions=self.revisions
@@ -278,13 +277,12 @@ class RolloutGenerator:
         self._leases.pop(lease.group, None)
         return committed
 
-    def _own_datum(self, example: Example) -> OwnDatum | None:
-        """The group's own example as anchor data, encoded; None when anchor data comes from elsewhere."""
+    def _own_datum(self, example: Example) -> torch.Tensor | None:
+        """Clean latent of the group's own example, where that is its anchor datum."""
         if not self.spec.own_data:
             return None
         sampler = self.spec.sampler
-        empty = self.text.get([""])[0] if self.spec.data.caption_dropout > 0 else None
-        return OwnDatum(clean_latents([example], self.policy.codec, sampler.height, sampler.width)[0], empty)
+        return clean_latents([example], self.policy.codec, sampler.height, sampler.width)[0]
 
 
 def _reason(stage: str, error: Exception) -> str:

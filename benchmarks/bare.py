@@ -110,7 +110,7 @@ class BareLoop:
         size, claimed, rewards = config.rollout.group_size, [], list[float]()
         for i, g in enumerate(groups):
             mine = trajectories[i * size : (i + 1) * size]
-            held.payloads[str(g)] = encode(group_payload(mine, texts[i]), getattr(torch, config.replay.store_dtype))
+            held.payloads[str(g)] = encode(group_payload(mine, prompts[i]), getattr(torch, config.replay.store_dtype))
             judged = judge({self.reward: scores[i * size : (i + 1) * size]}, self.rewards.trained, size, size, fill=False)
             header = GroupHeader(judged.totals, size, step - 1, sum(map(len, held.payloads[str(g)])), "", scores=judged.values)
             claimed.append(ClaimedGroup(g, header, str(g)))
@@ -119,7 +119,9 @@ class BareLoop:
         if config.uses_data:
             held.payloads["data"] = encode(self._anchors(step - 1))
             data = [ClaimedData(step - 1, "data", "")]
-        batch = step_batch(config, self.learner.process, self.learner.kernel, cast(ReplayBuffer, held), Claim(step, 0, claimed, data), 0, 1)
+        batch = step_batch(
+            config, self.learner.process, self.learner.kernel, cast(ReplayBuffer, held), Claim(step, 0, claimed, data), 0, 1, self.learner.encode
+        )
         clock.append(time.monotonic())
         stats = self.learner.update(batch, step)
         clock.append(time.monotonic())
@@ -133,8 +135,7 @@ class BareLoop:
         captions, pixels = training_batch(
             self.data, config.data.caption_dropout, config.seed, batch, config.data_rows, config.sampler.height, config.sampler.width
         )
-        text = self.policy.text_encoder.encode(captions)
-        return DataPayload(self.policy.codec.encode(pixels), text.prompt_embeds, text.pooled)
+        return DataPayload(tuple(captions), self.policy.codec.encode(pixels))
 
     def _score(self, prompts: list[str], latents: list[torch.Tensor]) -> list[ItemScore | ScoreFailure]:
         images = [Media.image(image) for image in self.policy.codec.decode(torch.stack(latents))]

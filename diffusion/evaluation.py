@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffusion.families.conditioning import Conditioning
 from diffusion.precision import autocast
 from diffusion.processes import ForwardProcess
 
@@ -18,8 +19,7 @@ def diffusion_losses(
     x0: Tensor,
     eps: Tensor,
     t: Tensor,
-    prompt_embeds: Tensor,
-    pooled: Tensor,
+    conditioning: Conditioning,
     chunk: int = 256,
     dtype: str = "float32",
     device: torch.device | str = "cpu",
@@ -30,8 +30,8 @@ def diffusion_losses(
     for i in range(0, len(x0), chunk):
         s = slice(i, i + chunk)
         x = process.noise(x0[s], eps[s], t[s])
-        inputs = [part.to(device) for part in (process.model_input(x, t[s]), process.model_time(t[s]), prompt_embeds[s], pooled[s])]
+        inputs = [part.to(device) for part in (process.model_input(x, t[s]), process.model_time(t[s]))]
         with autocast(dtype, inputs[0].device):
-            prediction = model(*inputs)
+            prediction = model(*inputs, **conditioning.rows(s).to(device).tensors)
         parts.append(process.loss(prediction.float().cpu(), x0[s], eps[s], t[s]))
     return torch.cat(parts)

@@ -42,9 +42,9 @@ def glyph_group() -> bytes:
     policy = load_policy(model, "cpu", config.seed)
     engine = Engine(policy.transformer, policy.process, config.sampler.max_tokens, model.dtype)
     shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
-    text = policy.text_encoder.encode([training_example(prompt_source(config.prompts, config.data), config.seed, 0).text])[0]
-    request = group_request(config.sampler, config.rollout, config.seed, 0, text, None, shape)
-    return b"".join(encode(group_payload(engine.run([request]), text)))
+    prompt = training_example(prompt_source(config.prompts, config.data), config.seed, 0).text
+    request = group_request(config.sampler, config.rollout, config.seed, 0, policy.text_encoder.encode([prompt])[0], None, shape)
+    return b"".join(encode(group_payload(engine.run([request]), prompt)))
 
 
 def noise(half: str) -> bytes:

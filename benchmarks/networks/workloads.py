@@ -127,7 +127,8 @@ class Batch:
     def ours(self, model: PackedModel) -> list[Tensor]:
         """One packed forward."""
         latents: Tensor | list[Tensor] = torch.stack(self.latents) if self.even else self.latents
-        return list(model(latents, self.t, self.prompt_embeds, self.pooled))
+        pooled = {"pooled": self.pooled} if isinstance(model, SD3Transformer) else {}
+        return list(model(latents, self.t, self.prompt_embeds, **pooled))
 
     def diffusers(self, model: Any) -> list[Tensor]:
         """One forward for each shape, since diffusers cannot mix them."""

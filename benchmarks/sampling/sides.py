@@ -72,7 +72,7 @@ class Bench:
     @property
     def text_tokens(self) -> int:
         """Tokens of an encoded prompt."""
-        return len(self.text("").prompt_embeds)
+        return self.text("").tokens
 
     def with_budget(self, max_tokens: int) -> Bench:
         """The same with another token budget."""
@@ -137,7 +137,7 @@ class Bench:
         scale = self.pipe.vae_scale_factor  # the pipeline thinks in pixels of a VAE that this policy does not have
         out: Tensor = self.pipe(
             prompt_embeds=torch.stack([t.prompt_embeds for t in texts]),
-            pooled_prompt_embeds=torch.stack([t.pooled for t in texts]),
+            pooled_prompt_embeds=torch.stack([t.tensors["pooled"] for t in texts]),
             height=scale * height,
             width=scale * width,
             num_inference_steps=steps,
@@ -169,7 +169,7 @@ class Bench:
         """The rollouts of one prompt, states and log-densities kept; latents `[n, C, h, w]`."""
         kernel = make_kernel(KERNEL, self.policy.process, self.noise_level, job.steps)
         text = self.text(job.prompt)
-        embeds, pooled = text.prompt_embeds.expand(job.n, -1, -1), text.pooled.expand(job.n, -1)
+        embeds, pooled = text.prompt_embeds.expand(job.n, -1, -1), text.tensors["pooled"].expand(job.n, -1)
         times = kernel.time_grid(job.steps).to(self.device)
 
         def draw(step: int) -> Tensor:

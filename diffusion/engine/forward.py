@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion.engine.sequence import Path, Sequence
 from diffusion.families.base import PackedModel
-from diffusion.families.conditioning import Conditioning
+from diffusion.families.conditioning import Conditioning, gathered
 from diffusion.precision import autocast
 
 
@@ -71,13 +71,11 @@ def predict(model: PackedModel, rows: list[Rows], dtype: str) -> list[Tensor]:
     texts = [c for _, _, conditioning in inputs for c in conditioning]
     t = torch.cat([times for _, times, _ in inputs])
     even = len({x.shape[1:] for x, _, _ in inputs}) == 1
-    embeds = [c.prompt_embeds for c in texts]
     with autocast(dtype, t.device):
         out = model(
             torch.cat([x for x, _, _ in inputs]) if even else [one for x, _, _ in inputs for one in x],
             t,
-            torch.stack(embeds) if len(set(map(len, embeds))) == 1 else embeds,
-            torch.stack([c.pooled for c in texts]),
+            **gathered(texts),
         )
     sizes = [len(x) for x, _, _ in inputs]
     if isinstance(out, Tensor):

@@ -165,20 +165,19 @@ class PackedModel(nn.Module, ABC):
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw fresh weights for training from scratch."""
 
-    @abstractmethod
-    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor | None) -> Tensor | list[Tensor]:
-        """Velocities of a batch of requests.
+    forward: Callable[..., Tensor | list[Tensor]]
+    """Velocities of a batch of requests: `(latents, t, **conditioning)`.
 
-        Args:
-            latents: `[B, C, …]`, or a list of `[C, …]` for mixed sizes.
-            t: times `[B]` in [0, 1]; the network sees 1000 t.
-            prompt_embeds: `[B, L, D]`, or a list of `[L_i, D]`.
-            pooled: `[B, P]`; models without a pooled vector ignore it.
-        Returns:
-            Velocities, shaped as `latents`.
-        Raises:
-            ValueError: a size that does not fit, or not as many prompts as latents.
-        """
+    Args:
+        latents: `[B, C, …]`, or a list of `[C, …]` for mixed sizes.
+        t: times `[B]` in [0, 1]; the network sees 1000 t.
+        conditioning: the tensors that the family declares by the names of its arguments (`diffusion.families.conditioning`):
+            `prompt_embeds` `[B, L, D]`, or a list of `[L_i, D]`; of SD3 also `pooled` `[B, P]`.
+    Returns:
+        Velocities, shaped as `latents`.
+    Raises:
+        ValueError: a size that does not fit, or not as many prompts as latents.
+    """
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the per-token regions of all blocks (`torch.compile`); attention stays outside.

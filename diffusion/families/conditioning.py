@@ -1,9 +1,17 @@
-"""What every text encoder offers: the pair (token embeddings, pooled vector) that an SD3 policy is conditioned on."""
+"""What a network is given beside latents and times: named tensors, made of an example's text by a frozen encoder.
+
+The names are those of the arguments of the family's `forward`, so that a batch of conditioning is passed as `**conditioning.tensors`:
+
+    SD3, glyph   prompt_embeds [L, D], pooled [P]
+    Wan          prompt_embeds [L, D]
+
+It is a function of (encoder, text): whoever needs it asks the encoder, and nothing that is stored carries it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,36 +21,67 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """One encoded prompt: `prompt_embeds` `[L, D]` (padding included, as the pipeline makes it) and `pooled` `[P]`."""
+    """Named tensors of one example, or of B examples with a dimension `[B, …]` in front. Every family has `prompt_embeds`."""
 
-    prompt_embeds: Tensor
-    pooled: Tensor
+    tensors: Mapping[str, Tensor]
 
-    def to(self, device: torch.device | str) -> Conditioning:
-        return Conditioning(self.prompt_embeds.to(device), self.pooled.to(device))
+    @property
+    def prompt_embeds(self) -> Tensor:
+        """Token embeddings of the text `[L, D]` or `[B, L, D]`, padding included."""
+        return self.tensors["prompt_embeds"]
+
+    @property
+    def tokens(self) -> int:
+        """Text tokens of an example, L."""
+        return self.prompt_embeds.shape[-2]
 
     @property
     def nbytes(self) -> int:
-        return self.prompt_embeds.nbytes + self.pooled.nbytes
-
-
-@dataclass(frozen=True, eq=False)
-class TextConditioning:
-    """Encoded prompts: `prompt_embeds` `[B, L, D]` and `pooled` `[B, P]`."""
-
-    prompt_embeds: Tensor
-    pooled: Tensor
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def __getitem__(self, index: int) -> Conditioning:
-        """Prompt `index` alone, with memory of its own."""
-        return Conditioning(self.prompt_embeds[index].clone(), self.pooled[index].clone())
+        """Example `index` of several, with memory of its own."""
+        return Conditioning({name: tensor[index].clone() for name, tensor in self.tensors.items()})
+
+    def rows(self, index: Tensor | slice) -> Conditioning:
+        """These examples of several, in this order; int64 `[M]` or a slice."""
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def expand(self, count: int) -> Conditioning:
+        """One example, `count` times, without a copy."""
+        return Conditioning({name: tensor.expand(count, *tensor.shape) for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+def stacked(examples: Sequence[Conditioning]) -> Conditioning:
+    """Several examples as one, `[B, …]`. Raises ValueError when their names or shapes differ."""
+    packed = gathered(examples)
+    uneven = [name for name, value in packed.items() if not isinstance(value, Tensor)]
+    if uneven:
+        raise ValueError(f"examples differ in the shape of {', '.join(uneven)}: encode them with the same encoder")
+    return Conditioning({name: value for name, value in packed.items() if isinstance(value, Tensor)})
+
+
+def gathered(examples: Sequence[Conditioning]) -> dict[str, Tensor | list[Tensor]]:
+    """Arguments of a packed forward pass over these examples: `[B, …]` where their shapes are equal, else a list.
+
+    Raises:
+        ValueError: no example, or examples of different names.
+    """
+    names = {tuple(sorted(one.tensors)) for one in examples}
+    if len(names) != 1:
+        raise ValueError(f"examples of one pass need tensors of the same names, found {sorted(names)}")
+    columns = {name: [one.tensors[name] for one in examples] for name in examples[0].tensors}
+    return {name: torch.stack(column) if len({x.shape for x in column}) == 1 else column for name, column in columns.items()}
 
 
 class TextEncoder(Protocol):
     """Frozen encoder of prompts."""
 
-    def encode(self, prompts: list[str]) -> TextConditioning:
-        """Encode prompts; fp32 on the CPU. Raises ValueError naming a prompt that does not fit."""
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Encode prompts, `[B, …]`; fp32 on the CPU. Raises ValueError naming a prompt that does not fit."""
         ...
 
     def signature(self, prompt: str) -> bytes:
@@ -53,8 +92,8 @@ class TextEncoder(Protocol):
 def digest_of(conditioning: Conditioning) -> bytes:
     """Digest of an encoded prompt's bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (conditioning.prompt_embeds, conditioning.pooled):
-        digest.update(part.cpu().contiguous().numpy().tobytes())
+    for _, tensor in sorted(conditioning.tensors.items()):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.digest()
 
 

@@ -61,8 +61,8 @@ def test_run_survives_kills_and_exports_what_diffusers_opens(start: Callable[...
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 3, 16, 48, generator=g), torch.tensor([0.9, 0.3])
     with torch.no_grad():
-        expected = theirs(x, encoder_hidden_states=text.prompt_embeds, pooled_projections=text.pooled, timestep=1000 * t).sample
-        torch.testing.assert_close(policy.transformer(x, t, text.prompt_embeds, text.pooled), expected, atol=1e-5, rtol=0)
+        expected = theirs(x, encoder_hidden_states=text.prompt_embeds, pooled_projections=text.tensors["pooled"], timestep=1000 * t).sample
+        torch.testing.assert_close(policy.transformer(x, t, **text.tensors), expected, atol=1e-5, rtol=0)
 
     other = run.folder / "comparison.html"
     done = subprocess.run(

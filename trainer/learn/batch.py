@@ -1,6 +1,7 @@
-"""From a claim to one rank's training rows: read what is the rank's, attach advantages, noise the anchor data.
+"""From a claim to one rank's training rows: read what is the rank's, attach advantages, noise the anchor data, encode the texts.
 
-A rank reads the heads of the groups it has members of, those members, and the rows of the data batch that it evaluates.
+A rank reads the heads of the groups it has members of, those members, and the rows of the data batch that it evaluates. Payloads
+carry texts; each different one is encoded once, and rows point at it.
 
 All randomness is named by (run seed, step), drawn whole and then sliced, so the numbers do not depend on the number of
 ranks, and a step that is trained again after a crash sees the same noise.
@@ -8,6 +9,7 @@ ranks, and a step that is trained again after a crash sees the same noise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from actors.groups import trained_steps
 from actors.payload import DataPayload, GroupPayload, PayloadError, count_of, decode_data, decode_group
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernels import StepKernel
 from diffusion.processes import ForwardProcess
 from diffusion.seeds import INITIAL, generator, step_noise
@@ -31,14 +34,20 @@ Rows = TypeVar("Rows", Transitions, Anchors)
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's rows of an update, and the global counts that normalise the losses."""
+    """One rank's rows of an update, the conditioning `[U, …]` (CPU) of their different texts, and the global counts that normalise
+    the losses."""
 
+    conditioning: Conditioning
     transitions: Transitions | None
     anchors: Anchors | None
     transition_count: int
     anchor_count: int
     transition_rows: list[int]
     anchor_rows: list[int]
+
+    def conditioning_of(self, rows: Transitions | Anchors) -> Conditioning:
+        """What each of `rows` is conditioned on, `[M, …]`, on their device."""
+        return self.conditioning.rows(rows.text.cpu()).to(rows.text.device)
 
 
 def terms_of(config: RunConfig) -> dict[str, Term]:
@@ -61,8 +70,8 @@ def take(rows: Rows, part: slice, device: torch.device | str = "cpu") -> Rows:
     return replace(taken, weight=torch.zeros(1, device=device)) if empty else taken
 
 
-def transitions_of(payload: GroupPayload, advantages: list[float], kernel: StepKernel) -> Transitions:
-    """Rows of one group, member-major.
+def transitions_of(payload: GroupPayload, advantages: list[float], kernel: StepKernel, text: int = 0) -> Transitions:
+    """Rows of one group, member-major; `text`: place of its prompt among the conditioning.
 
     Raises PayloadError when the group was sampled on another time grid or by another kind of kernel than this run's.
     """
@@ -86,8 +95,7 @@ def transitions_of(payload: GroupPayload, advantages: list[float], kernel: StepK
         old_log_prob=payload.log_prob.flatten(),
         advantage=torch.tensor(advantages).repeat_interleave(k),
         weight=torch.ones(n * k),
-        prompt_embeds=payload.prompt_embeds[None].expand(n * k, -1, -1),
-        pooled=payload.pooled[None].expand(n * k, -1),
+        text=torch.full((n * k,), text),
         previous=payload.previous.flatten(0, 1) if history and payload.previous is not None else None,
         t_previous=before.repeat(n) if history else None,
     )
@@ -107,18 +115,15 @@ def _own_data(config: RunConfig, groups: list[int], payloads: dict[int, GroupPay
         PayloadError: a group without its own datum.
     """
     n, dropout = config.rollout.group_size, config.data.caption_dropout
-    x0, embeds, pooled = [], [], []
+    x0, texts = list[Tensor](), list[str]()
     for i, own in members([n] * len(groups), rows).items():
         payload = payloads[i]
-        if payload.x0 is None or (dropout > 0 and payload.empty_embeds is None):
+        if payload.x0 is None:
             raise PayloadError("a group was made without its own anchor datum, which data.pairing=own needs; it was made by another recipe")
         dropped = (torch.rand(n, generator=generator(config.seed, "caption-dropout", groups[i])) < dropout).tolist()
-        for member in own:
-            empty = dropped[member] and payload.empty_embeds is not None and payload.empty_pooled is not None
-            x0.append(payload.x0)
-            embeds.append(payload.empty_embeds if empty else payload.prompt_embeds)
-            pooled.append(payload.empty_pooled if empty else payload.pooled)
-    return DataPayload(torch.stack(x0), torch.stack([e for e in embeds if e is not None]), torch.stack([p for p in pooled if p is not None]))
+        x0 += [payload.x0] * len(own)
+        texts += ["" if dropped[member] else payload.text for member in own]
+    return DataPayload(tuple(texts), torch.stack(x0))
 
 
 def _rows_of(part: range, repeats: int) -> range:
@@ -127,12 +132,21 @@ def _rows_of(part: range, repeats: int) -> range:
 
 
 def _anchor_rows(
-    config: RunConfig, process: ForwardProcess, step: int, data: DataPayload, part: range, total: int, times: Tensor | None, groups: list[int]
+    config: RunConfig,
+    process: ForwardProcess,
+    step: int,
+    data: DataPayload,
+    texts: list[int],
+    part: range,
+    total: int,
+    times: Tensor | None,
+    groups: list[int],
 ) -> Anchors:
     """A rank's anchor evaluations. What is drawn is drawn for all `total` evaluations of the update.
 
     Args:
         data: the rows that the evaluations `part` are of, and no others.
+        texts: places of their captions among the conditioning.
         times: `[G, K]` times of the trained steps of each claimed group, in the policy's own process; None without rollouts.
         groups: claimed group indices, for shared noise.
     """
@@ -153,7 +167,7 @@ def _anchor_rows(
         g = generator(config.seed, "data-noise", step)
         eps = torch.randn((total, *shape), generator=g)[part.start : part.stop]
         t = process.sample_times(total, g)[part.start : part.stop]
-    return Anchors(data.x0[index], eps, t, torch.ones(len(part)), data.prompt_embeds[index], data.pooled[index])
+    return Anchors(data.x0[index], eps, t, torch.ones(len(part)), torch.tensor(texts)[index])
 
 
 def _read_group(buffer: ReplayBuffer, item: ClaimedGroup, own: range) -> GroupPayload:
@@ -164,11 +178,21 @@ def _read_group(buffer: ReplayBuffer, item: ClaimedGroup, own: range) -> GroupPa
     return decode_group(segments)
 
 
-def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, buffer: ReplayBuffer, claim: Claim, rank: int, world: int) -> StepBatch:
+def step_batch(
+    config: RunConfig,
+    process: ForwardProcess,
+    kernel: StepKernel,
+    buffer: ReplayBuffer,
+    claim: Claim,
+    rank: int,
+    world: int,
+    encode: Callable[[list[str]], Conditioning],
+) -> StepBatch:
     """One rank's rows of `claim`. Ranks read only their own members, and the rows of the data batch that are theirs.
 
     Args:
         process, kernel: the policy's process and the step kernel of its rollouts.
+        encode: conditioning `[B, …]` of texts.
     Raises:
         PayloadError: bytes that are no group or data batch, or a group that this run's kernel did not sample.
     """
@@ -176,13 +200,18 @@ def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, b
     scores = [scores_of(g.header) for g in claim.groups]
     transitions, times, rows, payloads = None, None, list[int](), dict[int, GroupPayload]()
     own_data = config.uses_data and not config.feeds_data
+    places: dict[str, int] = {}
+
+    def place(text: str) -> int:
+        return places.setdefault(text, len(places))
+
     if claim.groups:
         o = objective
         advantages = advantages_of(scores, terms_of(config), o.advantages, o.failed_reward, o.advantage_scale, o.advantage_clip, o.exponential_advantage)
         sizes = [len(a) for a in advantages]
         mine = members(sizes, share(sum(sizes), rank, world))
         payloads = {i: _read_group(buffer, claim.groups[i], own) for i, own in mine.items()}
-        transitions = _cat([transitions_of(p, [advantages[i][m] for m in mine[i]], kernel) for i, p in payloads.items()])
+        transitions = _cat([transitions_of(p, [advantages[i][m] for m in mine[i]], kernel, place(p.text)) for i, p in payloads.items()])
         k = next(iter(payloads.values())).log_prob.shape[1]
         rows = [len(share(sum(sizes), r, world)) * k for r in range(world)]
         if (claim.data or own_data) and (objective.data_noise == "shared" or objective.data_per == "transition"):
@@ -200,11 +229,12 @@ def step_batch(config: RunConfig, process: ForwardProcess, kernel: StepKernel, b
         (head,) = buffer.read(batch, [0])
         total = count_of(head) * repeats
         part = share(total, rank, world)
-        data = decode_data([head, *buffer.read(batch, [1 + row for row in _rows_of(part, repeats)])])
+        own_rows = _rows_of(part, repeats)
+        data = decode_data([head, *buffer.read(batch, [1 + row for row in own_rows])], own_rows)
     if total:
-        anchors = _anchor_rows(config, process, claim.step, data, part, total, times, groups)
+        anchors = _anchor_rows(config, process, claim.step, data, [place(text) for text in data.texts], part, total, times, groups)
         anchor_rows = [len(share(total, r, world)) for r in range(world)]
-    return StepBatch(transitions, anchors, sum(rows), total, rows, anchor_rows)
+    return StepBatch(encode(list(places)), transitions, anchors, sum(rows), total, rows, anchor_rows)
 
 
 def _all_times(config: RunConfig, process: ForwardProcess, kernel: StepKernel, groups: list[int]) -> Tensor:

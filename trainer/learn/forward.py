@@ -22,7 +22,9 @@ class Guidance:
     negative: Conditioning
 
 
-def policy_prediction(model: Callable[..., Tensor], process: ForwardProcess, rows: Transitions, guidance: Guidance | None, dtype: str) -> Tensor:
+def policy_prediction(
+    model: Callable[..., Tensor], process: ForwardProcess, rows: Transitions, conditioning: Conditioning, guidance: Guidance | None, dtype: str
+) -> Tensor:
     """Prediction at `(x, t)` of every row, `[M, …]`; guided, u + g (c - u) in fp32.
 
     The unconditional branch is a constant of the loss, as Flow-GRPO trains it: its forward pass keeps no graph. With guidance
@@ -30,24 +32,24 @@ def policy_prediction(model: Callable[..., Tensor], process: ForwardProcess, row
 
     Args:
         process: the space of the states: the step kernel's process.
+        conditioning: of every row, `[M, …]`.
         dtype: precision inside the network, `float32` or `bfloat16`.
     """
     x, t = process.model_input(rows.x, rows.t), process.model_time(rows.t)
     unconditional: Tensor | None = None
     if guidance is not None:
-        n, negative = len(x), guidance.negative
         # an autocast region of its own: low-precision copies of the weights made without a graph must not reach the other pass
         with torch.no_grad(), autocast(dtype, x.device):
-            unconditional = model(x, t, negative.prompt_embeds.expand(n, -1, -1), negative.pooled.expand(n, -1)).float()
+            unconditional = model(x, t, **guidance.negative.expand(len(x)).tensors).float()
     with autocast(dtype, x.device):
-        prediction = model(x, t, rows.prompt_embeds, rows.pooled)
+        prediction = model(x, t, **conditioning.tensors)
     if guidance is None or unconditional is None:
         return prediction
     return unconditional + guidance.scale * (prediction.float() - unconditional)
 
 
-def data_prediction(model: Callable[..., Tensor], process: ForwardProcess, rows: Anchors, dtype: str) -> Tensor:
-    """Prediction for noised anchor data, `[M, …]`; `process` is the policy's own. Never guided."""
+def data_prediction(model: Callable[..., Tensor], process: ForwardProcess, rows: Anchors, conditioning: Conditioning, dtype: str) -> Tensor:
+    """Prediction for noised anchor data, `[M, …]`; `process` is the policy's own, `conditioning` of every row, `[M, …]`. Never guided."""
     x = process.noise(rows.x0, rows.eps, rows.t)
     with autocast(dtype, x.device):
-        return model(process.model_input(x, rows.t), process.model_time(rows.t), rows.prompt_embeds, rows.pooled)
+        return model(process.model_input(x, rows.t), process.model_time(rows.t), **conditioning.tensors)

@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from actors.sources.draws import prompt_source, training_example
-from diffusion.checkpoint import Skeleton, build_network, fill_network, load_text_encoder, open_policy
+from diffusion.checkpoint import build_network, fill_network, load_text_encoder, open_policy
+from diffusion.engine.cache import PromptCache
 from diffusion.families.base import PackedModel
-from diffusion.families.conditioning import Conditioning, TextEncoder
+from diffusion.families.conditioning import Conditioning, TextEncoder, stacked
 from diffusion.kernels import make_kernel
 from diffusion.lora import trained_weights, without_lora
 from trainer.config.learner import OptimizerConfig
@@ -36,12 +37,12 @@ from trainer.learn.plan import passes, slices
 logger = logging.getLogger(__name__)
 
 
-def guidance_of(config: RunConfig, encoder: TextEncoder, device: torch.device) -> Guidance | None:
+def guidance_of(config: RunConfig, encode: Callable[[list[str]], Conditioning], device: torch.device) -> Guidance | None:
     """The run's guidance with its negative prompt encoded, None without. Raises ValueError for a prompt that does not fit."""
     sampler = config.sampler
     if sampler.guidance == 1:
         return None
-    return Guidance(sampler.guidance, encoder.encode([sampler.negative_prompt])[0].to(device))
+    return Guidance(sampler.guidance, encode([sampler.negative_prompt])[0].to(device))
 
 
 def learning_rate(config: OptimizerConfig, step: int, decay_updates: int) -> float:
@@ -76,7 +77,7 @@ class Learner:
     Args:
         config: the run.
         device: this rank's device.
-        encoder: of the prompts that it needs at start; None = the policy's own text encoders, loaded for that time.
+        encoder: of prompts and captions; None = the policy's own text encoders, loaded.
     Attributes:
         attention: the provider in use, and why.
         process: the policy's forward process.
@@ -89,15 +90,17 @@ class Learner:
     """
 
     def __init__(self, config: RunConfig, device: torch.device, encoder: TextEncoder | None = None) -> None:
-        self.config, self.device, self._encoder = config, device, encoder
+        self.config, self.device = config, device
         policy = open_policy(config.model, device)
         self.attention = policy.attention
         self.process = policy.process
+        self._texts = PromptCache(encoder or load_text_encoder(policy.source.folder, config.model, device))
         self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
         self.guidance: Guidance | None = None
         self.probe: Conditioning | None = None
         if config.uses_policy:
-            self.guidance, self.probe = self._texts(policy)
+            self.guidance = guidance_of(config, self.encode, device)
+            self.probe = self.encode([training_example(prompt_source(config.prompts, config.data), config.seed, 0).text])[0]
         self.shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
         self.model = self._filled(policy.transformer).train()
         self.reference = self._reference()
@@ -108,12 +111,9 @@ class Learner:
         self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
         self._warned = False
 
-    def _texts(self, policy: Skeleton) -> tuple[Guidance | None, Conditioning]:
-        """Guidance and probe. The text encoders are gone before the network comes."""
-        config = self.config
-        encoder = self._encoder or load_text_encoder(policy.source.folder, config.model, self.device)
-        probe = training_example(prompt_source(config.prompts, config.data), config.seed, 0).text
-        return guidance_of(config, encoder, self.device), encoder.encode([probe])[0]
+    def encode(self, texts: list[str]) -> Conditioning:
+        """Conditioning `[B, …]` of texts, on the CPU; no collective. Raises ValueError naming one that does not fit, EncoderUnavailable."""
+        return stacked(self._texts.get(texts))
 
     def _spread(self, model: PackedModel) -> None:
         """Shard a network over the ranks."""
@@ -180,9 +180,9 @@ class Learner:
                 found[name] = _finite({str(i): v / n for i, (v, n) in enumerate(zip(value, count, strict=True)) if n})
         return found
 
-    def replay(self, rows: Transitions) -> Tensor:
+    def replay(self, rows: Transitions, conditioning: Conditioning) -> Tensor:
         """The policy's prediction for stored transitions on this rank's device, with gradient; collective."""
-        return policy_prediction(self.model, self.kernel.process, rows, self.guidance, self.config.model.dtype)
+        return policy_prediction(self.model, self.kernel.process, rows, conditioning, self.guidance, self.config.model.dtype)
 
     def _losses(self, batch: StepBatch, sums: Tensor) -> Iterator[Callable[[], Tensor]]:
         """One closure per forward pass, the same number on every rank; each adds its statistics to `sums`."""
@@ -192,10 +192,11 @@ class Learner:
         def policy(part: slice) -> Tensor:
             assert batch.transitions is not None
             rows = take(batch.transitions, part, self.device)
-            prediction, reference = self.replay(rows), None
+            conditioning = batch.conditioning_of(rows)
+            prediction, reference = self.replay(rows, conditioning), None
             if self.reference is not None:
                 with torch.no_grad(), without_lora(self.reference):
-                    reference = policy_prediction(self.reference, self.kernel.process, rows, self.guidance, config.model.dtype)
+                    reference = policy_prediction(self.reference, self.kernel.process, rows, conditioning, self.guidance, config.model.dtype)
             loss, stats = policy_terms(prediction, reference, rows, self.kernel, config.objective)
             for i, name in enumerate(SUMS):
                 if name in stats:
@@ -207,24 +208,24 @@ class Learner:
         def data(part: slice) -> Tensor:
             assert batch.anchors is not None
             rows = take(batch.anchors, part, self.device)
-            loss = data_terms(data_prediction(self.model, self.process, rows, config.model.dtype), rows, self.process)
+            loss = data_terms(data_prediction(self.model, self.process, rows, batch.conditioning_of(rows), config.model.dtype), rows, self.process)
             sums[SUMS.index("data_loss")] += loss.detach()
             return config.objective.data_weight * loss / batch.anchor_count
 
         if batch.transitions is not None:
-            for part in slices(len(batch.transitions.x), passes(batch.transition_rows, self.rows_of_pass(batch.transitions))):
+            for part in slices(len(batch.transitions.x), passes(batch.transition_rows, self.rows_of_pass(batch.transitions, batch.conditioning.tokens))):
                 yield partial(policy, part)
         if batch.anchors is not None:
-            for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, self.rows_of_pass(batch.anchors))):
+            for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, self.rows_of_pass(batch.anchors, batch.conditioning.tokens))):
                 yield partial(data, part)
 
-    def rows_of_pass(self, rows: Transitions | Anchors) -> int:
+    def rows_of_pass(self, rows: Transitions | Anchors, text_tokens: int) -> int:
         """Most of these rows in one forward pass, the same number on every rank; collective where `micro_tokens` is set. A rank's rows
         are of one size; those of transitions and of anchor data may differ."""
         learner, latents = self.config.learner, rows.x if isinstance(rows, Transitions) else rows.x0
         if learner.micro_tokens is None:
             return learner.micro_batch
-        longest = torch.tensor(self.model.packed_tokens(latents.shape[1:], rows.prompt_embeds.shape[1]), device=self.device)
+        longest = torch.tensor(self.model.packed_tokens(latents.shape[1:], text_tokens), device=self.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         tokens = int(longest)
         if tokens > learner.micro_tokens and not self._warned and dist.get_rank() == 0:

@@ -31,7 +31,7 @@ class Transitions:
         old_log_prob: exact log-density under the sampling weights `[M]`, fp64 (`diffusion.kernels.density` says why).
         advantage: `[M]`.
         weight: `[M]`, 1 for a real row, 0 for padding.
-        prompt_embeds, pooled: conditioning `[M, L, D]`, `[M, P]`.
+        text: place of its prompt among the conditioning of the update, int64 `[M]`.
         previous, t_previous: prediction of x0 in the step before, like `x`, and its time `[M]` (inf: there was none), as the
             sampler stored them; None for kernels that do not use them.
     """
@@ -44,8 +44,7 @@ class Transitions:
     old_log_prob: Tensor
     advantage: Tensor
     weight: Tensor
-    prompt_embeds: Tensor
-    pooled: Tensor
+    text: Tensor
     previous: Tensor | None = None
     t_previous: Tensor | None = None
 
@@ -57,14 +56,14 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Anchors:
-    """A micro-batch of M diffusion-loss evaluations: clean `x0`, noise `eps`, times `t`, `weight`, conditioning."""
+    """A micro-batch of M diffusion-loss evaluations: clean `x0`, noise `eps`, times `t`, `weight`, and place `text` of
+    the caption among the conditioning of the update."""
 
     x0: Tensor
     eps: Tensor
     t: Tensor
     weight: Tensor
-    prompt_embeds: Tensor
-    pooled: Tensor
+    text: Tensor
 
 
 def moments(prediction: Tensor, batch: Transitions, kernel: StepKernel) -> tuple[Tensor, Tensor]:

@@ -143,12 +143,12 @@ def replayed(learner: Learner, requests: list[SampleRequest], trajectories: list
     assert learner.probe is not None
     for request in requests:
         members = [t for t in trajectories if t.request is request]
-        payload = decode_group(encode(group_payload(members, learner.probe), getattr(torch, learner.config.replay.store_dtype)))
+        payload = decode_group(encode(group_payload(members, ""), getattr(torch, learner.config.replay.store_dtype)))
         rows = transitions_of(payload, [0.0] * len(members), learner.kernel)
         count = len(rows.x)
-        for part in slices(count, -(-count // learner.rows_of_pass(rows))):
+        for part in slices(count, -(-count // learner.rows_of_pass(rows, learner.probe.tokens))):
             taken = take(rows, part, learner.device)
-            prediction = learner.replay(taken).detach()
+            prediction = learner.replay(taken, learner.probe.expand(len(taken.x)).to(learner.device)).detach()
             yield taken, policy_terms(prediction, None, taken, learner.kernel, learner.config.objective)[1]
 
 

@@ -186,11 +186,11 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
         beside = trained * (1 + 1 / ranks)  # the collective's input and output, beside the gradients
         spare = activations + casts
         parts.append(Part("reduction", max(0.0, beside - spare), "gradients of the whole network at once"))
-    update = sum(part.bytes for part in parts)
-    loaded = encoders_bytes(config, sizes) if config.uses_policy and not config.encoder.actors else 0.0
+    if not config.encoder.actors:
+        parts.append(Part("text encoders", encoders_bytes(config, sizes), config.model.text_dtype))
     if config.model.init and not config.learner.gpus:
-        loaded = max(loaded, MASTER * network.values)
-    parts.append(Part("loading", max(0.0, loaded - update), "at start: text encoders, then the rank's shards; random weights are drawn whole"))
+        update = sum(part.bytes for part in parts)
+        parts.append(Part("loading", max(0.0, MASTER * network.values - update), "at start: random weights are drawn whole"))
     return tuple(part for part in parts if part.bytes)
 
 
@@ -295,17 +295,20 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     """Host memory of a run's processes, without Python and its libraries, and without what `learner_rank` and `generator` count. In this
     build the anchor feeder runs on a CPU, and the evaluator where it has no GPU; a rank holds its own rows, and draws the noise of all ranks'
     anchor evaluations before it takes its own."""
-    row = (2 * sizes.latent_values + sizes.prompt_values) * 4.0
+    row = 2 * sizes.latent_values * 4.0
     transitions, anchors = rank_rows(config)
     repeats = trained_steps(config) if config.uses_policy and config.objective.data_per == "transition" else 1
     evaluations = config.data_rows * repeats if config.uses_data else 0
     network = weights_bytes(config, sizes) + buffers_bytes(config, sizes)
     version = version_bytes(config, sizes)
+    data = -(-anchors // repeats)
+    texts = sizes.prompt_values * 4.0 * (data + (config.rollout.groups_per_step if config.uses_policy else 0))
     rank = [
         *offloaded(config, sizes),
         Part("part of the weights", min(PART, version / config.learner.ranks), "while it hands in"),
         Part("transitions", transitions * row),
-        Part("anchor evaluations", (anchors + -(-anchors // repeats)) * row, "and the data rows they are of"),
+        Part("anchor evaluations", (anchors + data) * row, "and the data rows they are of"),
+        Part("encoded texts", texts + min(PROMPT_CACHE, config.updates * texts), "of an update, and a cache of at most 256 MiB"),
         Part("anchor noise", evaluations * sizes.latent_values * 4.0, "of all ranks"),
     ]
     copies = 2 if config.optimizer.ema else 1
@@ -314,16 +317,16 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     else:
         making, why = copies * network + min(SHARD, network), "rank 0 only"
     first = [Part("export in the making", making, why)]
-    texts = Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype)
+    encoders = Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype)
     pixels = Part("VAE", vae_bytes(sizes), "fp32")
     shown = Part("network", network, "the files themselves, mapped and shared" if maps_weights(config) else "on the CPU")
     found = [Process("learner rank", config.learner.ranks, 0, tuple(p for p in rank if p.bytes)), Process("export of rank 0", 1, 0, tuple(first))]
     if config.uses_policy:
         found.append(Process("generator", config.rollout.generators, 0, (Part("weights that arrive", version, "mapped or shared memory of its node"),)))
     if not config.evaluation.gpus:
-        found.append(Process("evaluator", 1, 0, tuple(p for p in (shown, texts, pixels) if p.bytes)))
-    if config.feeds_data and texts.bytes + pixels.bytes:
-        found.append(Process("anchor feeder", 1, 0, tuple(p for p in (texts, pixels) if p.bytes)))
+        found.append(Process("evaluator", 1, 0, tuple(p for p in (shown, encoders, pixels) if p.bytes)))
+    if config.feeds_data and pixels.bytes:
+        found.append(Process("anchor feeder", 1, 0, (pixels,)))
     if config.weights.transport == "objects":
         found.append(Process("object store", 1, 0, (Part("versions", kept_versions(config) * version, "Ray's, over the nodes of the ranks"),)))
     return found

@@ -49,15 +49,15 @@ def group_bytes(config: RunConfig, sizes: Sizes) -> int:
         return 0
     members, k, latent = config.rollout.group_size, trained_steps(config), sizes.latent_values
     states = stored_states(config) + (k if config.sampler.kernel == "edm_2ab" else 0)  # two-step kernels keep the prediction before
-    total = members * (states * latent * BYTES[config.replay.store_dtype] + k * 8) + k * 8 + (config.sampler.steps + 1) * 4 + sizes.prompt_values * 4
+    total = members * (states * latent * BYTES[config.replay.store_dtype] + k * 8) + k * 8 + (config.sampler.steps + 1) * 4
     if config.uses_data and not config.feeds_data:
-        total += latent * 4 + (sizes.prompt_values * 4 if config.data.caption_dropout else 0)
+        total += latent * 4
     return total
 
 
 def data_bytes(config: RunConfig, sizes: Sizes) -> int:
     """One anchor batch's payload, without the table of its head."""
-    return config.data_rows * (sizes.latent_values + sizes.prompt_values) * 4 if config.feeds_data else 0
+    return config.data_rows * sizes.latent_values * 4 if config.feeds_data else 0
 
 
 @dataclass(frozen=True)

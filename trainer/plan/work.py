@@ -133,6 +133,7 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     hours = config.updates * update / 3600
     version = version_bytes(config, sizes)
     generators = r.generators if config.uses_policy else 0
+    embeds = (config.data_rows + (config.rollout.groups_per_step if config.uses_policy else 0)) * sizes.prompt_values * 4.0 if config.encoder.actors else 0.0
     return Work(
         tokens=sizes.tokens,
         forward=forward,
@@ -152,6 +153,7 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
             "weights, read by generators": version * generators,
             "groups, written and read": 2.0 * config.rollout.groups_per_step * storage.group if config.uses_policy else 0.0,
             "anchor batch, written and read": 2.0 * storage.data,
+            "encoded texts, read by ranks": embeds,
         },
         hours=hours,
         cost=None if price is None else hours * count * price,

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffusion.families.conditioning import TextConditioning, digest_of
+from diffusion.families.conditioning import Conditioning, digest_of
 
 PRINTABLE = [chr(c) for c in range(32, 127)]
 FREQUENCIES = 8
@@ -112,9 +112,9 @@ class GlyphTextEncoder:
         tokens.extend([self.tables["padding"]] * (self.max_tokens - len(tokens)))
         return torch.stack(tokens), pooled
 
-    def encode(self, prompts: list[str]) -> TextConditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         embeds, pooled = zip(*(self._one(p) for p in prompts), strict=True)
-        return TextConditioning(torch.stack(embeds), torch.stack(pooled))
+        return Conditioning({"prompt_embeds": torch.stack(embeds), "pooled": torch.stack(pooled)})
 
     def signature(self, prompt: str) -> bytes:
         return digest_of(self.encode([prompt])[0])

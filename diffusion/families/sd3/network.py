@@ -293,7 +293,7 @@ class SD3Transformer(PackedModel):
     def saved(self, shape: Sequence[int], prompt_tokens: int, itemsize: int, adapted: bool) -> Saved:
         return cost.saved(self.config, shape, prompt_tokens, itemsize, adapted)
 
-    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor | None) -> Tensor | list[Tensor]:
+    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor) -> Tensor | list[Tensor]:
         """Velocities of a batch of requests (see `PackedModel.forward`); `pooled` is `[B, pooled_projection_dim]`."""
         layout = self._layout(latents, prompt_embeds)
         image = layout.image.pack(self.pos_embed(latents) if isinstance(latents, Tensor) else by_shape(latents, self.pos_embed))

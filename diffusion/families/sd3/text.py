@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.families.conditioning import TextConditioning
+from diffusion.families.conditioning import Conditioning
 
 CLIP_CLASS, T5_CLASS = "CLIPTextModelWithProjection", "T5EncoderModel"
 COMPUTED = ("embeddings.position_ids",)
@@ -150,7 +150,7 @@ class SD3TextEncoder:
         return encoder
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> TextConditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts in the encoders' own type; embeddings `[B, 77 + t5_tokens, D]` and pooled `[B, P]` are fp32 on the CPU."""
         hidden, pooled = [], []
         for ids, model in zip(self.tokens.clip(prompts), self.clips, strict=True):
@@ -163,7 +163,7 @@ class SD3TextEncoder:
         else:
             rows = self.t5(self.tokens.t5(prompts).to(self.t5.device)).last_hidden_state
         embeds = torch.cat([F.pad(clip, (0, self.width - clip.shape[-1])), rows], 1)
-        return TextConditioning(embeds.float().cpu(), torch.cat(pooled, -1).float().cpu())
+        return Conditioning({"prompt_embeds": embeds.float().cpu(), "pooled": torch.cat(pooled, -1).float().cpu()})
 
     def signature(self, prompt: str) -> bytes:
         """See `TextEncoder.signature`."""

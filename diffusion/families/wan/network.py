@@ -286,8 +286,8 @@ class WanTransformer(PackedModel):
     def saved(self, shape: Sequence[int], prompt_tokens: int, itemsize: int, adapted: bool) -> Saved:
         return cost.saved(self.config, shape, prompt_tokens, itemsize, adapted)
 
-    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor | None = None) -> Tensor | list[Tensor]:
-        """Velocities of a batch of clips (see `PackedModel.forward`); latents are `[C, f, h, w]` each, `pooled` is ignored."""
+    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Velocities of a batch of clips (see `PackedModel.forward`); latents are `[C, f, h, w]` each."""
         layout = self._layout(latents, prompt_embeds)
         x = layout.image.pack(self._embed(latents) if isinstance(latents, Tensor) else by_shape(latents, self._embed)).contiguous()
         positions = self._positions(latents, layout.image)

@@ -48,7 +48,7 @@ def test_prompts_are_shared_out_and_come_back_in_order_though_encoders_die(actor
     expected = own.encode(PROMPTS)
     found = shared.encode(PROMPTS)
     assert torch.equal(found.prompt_embeds, expected.prompt_embeds)
-    assert torch.equal(found.pooled, expected.pooled)
+    assert torch.equal(found.tensors["pooled"], expected.tensors["pooled"])
     with pytest.raises(ValueError, match="0123456789"):
         shared.encode([PROMPTS[0], 'a sign that says "0123456789"'])
     assert shared.signature(PROMPTS[0]) == own.signature(PROMPTS[0])

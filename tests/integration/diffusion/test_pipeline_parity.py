@@ -73,7 +73,7 @@ def ours(pipeline: StableDiffusion3Pipeline, tmp_path_factory: pytest.TempPathFa
 
 def conditioning(seed: int) -> Conditioning:
     g = torch.Generator().manual_seed(seed)
-    return Conditioning(torch.randn(7, 24, generator=g), torch.randn(12, generator=g))
+    return Conditioning({"prompt_embeds": torch.randn(7, 24, generator=g), "pooled": torch.randn(12, generator=g)})
 
 
 def requests(steps: int, guidance: float) -> list[SampleRequest]:
@@ -95,9 +95,9 @@ def diffusers_run(pipeline: StableDiffusion3Pipeline, request: SampleRequest, me
         sigmas=np.linspace(1, 0, request.steps + 1)[:-1],
         guidance_scale=request.guidance,
         prompt_embeds=c.prompt_embeds[None],
-        pooled_prompt_embeds=c.pooled[None],
+        pooled_prompt_embeds=c.tensors["pooled"][None],
         negative_prompt_embeds=n.prompt_embeds[None],
-        negative_pooled_prompt_embeds=n.pooled[None],
+        negative_pooled_prompt_embeds=n.tensors["pooled"][None],
         latents=step_noise(request.seed, request.group, member, INITIAL, request.shape)[None],
         output_type=output,
     ).images[0]

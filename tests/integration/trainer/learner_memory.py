@@ -35,12 +35,11 @@ def resident() -> int:
     return status("VmRSS")
 
 
-def transitions(learner: Learner, rows: int, text: tuple[torch.Tensor, torch.Tensor]) -> Transitions:
+def transitions(learner: Learner, rows: int) -> Transitions:
     sampler = learner.config.sampler
     steps = torch.arange(rows) % (sampler.steps - 1)
     grid = learner.kernel.time_grid(sampler.steps)
     x = torch.randn(rows, *learner.shape)
-    embeds, pooled = text
     return Transitions(
         x=x,
         x_next=x + 0.1 * torch.randn_like(x),
@@ -50,15 +49,13 @@ def transitions(learner: Learner, rows: int, text: tuple[torch.Tensor, torch.Ten
         old_log_prob=torch.zeros(rows, dtype=torch.float64),
         advantage=torch.randn(rows),
         weight=torch.ones(rows),
-        prompt_embeds=embeds[None].expand(rows, -1, -1),
-        pooled=pooled[None].expand(rows, -1),
+        text=torch.zeros(rows, dtype=torch.int64),
     )
 
 
-def anchors(learner: Learner, rows: int, text: tuple[torch.Tensor, torch.Tensor]) -> Anchors:
+def anchors(learner: Learner, rows: int) -> Anchors:
     x0, eps = torch.randn(rows, *learner.shape), torch.randn(rows, *learner.shape)
-    embeds, pooled = text
-    return Anchors(x0, eps, torch.rand(rows), torch.ones(rows), embeds[None].expand(rows, -1, -1), pooled[None].expand(rows, -1))
+    return Anchors(x0, eps, torch.rand(rows), torch.ones(rows), torch.zeros(rows, dtype=torch.int64))
 
 
 def main(recipe: Path, rank: int, folder: Path) -> None:
@@ -72,9 +69,8 @@ def main(recipe: Path, rank: int, folder: Path) -> None:
     learner = Learner(config, CPU)
     found = {"built": resident() - start}
     assert learner.probe is not None
-    text = learner.probe.prompt_embeds, learner.probe.pooled
     rows = config.learner.micro_batch  # a pass of each kind
-    batch = StepBatch(transitions(learner, rows, text), anchors(learner, rows, text), rows * world, rows * world, [rows] * world, [rows] * world)
+    batch = StepBatch(learner.probe.expand(1), transitions(learner, rows), anchors(learner, rows), rows * world, rows * world, [rows] * world, [rows] * world)
     for step in (1, 2):
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
         stats = learner.update(batch, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from actors.config import DataConfig, EncoderConfig
 from actors.encoding import Encoder
 from diffusion.checkpoint import load_policy, load_text_encoder
 from diffusion.config import ModelConfig, SamplerConfig
-from diffusion.families.conditioning import TextConditioning
+from diffusion.families.conditioning import Conditioning
 from diffusion.families.sd3.tiny import write_tiny
 
 PROMPTS = ["a red circle", "", "the cat", "a red circle", "an 42"]
@@ -28,12 +29,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 def test_an_encoder_answers_what_the_policys_own_encoder_says(model: ModelConfig) -> None:
     own = load_text_encoder(Path(model.path), model)
     encoder = Encoder(model, EncoderConfig(actors=1, batch=2))
-    embeds, pooled = encoder.encode(PROMPTS)
+    found = encoder.encode(PROMPTS)
     expected = own.encode(PROMPTS)
-    torch.testing.assert_close(embeds, expected.prompt_embeds, atol=1e-5, rtol=1e-5)  # batches of other sizes
-    torch.testing.assert_close(pooled, expected.pooled, atol=1e-5, rtol=1e-5)
-    again, _ = encoder.encode(PROMPTS[::-1])
-    assert torch.equal(again, embeds.flip(0))  # from the cache: to the bit, whatever stands beside
+    torch.testing.assert_close(found, dict(expected.tensors), atol=1e-5, rtol=1e-5)  # batches of other sizes
+    again = encoder.encode(PROMPTS[::-1])
+    assert all(torch.equal(again[name], value.flip(0)) for name, value in found.items())  # from the cache: to the bit, whatever stands beside
     assert encoder.signature("a cat") == own.signature("a cat") != encoder.signature("the cat")
 
 
@@ -54,9 +54,12 @@ class Counting:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def encode(self, prompts: list[str]) -> TextConditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         self.asked += prompts
-        return TextConditioning(torch.ones(len(prompts), 3, 4), torch.ones(len(prompts), 5))
+        return Conditioning({"prompt_embeds": torch.ones(len(prompts), 3, 4), "pooled": torch.ones(len(prompts), 5)})
+
+    def prefetch(self, prompts: Sequence[str]) -> None:
+        self.encode(list(prompts))
 
     def signature(self, prompt: str) -> bytes:
         return prompt.encode()
@@ -67,9 +70,7 @@ def test_whoever_is_given_an_encoder_loads_none(model: ModelConfig, monkeypatch:
         raise AssertionError("text encoders were loaded")
 
     monkeypatch.setattr("diffusion.checkpoint.load_text_encoder", refuse)
-    monkeypatch.setattr("actors.anchor.load_text_encoder", refuse)
     given = Counting()
     assert load_policy(model, encoder=given).text_encoder is given
     feeder = AnchorFeeder(AnchorSpec(0, model, SamplerConfig(height=16, width=48), DataConfig(), 2, NoLedger(), given))  # type: ignore[arg-type]
-    assert feeder.make(0).prompt_embeds.shape == (2, 3, 4)
-    assert len(given.asked) == 2
+    assert given.asked == list(feeder.make(0).texts)  # before a rank asks for them

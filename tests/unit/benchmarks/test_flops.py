@@ -23,8 +23,10 @@ def counted(config: SD3Config | WanConfig, shape: tuple[int, ...], prompt: int) 
     """Operations of a forward pass of one request on the meta device, where attention is counted as a product."""
     with torch.device("meta"):
         model = SD3Transformer(config) if isinstance(config, SD3Config) else WanTransformer(config)
-        text, pooled = (config.joint_attention_dim, config.pooled_projection_dim) if isinstance(config, SD3Config) else (config.text_dim, 1)
-        inputs = torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, prompt, text), torch.zeros(1, pooled)
+        text = config.joint_attention_dim if isinstance(config, SD3Config) else config.text_dim
+        inputs = [torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, prompt, text)]
+        if isinstance(config, SD3Config):
+            inputs.append(torch.zeros(1, config.pooled_projection_dim))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*inputs)
     return counter.get_total_flops()

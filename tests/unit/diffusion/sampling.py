@@ -24,7 +24,7 @@ PLENTY = 10_000
 def conditioning(number: int, length: int = 5) -> Conditioning:
     """An encoded prompt of its own for each number."""
     g = torch.Generator().manual_seed(number)
-    return Conditioning(torch.randn(length, 12, generator=g), torch.randn(6, generator=g))
+    return Conditioning({"prompt_embeds": torch.randn(length, 12, generator=g), "pooled": torch.randn(6, generator=g)})
 
 
 def request(member: int = 0, group: int = 0, **keys: Any) -> SampleRequest:
@@ -53,7 +53,7 @@ def same(a: Trajectory, b: Trajectory, atol: float = 1e-5) -> None:
 
 def batched(r: SampleRequest) -> tuple[Tensor, Tensor]:
     assert r.conditioning is not None
-    return r.conditioning.prompt_embeds[None], r.conditioning.pooled[None]
+    return r.conditioning.prompt_embeds[None], r.conditioning.tensors["pooled"][None]
 
 
 def stepped(engine: Engine) -> list[Trajectory]:

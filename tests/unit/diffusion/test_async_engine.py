@@ -27,7 +27,11 @@ ENDLESS = 100_000
 
 def request(group: int = 0, **keys: Any) -> SampleRequest:
     g = torch.Generator().manual_seed(group)
-    values: dict[str, Any] = {"conditioning": Conditioning(torch.randn(5, 12, generator=g), torch.randn(6, generator=g)), "group": group, "seed": 7}
+    values: dict[str, Any] = {
+        "conditioning": Conditioning({"prompt_embeds": torch.randn(5, 12, generator=g), "pooled": torch.randn(6, generator=g)}),
+        "group": group,
+        "seed": 7,
+    }
     return SampleRequest((3, 4, 4), **{"steps": 3, **values, **keys})
 
 
@@ -86,7 +90,7 @@ def test_what_cannot_run_is_refused_to_its_caller_alone(engine: AsyncEngine) -> 
 def test_a_failed_member_fails_its_request_and_no_other(engine: AsyncEngine) -> None:
     broken = request(0, n=2)
     assert broken.conditioning is not None
-    broken.conditioning.pooled[0] = float("inf")
+    broken.conditioning.tensors["pooled"][0] = float("inf")
     bad, good = engine.submit(broken), engine.submit(request(1))
     with pytest.raises(SamplingFailed, match="2 of 2 samples failed"):
         bad.result(WAIT_S)

@@ -80,7 +80,7 @@ def test_the_committed_policy_is_small_and_fits_its_parts() -> None:
     policy = load(COMMITTED, init=True)
     text = policy.text_encoder.encode(['a sign that says "4071"'])
     assert text.prompt_embeds.shape[-1] == policy.transformer.config.joint_attention_dim
-    assert text.pooled.shape[-1] == policy.transformer.config.pooled_projection_dim
+    assert text.tensors["pooled"].shape[-1] == policy.transformer.config.pooled_projection_dim
     torch.testing.assert_close(policy.process.time_grid(2)[1], torch.tensor(SHIFT / (1 + SHIFT)))
     assert policy.codec.channels == policy.transformer.config.in_channels == policy.transformer.out_channels
 
@@ -178,7 +178,7 @@ def test_networks_load_by_their_class_name(tmp_path: Path) -> None:
     assert provider.name == "sdpa"
     x, t, embeds = torch.randn(2, 4, 3, 4, 4), torch.tensor([0.2, 0.9]), torch.randn(2, 5, 10)
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x, t, embeds, None), theirs.eval()(x, 1000 * t, embeds).sample, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.eval()(x, t, embeds), theirs.eval()(x, 1000 * t, embeds).sample, atol=1e-5, rtol=1e-5)
 
 
 def test_random_start_follows_the_seed_and_reads_no_weights(complete: Path) -> None:

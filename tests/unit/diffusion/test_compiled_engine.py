@@ -17,7 +17,7 @@ from diffusion.processes import RectifiedFlow
 
 def requests(n: int) -> list[SampleRequest]:
     g = torch.Generator().manual_seed(0)
-    text = Conditioning(torch.randn(5, 12, generator=g), torch.randn(6, generator=g))
+    text = Conditioning({"prompt_embeds": torch.randn(5, 12, generator=g), "pooled": torch.randn(6, generator=g)})
     return [SampleRequest((3, 4 + 4 * (i % 2), 8), 2 + i % 3, conditioning=text, member=i, guidance=1.0 + i % 2, negative=text) for i in range(n)]
 
 

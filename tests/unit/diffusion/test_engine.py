@@ -11,7 +11,7 @@ import torch
 
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest, SamplingFailed
-from diffusion.families.conditioning import TextConditioning
+from diffusion.families.conditioning import Conditioning, stacked
 from diffusion.kernels import Previous, log_prob, make_kernel
 from diffusion.seeds import INITIAL, step_noise
 from tests.unit.diffusion.sampling import KERNELS, PLENTY, PROCESS, Build, batched, conditioning, request, same, stepped
@@ -113,7 +113,7 @@ def test_guidance_mixes_two_predictions(tiny_model: Build) -> None:
     done = Engine(model, PROCESS, PLENTY).run([r])[0]
     x, t = step_noise(7, 0, 0, INITIAL, r.shape)[None], torch.ones(1)
     with torch.no_grad():
-        vc, vu = (model(x, t, e.prompt_embeds[None], e.pooled[None]) for e in (c, u))
+        vc, vu = (model(x, t, e.prompt_embeds[None], e.tensors["pooled"][None]) for e in (c, u))
     torch.testing.assert_close(done.latent, (x - (vu + 4.0 * (vc - vu)))[0], atol=1e-5, rtol=1e-5)
     plain = Engine(model, PROCESS, PLENTY).run([replace(r, guidance=1.0)])[0]
     torch.testing.assert_close(plain.latent, (x - vc)[0], atol=1e-5, rtol=1e-5)
@@ -198,10 +198,9 @@ class Encoder:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def encode(self, prompts: list[str]) -> TextConditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         self.asked += prompts
-        rows = [conditioning(len(p)) for p in prompts]
-        return TextConditioning(torch.stack([r.prompt_embeds for r in rows]), torch.stack([r.pooled for r in rows]))
+        return stacked([conditioning(len(p)) for p in prompts])
 
 
 def test_a_prompt_is_encoded_once_for_all_its_members_and_requests(tiny_model: Build) -> None:
@@ -238,7 +237,7 @@ def test_replayed_transitions_have_ratio_one(kernel: str, style: str, tiny_model
     t, t_next = times[index], times[index + 1]
     texts = [r.conditioning for r in group if r.conditioning is not None]
     embeds = torch.stack([c.prompt_embeds for c in texts]).repeat_interleave(3, 0)
-    pooled = torch.stack([c.pooled for c in texts]).repeat_interleave(3, 0)
+    pooled = torch.stack([c.tensors["pooled"] for c in texts]).repeat_interleave(3, 0)
     step = make_kernel(kernel, PROCESS, 0.8, steps)
     previous = None
     if step.uses_previous:

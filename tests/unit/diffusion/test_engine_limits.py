@@ -24,12 +24,12 @@ class Narrow(torch.nn.Module):
         self.inner, self.limit, self.error, self.seen = model, limit, error, list[int]()
         self.packed_tokens, self.activation_bytes = model.packed_tokens, model.activation_bytes
 
-    def forward(self, latents: Tensor | list[Tensor], t: Tensor, embeds: Tensor | list[Tensor], pooled: Tensor) -> Tensor | list[Tensor]:
-        tokens = sum(self.inner.packed_tokens(tuple(x.shape), len(e)) for x, e in zip(latents, embeds, strict=True))
+    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor) -> Tensor | list[Tensor]:
+        tokens = sum(self.inner.packed_tokens(tuple(x.shape), len(e)) for x, e in zip(latents, prompt_embeds, strict=True))
         self.seen.append(tokens)
         if tokens > self.limit:
             raise self.error
-        return self.inner(latents, t, embeds, pooled)
+        return self.inner(latents, t, prompt_embeds, pooled)
 
 
 CPU_ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")

@@ -20,7 +20,7 @@ PROCESS = RectifiedFlow(3.0)
 
 def clip(number: int, shape: tuple[int, ...], **keys: Any) -> SampleRequest:
     g = torch.Generator().manual_seed(number)
-    text = Conditioning(torch.randn(2 + number % 4, 10, generator=g), torch.zeros(0))
+    text = Conditioning({"prompt_embeds": torch.randn(2 + number % 4, 10, generator=g)})
     return SampleRequest(shape, **{"steps": 3, "conditioning": text, "group": number, "seed": 1, **keys})
 
 
@@ -30,7 +30,7 @@ def test_frame_counts_sizes_and_steps_mix(buckets: int | None) -> None:
     requests = [
         clip(0, (4, 1, 8, 8), n=2),
         clip(1, (4, 5, 4, 4), steps=5, stochastic=frozenset({0, 1}), trained=(1,)),
-        clip(2, (4, 3, 4, 12), guidance=4.0, negative=Conditioning(torch.ones(3, 10), torch.zeros(0))),
+        clip(2, (4, 3, 4, 12), guidance=4.0, negative=Conditioning({"prompt_embeds": torch.ones(3, 10)})),
         clip(3, (4, 2, 2, 2), kernel="edm_2ab", noise_level=1.0, steps=6, stochastic=frozenset({0, 2}), trained=(0, 2)),
     ]
     model.buckets = buckets
@@ -50,7 +50,7 @@ def test_one_step_is_the_networks_velocity() -> None:
     model, r = wan(), clip(1, (4, 3, 4, 4), steps=1)
     assert r.conditioning is not None
     x = step_noise(1, 1, 0, INITIAL, r.shape)[None]
-    velocity = model(x, torch.ones(1), r.conditioning.prompt_embeds[None], torch.zeros(1, 0))
+    velocity = model(x, torch.ones(1), r.conditioning.prompt_embeds[None])
     assert isinstance(velocity, torch.Tensor)
     torch.testing.assert_close(Engine(model, PROCESS, 1000).run([r])[0].latent, (x - velocity)[0], atol=1e-5, rtol=1e-5)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from diffusion.codecs import IdentityCodec
 from diffusion.evaluation import diffusion_losses
+from diffusion.families.conditioning import Conditioning
 from diffusion.pixels import pairwise_rms, scene_statistics
 from diffusion.processes import RectifiedFlow
 
@@ -71,23 +72,23 @@ def test_held_out_loss_of_each_point_whatever_the_chunk(chunk: int, shape: tuple
     wide = (-1, *[1] * len(shape))
     t, embeds, pooled = torch.rand(7, generator=g), torch.randn(7, 2, 5, generator=g), torch.randn(7, 4, generator=g)
 
-    def model(x: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        return x * t.reshape(wide) + embeds.mean((1, 2)).reshape(wide) + pooled.sum(1).reshape(wide)
+    def model(x: torch.Tensor, t: torch.Tensor, prompt_embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        return x * t.reshape(wide) + prompt_embeds.mean((1, 2)).reshape(wide) + pooled.sum(1).reshape(wide)
 
     x = process.noise(x0, eps, t)
     expected = (model(x, t, embeds, pooled) - (eps - x0)).square().flatten(1).mean(1)
-    torch.testing.assert_close(diffusion_losses(model, process, x0, eps, t, embeds, pooled, chunk), expected)
+    torch.testing.assert_close(diffusion_losses(model, process, x0, eps, t, Conditioning({"prompt_embeds": embeds, "pooled": pooled}), chunk), expected)
 
 
 def test_a_network_held_in_bfloat16_runs_as_it_trains() -> None:
     """As beside an adapter (`model.base_dtype`), where inputs of another type would be refused."""
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 4, 3, 4, 4, generator=g)
-    t, none = torch.rand(4, generator=g), torch.zeros(4, 1)
+    t, none = torch.rand(4, generator=g), Conditioning({"prompt_embeds": torch.zeros(4, 1, 1)})
     layer = torch.nn.Conv2d(3, 3, 1)
 
     def losses(dtype: str) -> torch.Tensor:
-        return diffusion_losses(lambda x, t, embeds, pooled: layer(x), RectifiedFlow(2.0), x0, eps, t, none, none, dtype=dtype)
+        return diffusion_losses(lambda x, t, prompt_embeds: layer(x), RectifiedFlow(2.0), x0, eps, t, none, dtype=dtype)
 
     expected = losses("float32")
     layer.to(torch.bfloat16)

@@ -36,7 +36,7 @@ def test_the_committed_base_keeps_its_numbers() -> None:
     prompt = prompt_of("407")
     encoded, drawn = base.encode([prompt]), GlyphTextEncoder.create(version=1).encode([prompt])
     assert torch.equal(encoded.prompt_embeds, drawn.prompt_embeds)
-    assert torch.equal(encoded.pooled, drawn.pooled)
+    assert torch.equal(encoded.tensors["pooled"], drawn.tensors["pooled"])
 
 
 def test_the_version_is_stored_and_an_unknown_one_refused(tmp_path: Path) -> None:

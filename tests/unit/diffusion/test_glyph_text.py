@@ -23,23 +23,23 @@ def sign(text: str) -> str:
 def test_shapes_and_padding() -> None:
     both = ENCODER.encode([sign("407"), ""])
     assert both.prompt_embeds.shape == (2, 10, 64)
-    assert both.pooled.shape == (2, 64)
+    assert both.tensors["pooled"].shape == (2, 64)
     assert torch.equal(both.prompt_embeds[1], ENCODER.tables["padding"].expand(10, 64))
     assert torch.equal(both.prompt_embeds[0, 7:], ENCODER.tables["padding"].expand(3, 64))
-    assert not both.pooled[1].any()
+    assert not both.tensors["pooled"][1].any()
 
 
 @given(a=QUOTED, b=QUOTED)
 def test_distinct_signs_have_distinct_encodings(a: str, b: str) -> None:
     text = ENCODER.encode([sign(a), sign(b)])
-    for found in (text.prompt_embeds, text.pooled):
+    for found in (text.prompt_embeds, text.tensors["pooled"]):
         assert bool((found[0] - found[1]).abs().max() > 1e-3) == (a != b)
 
 
 def test_all_short_numbers_are_told_apart() -> None:
     """Also by the pooled vector alone, permutations included."""
     prompts = [sign("".join(d)) for n in (1, 2, 3) for d in itertools.product("0123456789", repeat=n)]
-    pooled = ENCODER.encode(prompts).pooled
+    pooled = ENCODER.encode(prompts).tensors["pooled"]
     distance = torch.cdist(pooled, pooled) + 1e9 * torch.eye(len(prompts))
     assert distance.min() > 1
 
@@ -48,7 +48,7 @@ def test_all_short_numbers_are_told_apart() -> None:
 def test_an_encoding_does_not_depend_on_its_batch(text: str) -> None:
     alone, among = ENCODER.encode([sign(text)]), ENCODER.encode(["", sign(text), sign("1")])
     assert torch.equal(alone.prompt_embeds[0], among.prompt_embeds[1])
-    assert torch.equal(alone.pooled[0], among.pooled[1])
+    assert torch.equal(alone.tensors["pooled"][0], among.tensors["pooled"][1])
 
 
 def test_words_matter_and_their_case_does_not() -> None:

@@ -99,7 +99,7 @@ def test_names_are_those_of_diffusers_adapters(tiny_model: Build) -> None:
 
 def test_the_engine_swaps_adapters_alone_merged_or_not(tiny_model: Build) -> None:
     g = torch.Generator().manual_seed(0)
-    text = Conditioning(torch.randn(5, 12, generator=g), torch.randn(6, generator=g))
+    text = Conditioning({"prompt_embeds": torch.randn(5, 12, generator=g), "pooled": torch.randn(6, generator=g)})
     request, process = SampleRequest((3, 8, 8), 4, conditioning=text, stochastic=frozenset({0, 1}), trained=(0, 1)), RectifiedFlow(2.0)
     new = {n: t.clone() for n, t in trained_weights(adapted(tiny_model, 5)).items()}
     done = []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.engine.cache import PromptCache
-from diffusion.families.conditioning import TextConditioning
+from diffusion.families.conditioning import Conditioning
 
 EACH = 4 * (2 * 3 + 2)
 """Bytes of one encoded prompt of `Encoder`."""
@@ -20,12 +20,12 @@ class Encoder:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
 
-    def encode(self, prompts: list[str]) -> TextConditioning:
+    def encode(self, prompts: list[str]) -> Conditioning:
         if "" in prompts:
             raise ValueError("prompt '' is empty")
         self.batches.append(prompts)
         numbers = torch.tensor([float(sum(map(ord, p))) for p in prompts])
-        return TextConditioning(numbers[:, None, None].expand(-1, 2, 3), numbers[:, None].expand(-1, 2))
+        return Conditioning({"prompt_embeds": numbers[:, None, None].expand(-1, 2, 3), "pooled": numbers[:, None].expand(-1, 2)})
 
 
 def test_only_new_prompts_are_encoded_and_in_one_batch() -> None:
@@ -45,7 +45,7 @@ def test_what_comes_out_is_right_and_the_bound_holds(asked: list[list[str]], roo
     recent: list[str] = []
     for prompts in asked:
         for prompt, found in zip(prompts, cache.get(prompts), strict=True):
-            assert found.pooled.tolist() == [ord(prompt)] * 2
+            assert found.tensors["pooled"].tolist() == [ord(prompt)] * 2
         assert cache.nbytes == len(cache) * EACH <= cache.max_bytes
         recent = [p for p in recent if p not in prompts] + list(dict.fromkeys(prompts))
     assert cache.hits + cache.misses == sum(map(len, asked))

@@ -52,12 +52,12 @@ def test_prompts_become_what_the_pipeline_makes_of_them(t5_tokens: int, folder: 
     embeds, negative, pooled, negative_pooled = theirs(folder, PROMPTS, "a white cat", t5_tokens)
     ours, other = encoder.encode(PROMPTS), encoder.encode(["a white cat"])
     assert ours.prompt_embeds.shape == (4, 77 + t5_tokens, WIDTH)
-    assert ours.pooled.shape == (4, 48)
+    assert ours.tensors["pooled"].shape == (4, 48)
     torch.testing.assert_close(ours.prompt_embeds, embeds, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.pooled, pooled, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.tensors["pooled"], pooled, atol=1e-5, rtol=1e-5)
     for i in range(4):  # the pipeline repeats the negative prompt for each
         torch.testing.assert_close(other.prompt_embeds[0], negative[i], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(other.pooled[0], negative_pooled[i], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(other.tensors["pooled"][0], negative_pooled[i], atol=1e-5, rtol=1e-5)
     assert not ours.prompt_embeds[:, :77, 64:].any()  # zeros beside the 24 + 40 channels of both CLIPs
     assert bool(ours.prompt_embeds[:, 77:].any()) == (folder / "text_encoder_3").exists()
     assert len({row.numpy().tobytes() for row in ours.prompt_embeds}) == 4
@@ -67,9 +67,9 @@ def test_bfloat16_rounds_as_the_pipeline_does(folder: Path) -> None:
     embeds, _, pooled, _ = theirs(folder, PROMPTS, "", 32, torch.bfloat16)
     ours = SD3TextEncoder.load(folder, torch.bfloat16, t5_tokens=32).encode(PROMPTS)
     assert embeds.dtype == torch.bfloat16
-    assert ours.prompt_embeds.dtype == ours.pooled.dtype == torch.float32
+    assert ours.prompt_embeds.dtype == ours.tensors["pooled"].dtype == torch.float32
     torch.testing.assert_close(ours.prompt_embeds, embeds.float(), atol=0, rtol=2**-7)
-    torch.testing.assert_close(ours.pooled, pooled.float(), atol=0, rtol=2**-7)
+    torch.testing.assert_close(ours.tensors["pooled"], pooled.float(), atol=0, rtol=2**-7)
 
 
 def test_a_policy_brings_the_encoder_frozen(folder: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_policy_brings_the_encoder_frozen(folder: Path) -> None:
         assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(False, torch.bfloat16)}
     text = encoder.encode(["a cat"])
     assert not text.prompt_embeds.requires_grad
-    velocity = policy.transformer(torch.randn(1, 16, 8, 4), torch.tensor([0.3]), text.prompt_embeds, text.pooled)
+    velocity = policy.transformer(torch.randn(1, 16, 8, 4), torch.tensor([0.3]), text.prompt_embeds, text.tensors["pooled"])
     assert velocity.shape == (1, 16, 8, 4)
 
 
@@ -96,7 +96,7 @@ def test_prompts_that_the_tokenizers_cut_to_the_same_are_collisions(folder: Path
     for group in found:
         a, b = encoder.encode(group[:1]), encoder.encode(group[1:])
         assert torch.equal(a.prompt_embeds, b.prompt_embeds)
-        assert torch.equal(a.pooled, b.pooled)
+        assert torch.equal(a.tensors["pooled"], b.tensors["pooled"])
 
 
 def test_the_old_layout_of_tokenizers_reads_the_same(copy: Path) -> None:
@@ -112,7 +112,7 @@ def test_the_old_layout_of_tokenizers_reads_the_same(copy: Path) -> None:
         (copy / name / "tokenizer_config.json").write_text(json.dumps(settings))
     found = SD3TextEncoder.load(copy).encode(PROMPTS)
     assert torch.equal(found.prompt_embeds, expected.prompt_embeds)
-    assert torch.equal(found.pooled, expected.pooled)
+    assert torch.equal(found.tensors["pooled"], expected.tensors["pooled"])
 
 
 def test_what_older_files_also_hold_is_no_surprise(copy: Path) -> None:
@@ -131,7 +131,7 @@ def test_what_older_files_also_hold_is_no_surprise(copy: Path) -> None:
         (copy / name / "pytorch_model.bin").write_bytes(b"never read")
     found = SD3TextEncoder.load(copy).encode(PROMPTS)
     assert torch.equal(found.prompt_embeds, expected.prompt_embeds)
-    assert torch.equal(found.pooled, expected.pooled)
+    assert torch.equal(found.tensors["pooled"], expected.tensors["pooled"])
 
 
 def test_writing_a_tiny_folder_is_a_function_of_its_seed_alone(tmp_path: Path) -> None:

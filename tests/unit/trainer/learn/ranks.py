@@ -116,7 +116,7 @@ def train(learner: Learner, held: Held, rank: int, world: int, steps: range) -> 
     said = []
     for step in steps:
         claim = Claim(step, 1, held.claim.groups, held.claim.data)
-        said.append(learner.update(step_batch(learner.config, learner.process, learner.kernel, held, claim, rank, world), step))  # type: ignore[arg-type]
+        said.append(learner.update(step_batch(learner.config, learner.process, learner.kernel, held, claim, rank, world, learner.encode), step))  # type: ignore[arg-type]
     return said
 
 
@@ -186,7 +186,7 @@ def poisoned(folder: Path, rank: int, world: int) -> dict[str, Any]:
     """An update in which the last rank alone has a gradient that is no number."""
     held, learner = Held(folder, "plain"), Learner(SCENARIOS["plain"].config(folder), CPU)
     before = state_of(learner)
-    batch = step_batch(learner.config, learner.process, learner.kernel, held, held.claim, rank, world)  # type: ignore[arg-type]
+    batch = step_batch(learner.config, learner.process, learner.kernel, held, held.claim, rank, world, learner.encode)  # type: ignore[arg-type]
     assert batch.transitions is not None
     if rank == world - 1:
         batch.transitions.advantage[0] = torch.nan

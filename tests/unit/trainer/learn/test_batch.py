@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import trainer.learn.batch
 from actors.groups import trained_steps
 from actors.payload import DataPayload, GroupPayload, PayloadError, encode
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernels import StepKernel, make_kernel
 from diffusion.processes import RectifiedFlow
 from diffusion.seeds import INITIAL, step_noise
@@ -67,7 +68,7 @@ class Ledger:
                 groups.append(ClaimedGroup(group, GroupHeader(rewards_of(group), members_of(group), 0, 0, "", scores={"ocr": rewards_of(group)}), f"g{group}"))
         if config.feeds_data:
             rows = config.data_rows
-            self.payloads["d1"] = encode(DataPayload(self._numbered(rows, *SHAPE), self._numbered(rows, 4, 2), self._numbered(rows, 3)))
+            self.payloads["d1"] = encode(DataPayload(tuple(map(str, range(rows))), self._numbered(rows, *SHAPE)))
             data.append(ClaimedData(1, "d1", ""))
         self.claim = Claim(step, 1, groups, data)
 
@@ -82,17 +83,14 @@ class Ledger:
         number = 100.0 * group + 10 * torch.arange(members_of(group))[:, None] + torch.arange(TRAINED)
         x = number.reshape(*number.shape, *[1] * len(SHAPE)).expand(members_of(group), TRAINED, *SHAPE)
         return GroupPayload(
+            text=str(group),
             x=x,
             x_next=x + 0.5,
             log_prob=-number.double(),
             trained=torch.tensor(trained_steps(config.sampler, config.seed, group)),
             times=kernel_of(config).time_grid(config.sampler.steps),
-            prompt_embeds=torch.full((4, 2), float(group)),
-            pooled=torch.full((3,), float(group)),
             previous=x - 0.5 if kernel_of(config).uses_previous else None,
             x0=torch.full(SHAPE, float(group)) if config.data.pairing == "own" else None,
-            empty_embeds=torch.zeros(4, 2) if config.data.caption_dropout > 0 else None,
-            empty_pooled=torch.zeros(3) if config.data.caption_dropout > 0 else None,
         )
 
     def read(self, item: ClaimedGroup | ClaimedData, segments: list[int]) -> list[bytearray]:
@@ -100,15 +98,30 @@ class Ledger:
         return [self.payloads[item.ref][i] for i in segments]
 
 
+def encoded(texts: list[str]) -> Conditioning:
+    """A text is its number, the empty one 0."""
+    assert len(texts) == len(set(texts))  # each is encoded once
+    return Conditioning({"prompt_embeds": torch.tensor([float(text or 0) for text in texts]).reshape(-1, 1, 1).expand(-1, 4, 2)})
+
+
+def numbers(batch: StepBatch, rows: Transitions | Anchors) -> list[float]:
+    """What each of `rows` is conditioned on."""
+    found = batch.conditioning_of(rows).prompt_embeds
+    assert found.shape == (len(rows.weight), 4, 2)
+    return found[:, 0, 0].tolist()
+
+
 def rows_of(config: RunConfig, rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> StepBatch:
     ledger = ledger or Ledger(config)
-    return step_batch(config, PROCESS, kernel_of(config), ledger, ledger.claim, rank, world)  # type: ignore[arg-type]
+    return step_batch(config, PROCESS, kernel_of(config), ledger, ledger.claim, rank, world, encoded)  # type: ignore[arg-type]
 
 
-def whole(parts: list[Any], kind: type) -> dict[str, torch.Tensor]:
-    """All rows of all ranks, by field, in an order that does not depend on the ranks."""
-    columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(kind)}
+def whole(batches: list[StepBatch], name: str, kind: type) -> dict[str, torch.Tensor]:
+    """All rows of all ranks, by field and with what they are conditioned on, in an order that does not depend on the ranks."""
+    parts = [(batch, getattr(batch, name)) for batch in batches]
+    columns = {f.name: [getattr(p, f.name) for _, p in parts] for f in fields(kind) if f.name != "text"}
     joined = {name: torch.cat(values) for name, values in columns.items() if values[0] is not None}
+    joined["conditioning"] = torch.cat([torch.tensor(numbers(batch, rows)) for batch, rows in parts])
     flat = torch.cat([v.reshape(len(v), -1).double() for v in joined.values()], 1)
     order = sorted(range(len(flat)), key=lambda i: flat[i].tolist())
     return {name: value[order] for name, value in joined.items()}
@@ -139,7 +152,7 @@ def test_the_ranks_have_every_row_once_whatever_their_number(objective: dict[str
         if one is None:
             assert many == [None] * world
             continue
-        expected, found = whole([one], kind), whole(many, kind)
+        expected, found = whole([alone], name, kind), whole(ranks, name, kind)
         for key in expected:
             assert torch.equal(expected[key], found[key]), key
         counts = [len(part.weight) for part in many]
@@ -152,8 +165,10 @@ def test_the_ranks_have_every_row_once_whatever_their_number(objective: dict[str
 @pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
 def test_a_row_of_a_group_carries_its_own_times_advantage_and_prompt(kernel: str) -> None:
     config = config_of(kernel, advantage_scale="batch")
-    rows = rows_of(config).transitions
+    batch = rows_of(config)
+    rows = batch.transitions
     assert rows is not None
+    prompts = numbers(batch, rows)
     advantages = dict(zip(GROUPS, group_advantages([rewards_of(g) for g in GROUPS], "batch"), strict=True))
     grid = kernel_of(config).time_grid(6)
     seen = set()
@@ -172,7 +187,7 @@ def test_a_row_of_a_group_carries_its_own_times_advantage_and_prompt(kernel: str
             assert float(rows.history.x0[i].flatten()[0]) == number - 0.5
             assert rows.history.t[i] == (grid[step - 1] if step else torch.inf)
         assert float(rows.advantage[i]) == pytest.approx(advantages[group][member], rel=1e-6)
-        assert rows.prompt_embeds[i].unique().tolist() == rows.pooled[i].unique().tolist() == [group]
+        assert prompts[i] == group
     assert seen == {(g, m, k) for g in GROUPS for m in range(members_of(g)) for k in range(TRAINED)}
 
 
@@ -228,12 +243,12 @@ def test_groups_of_another_sampler_are_refused() -> None:
 
 @pytest.mark.parametrize(("data_per", "repeats"), [("transition", TRAINED), ("rollout", 1)])
 def test_anchor_evaluations_per_transition_or_per_rollout(data_per: str, repeats: int) -> None:
-    anchors = rows_of(config_of(data_per=data_per)).anchors
+    batch = rows_of(config_of(data_per=data_per))
+    anchors = batch.anchors
     assert anchors is not None
     rows = len(GROUPS) * MEMBERS
     assert anchors.x0[:, 0, 0, 0].tolist() == [float(i) for i in range(rows) for _ in range(repeats)]
-    for value in (anchors.prompt_embeds, anchors.pooled):
-        assert torch.equal(value.flatten(1)[:, 0], anchors.x0[:, 0, 0, 0])  # its own caption
+    assert numbers(batch, anchors) == anchors.x0[:, 0, 0, 0].tolist()  # its own caption
     assert anchors.eps.shape == anchors.x0.shape
     assert len(anchors.t.unique()) == rows * repeats
     assert ((anchors.t > 0) & (anchors.t < 1)).all()
@@ -354,16 +369,17 @@ def test_with_own_pairs_every_rollout_has_its_groups_example(dropout: float) -> 
     """No feeder takes part; a dropped caption is the empty one, and the same ones are dropped again."""
     config = config_of(data={"pairing": "own", "caption_dropout": dropout}, data_per="rollout")
     ledger = Ledger(config)
-    anchors = rows_of(config, ledger=ledger).anchors
+    batch = rows_of(config, ledger=ledger)
+    anchors = batch.anchors
     assert anchors is not None
     assert [ref for ref, _ in ledger.fetched] == [f"g{group}" for group in GROUPS]
     assert anchors.x0[:, 0, 0, 0].tolist() == [float(group) for group in GROUPS for _ in range(MEMBERS)]
-    captions = anchors.pooled[:, 0].tolist()
+    captions = numbers(batch, anchors)
     assert all(c in (0.0, x) for c, x in zip(captions, anchors.x0[:, 0, 0, 0].tolist(), strict=True))
     assert 0 < captions.count(0.0) < len(captions) if dropout else 0.0 not in captions
-    again = rows_of(config).anchors
-    assert again is not None
-    assert again.pooled[:, 0].tolist() == captions
+    again = rows_of(config)
+    assert again.anchors is not None
+    assert numbers(again, again.anchors) == captions
 
 
 def test_a_group_without_its_own_example_is_refused() -> None:

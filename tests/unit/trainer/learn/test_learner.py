@@ -105,12 +105,12 @@ def batch_of(made: Learner) -> StepBatch:
     model.load_state_dict(made.full_state())
     g = torch.Generator().manual_seed(0)
     sampler = made.config.sampler
-    embeds, pooled = torch.randn(10, 64, generator=g), torch.randn(64, generator=g)
+    texts = Conditioning({"prompt_embeds": torch.randn(6, 10, 64, generator=g), "pooled": torch.randn(6, 64, generator=g)})  # the first is the rollouts'
     trained = (0, stochastic_steps(sampler.kernel, 4) - 1)
     request = SampleRequest(
         shape=SHAPE,
         steps=4,
-        conditioning=Conditioning(embeds, pooled),
+        conditioning=texts[0],
         n=3,
         kernel=sampler.kernel,
         noise_level=sampler.noise_level,
@@ -131,14 +131,13 @@ def batch_of(made: Learner) -> StepBatch:
         old_log_prob=torch.cat([d.log_prob for d in done]),
         advantage=torch.tensor([1.0, 1.0, -0.5, -0.5, 0.2, 0.2]),
         weight=torch.ones(6),
-        prompt_embeds=embeds.expand(6, -1, -1),
-        pooled=pooled.expand(6, -1),
+        text=torch.zeros(6, dtype=torch.int64),
         previous=torch.cat(previous) if previous else None,
         t_previous=torch.where(step > 0, times[step - 1], torch.inf).repeat(3) if previous else None,
     )
     x0, eps = torch.randn(2, 5, *SHAPE, generator=g)
-    anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.randn(5, 10, 64, generator=g), torch.randn(5, 64, generator=g))
-    return StepBatch(transitions, anchors, 6, 5, [6], [5])
+    anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.arange(1, 6))
+    return StepBatch(texts, transitions, anchors, 6, 5, [6], [5])
 
 
 def copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -179,16 +178,16 @@ def test_an_update_is_the_gradient_of_the_whole_sum(objective: dict[str, Any], s
         x, t = rows.x, rows.t
         if sampler:  # states are (1 + sigma) times the flow's
             x, t = x / (1 + t.reshape(-1, 1, 1, 1)), t / (1 + t)
-        conditional: torch.Tensor = model(x, t, rows.prompt_embeds, rows.pooled)
+        conditional: torch.Tensor = model(x, t, **batch.conditioning_of(rows).tensors)
         if not sampler:
             return conditional
         text = load_policy(config.model).text_encoder.encode(["a sign"])
-        unconditional = model(x, t, text.prompt_embeds.expand(6, -1, -1), text.pooled.expand(6, -1)).detach()
+        unconditional = model(x, t, **text[0].expand(6).tensors).detach()
         return unconditional + 3.0 * (conditional - unconditional)
 
     loss, _ = policy_terms(predict(plain), None if reference is None else predict(reference).detach(), rows, kernel, config.objective)
     noised = made.process.noise(anchors.x0, anchors.eps, anchors.t)
-    data = data_terms(plain(noised, anchors.t, anchors.prompt_embeds, anchors.pooled), anchors, made.process)
+    data = data_terms(plain(noised, anchors.t, **batch.conditioning_of(anchors).tensors), anchors, made.process)
     (loss / 6 + 0.3 * data / 5).backward()
     o = config.optimizer
     norm = float(torch.nn.utils.clip_grad_norm_(plain.parameters(), o.grad_clip))
@@ -226,16 +225,16 @@ def test_the_size_of_a_micro_batch_changes_nothing(micro_batch: int, shard_block
 def test_passes_are_cut_by_tokens(
     micro_tokens: int, expected: tuple[int, int], policy_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rollouts of 18 tokens, anchors of another size and prompt of 23: the update is that of the undivided sum."""
+    """Rollouts of 18 tokens, anchors of another size of 26: the update is that of the undivided sum."""
     whole, parts = learner_of(config_of(policy_folder)), learner_of(config_of(policy_folder, learner={"micro_tokens": micro_tokens}))
     batch = batch_of(whole)
     assert batch.transitions is not None
     g = torch.Generator().manual_seed(1)
     x0, eps = torch.randn(2, 5, 3, 16, 16, generator=g)
-    anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.randn(5, 7, 64, generator=g), torch.randn(5, 64, generator=g))
+    anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.arange(1, 6))
     batch = replace(batch, anchors=anchors)
-    tokens = (whole.model.packed_tokens(SHAPE, 10), whole.model.packed_tokens((3, 16, 16), 7))
-    assert tokens == (18, 23)
+    tokens = (whole.model.packed_tokens(SHAPE, 10), whole.model.packed_tokens((3, 16, 16), 10))
+    assert tokens == (18, 26)
     made: list[tuple[str, int]] = []
     for name in ("policy_prediction", "data_prediction"):
         predict = getattr(trainer.learn.learner, name)
@@ -366,8 +365,8 @@ def test_the_reference_of_an_adapter_is_the_policy_without_it(policy_folder: Pat
 def test_without_rollouts_the_data_term_trains_alone(policy_folder: Path) -> None:
     made = learner_of(config_of(policy_folder, objective={"preset": "sft", "data_weight": 1.0}))
     batch = batch_of(made)
-    stats = made.update(StepBatch(None, batch.anchors, 0, 5, [], [5]), 1)
+    stats = made.update(StepBatch(batch.conditioning, None, batch.anchors, 0, 5, [], [5]), 1)
     assert stats.keys() == {"lr", "skipped", "grad_norm", "data_loss"}
     for step in range(2, 6):
-        last = made.update(StepBatch(None, batch.anchors, 0, 5, [], [5]), step)
+        last = made.update(StepBatch(batch.conditioning, None, batch.anchors, 0, 5, [], [5]), step)
     assert last["data_loss"] < stats["data_loss"]

@@ -62,30 +62,31 @@ def test_an_update_on_clips_is_the_gradient_of_the_whole_sum(kernel: str, micro_
         }
     )
     made, g = Learner(config, CPU), torch.Generator().manual_seed(0)
-    text = Conditioning(torch.randn(6, 10, generator=g), torch.zeros(0))
+    texts = Conditioning({"prompt_embeds": torch.randn(6, 6, 10, generator=g)})  # the first is the rollouts'
     request = SampleRequest(
-        SHAPE, steps=4, conditioning=text, n=3, kernel=kernel, noise_level=config.sampler.noise_level, stochastic=frozenset({0, 1}), trained=(0, 1)
+        SHAPE, steps=4, conditioning=texts[0], n=3, kernel=kernel, noise_level=config.sampler.noise_level, stochastic=frozenset({0, 1}), trained=(0, 1)
     )
     sampled = Engine(wan(), PROCESS, 10_000).run([request])
-    payload = decode_group(encode(group_payload(sampled, text)))
+    payload = decode_group(encode(group_payload(sampled, "")))
     rows = transitions_of(payload, [1.0, -0.5, 0.2], make_kernel(kernel, PROCESS, config.sampler.noise_level, 4))
     assert rows.x.shape == (6, *SHAPE)
     x0, eps = torch.randn(2, 5, *SHAPE, generator=g)
-    anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.randn(5, 6, 10, generator=g), torch.zeros(5, 0))
+    anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.arange(1, 6))
+    batch = StepBatch(texts, rows, anchors, 6, 5, [6], [5])
 
     plain = copy.deepcopy(wan())
     space = made.kernel.process
-    prediction = plain(space.model_input(rows.x, rows.t), space.model_time(rows.t), rows.prompt_embeds, rows.pooled)
+    prediction = plain(space.model_input(rows.x, rows.t), space.model_time(rows.t), **batch.conditioning_of(rows).tensors)
     assert isinstance(prediction, torch.Tensor)
     loss, _ = policy_terms(prediction, None, rows, made.kernel, config.objective)
-    noised = plain(PROCESS.noise(anchors.x0, anchors.eps, anchors.t), anchors.t, anchors.prompt_embeds, anchors.pooled)
+    noised = plain(PROCESS.noise(anchors.x0, anchors.eps, anchors.t), anchors.t, **batch.conditioning_of(anchors).tensors)
     assert isinstance(noised, torch.Tensor)
     data = data_terms(noised, anchors, PROCESS)
     (loss / 6 + 0.3 * data / 5).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
 
     before = made.full_state()
-    stats = made.update(StepBatch(rows, anchors, 6, 5, [6], [5]), 1)
+    stats = made.update(batch, 1)
     assert stats["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert stats["data_loss"] == pytest.approx(float(data.detach()) / 5, rel=1e-5)
     assert stats["ratio_deviation"] == pytest.approx(0, abs=1e-4)

@@ -50,8 +50,7 @@ def case(name: str = "flow_sde", seed: int = 0) -> tuple[Tensor, Transitions, St
         old_log_prob=log_prob(x_next, mean, std),
         advantage=torch.tensor([1.5, -0.5, 0.0, 2.0, -1.0]),
         weight=torch.ones(ROWS),
-        prompt_embeds=torch.zeros(ROWS, 1, 1),
-        pooled=torch.zeros(ROWS, 1),
+        text=torch.zeros(ROWS, dtype=torch.int64),
         previous=previous if kernel.uses_previous else None,
         t_previous=t_previous if kernel.uses_previous else None,
     )
@@ -211,7 +210,7 @@ def test_statistics_carry_no_gradient() -> None:
 def test_the_data_term_is_the_weighted_diffusion_loss() -> None:
     g = torch.Generator().manual_seed(0)
     x0, eps, velocity = torch.randn(3, 4, *SHAPE, generator=g)
-    batch = Anchors(x0, eps, torch.rand(4, generator=g), torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.zeros(4, 1, 1), torch.zeros(4, 1))
+    batch = Anchors(x0, eps, torch.rand(4, generator=g), torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.zeros(4, dtype=torch.int64))
     velocity.requires_grad_()
     loss = data_terms(velocity, batch, PROCESS)
     error = (velocity - (eps - x0)).square().mean((1, 2, 3))

@@ -96,7 +96,8 @@ def test_gradients_of_requests_of_several_sizes_are_the_same(policy_folder: Path
 
 def kept(learner: Learner) -> int:
     """Bytes of activations that a pass of the policy loss keeps for its backward."""
-    rows = batch_of(learner).transitions
+    batch = batch_of(learner)
+    rows = batch.transitions
     assert rows is not None
     taken, alive = take(rows, slice(0, 6)), dict[int, torch.Tensor]()
     known = {p.untyped_storage()._cdata for p in learner.model.parameters()}
@@ -107,7 +108,7 @@ def kept(learner: Learner) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        learner.replay(taken)
+        learner.replay(taken, batch.conditioning_of(taken))
     return sum(tensor.untyped_storage().nbytes() for tensor in alive.values())
 
 

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def sampled(kernel: StepKernel, name: str) -> tuple[Trajectory, Tensor]:
     """A trajectory made by the engine's own step from given predictions, and those predictions."""
     generator = torch.Generator().manual_seed(5)
-    text = Conditioning(torch.zeros(1, 1), torch.zeros(1))
+    text = Conditioning({"prompt_embeds": torch.zeros(1, 1)})
     request = SampleRequest(SHAPE, STEPS, conditioning=text, kernel=name, noise_level=5.0, stochastic=frozenset(range(TRAINED)), trained=tuple(range(TRAINED)))
     path = Path(kernel, kernel.time_grid(STEPS))
     sequence = Sequence.start(Context(request, path, text, None, 1), range(1), CPU)
@@ -67,8 +67,7 @@ def test_unscaled_ratios_are_exact_where_the_noise_is_large(name: str) -> None:
         old_log_prob=done.log_prob,
         advantage=torch.ones(TRAINED),
         weight=torch.ones(TRAINED),
-        prompt_embeds=torch.zeros(TRAINED, 1, 1),
-        pooled=torch.zeros(TRAINED, 1),
+        text=torch.zeros(TRAINED, dtype=torch.int64),
         previous=done.previous,
         t_previous=torch.where(step > 0, done.times[(step - 1).clamp_min(0)], torch.inf) if done.previous is not None else None,
     )

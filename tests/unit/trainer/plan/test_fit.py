@@ -120,7 +120,7 @@ def test_half_precision_of_what_is_frozen_is_proposed() -> None:
     text, frozen = found["text encoders in bf16"], found["frozen weights in bf16"]
     assert (text.keys, frozen.keys) == (("model.text_dtype=bfloat16",), ("model.base_dtype=bfloat16",))
     full = lora.placement().most
-    assert full - text.most == 2 * (123_650_304 + 694_659_840 + 4_762_310_656)  # of the generator; the rank has let go of its own
+    assert full - text.most == 2 * 2 * (123_650_304 + 694_659_840 + 4_762_310_656)  # of the generator and of the rank
     assert full - frozen.most > 2 * 2 * 2_243_171_520
 
 
@@ -128,11 +128,11 @@ def test_changes_are_made_together_before_another_gpu_is_bought() -> None:
     tight = setting("l40s-48", learner={"ranks": 1, "gpus": 0.5, "micro_batch": 8})
     found = changes(tight)
     assert [c.name for c in found if c.fits] == [
-        "activation checkpointing and shards in host memory and an adapter instead of all weights",
+        "activation checkpointing and shards in host memory and an adapter instead of all weights and frozen weights in bf16",
         "another GPU",
     ]
     together = next(c for c in found if c.fits)
-    assert together.keys == ("learner.recompute=true", "learner.offload=true", "model.lora.rank=32", "model.lora.alpha=64")
+    assert together.keys == ("learner.recompute=true", "learner.offload=true", "model.lora.rank=32", "model.lora.alpha=64", "model.base_dtype=bfloat16")
 
 
 def test_too_few_gpus() -> None:

@@ -50,10 +50,10 @@ def test_a_smaller_gpu_names_the_nearest_change() -> None:
 
 
 def test_payloads_must_fit_their_store() -> None:
-    plan = planned(sd35("replay.payloads=redis", "data.batch_size=null", "rollout.group_size=24", "replay.max_bytes=1099511627776"))
-    assert plan.storage.data > 512 * 2**20  # an anchor batch of 192 rows: more than a value of Redis holds, so it is several
+    plan = planned(sd35("replay.payloads=redis", "data.batch_size=null", "rollout.group_size=224", "replay.max_bytes=1099511627776"))
+    assert plan.storage.group > 512 * 2**20  # more than a value of Redis holds, so it is several
     assert "payload" not in kinds(plan)
-    plan = planned(sd35("checkpoint_every=100"))
+    plan = planned(sd35("checkpoint_every=1000"))
     budget = next(f for f in plan.findings if f.kind == "budget")
     assert budget.level == "error"
     wanted = int(budget.message.split("replay.max_bytes=")[1].split(",")[0])

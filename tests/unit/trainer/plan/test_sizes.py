@@ -57,7 +57,7 @@ def test_the_glyph_base_is_what_is_loaded() -> None:
     found = sizes("recipes/glyph-base", 48, rank=4)
     assert found.published_values == sum(t.numel() for t in trained_weights(policy.transformer).values())
     assert found.transformer.values == sum(t.numel() for t in policy.transformer.state_dict().values())
-    assert found.prompt == (*policy.text_encoder.encode(["a sign"]).prompt_embeds.shape[1:], policy.text_encoder.encode(["a sign"]).pooled.shape[1])
+    assert found.prompt == (*policy.text_encoder.encode(["a sign"]).prompt_embeds.shape[1:], policy.text_encoder.encode(["a sign"]).tensors["pooled"].shape[1])
     assert sizes("glyph-base", 48).transformer == sizes("recipes/glyph-base", 48).transformer
 
 

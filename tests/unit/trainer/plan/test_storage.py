@@ -44,24 +44,21 @@ def test_a_group(members: int, trained: int, steps: int, kernel: str, own: bool,
     config = recipe(
         members, trained, steps, sampler={"kernel": kernel, "noise_level": 1.0}, data=data, replay={"store_dtype": str(dtype).removeprefix("torch.")}
     )
-    shape, text, pooled = (3, 16, 48), torch.zeros(10, 64), torch.zeros(64)
+    shape = (3, 16, 48)
     stochastic = range(stochastic_steps(kernel, steps))
     assume(trained <= len(stochastic))
     apart = max(combinations(stochastic, trained), key=lambda chosen: len({*chosen, *(step + 1 for step in chosen)}))  # the draw that stores most
     chain = torch.randn(members, steps + 1, *shape).to(dtype).float()
     states = chain[:, apart]
     payload = GroupPayload(
+        text='a sign that says "8"',
         x=states,
         x_next=chain[:, [step + 1 for step in apart]],
         log_prob=torch.zeros(members, trained, dtype=torch.float64),
         trained=torch.arange(trained),
         times=torch.zeros(steps + 1),
-        prompt_embeds=text,
-        pooled=pooled,
         previous=states.clone() if kernel == "edm_2ab" else None,
         x0=torch.zeros(shape) if own else None,
-        empty_embeds=text.clone() if own else None,
-        empty_pooled=pooled.clone() if own else None,
     )
     planned = group_bytes(config, sizes_of(config, Assumptions()))
     assert planned <= sum(map(len, encode(payload, dtype))) <= planned + HEADER
@@ -77,7 +74,7 @@ def test_steps_that_follow_each_other_store_one_state_more_than_there_are_steps(
 
 def test_an_anchor_batch() -> None:
     config = recipe()
-    batch = DataPayload(torch.zeros(8, 3, 16, 48), torch.zeros(8, 10, 64), torch.zeros(8, 64))
+    batch = DataPayload(("a sign",) * 8, torch.zeros(8, 3, 16, 48))
     planned = data_bytes(config, sizes_of(config, Assumptions()))
     assert planned <= sum(map(len, encode(batch))) <= planned + HEADER
 

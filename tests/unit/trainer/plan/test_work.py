@@ -99,11 +99,12 @@ def test_offloading_takes_time_on_pcie_and_on_the_host() -> None:
 
 
 def test_links() -> None:
-    found = work(recipe(rollout={"generators": 3}))
+    found = work(recipe(rollout={"generators": 3}, encoder={"actors": 1}))
     version = 4 * (2_243_171_520 + 226_492_416)
     assert found.links["weights, handed in by ranks"] == version
     assert found.links["weights, read by generators"] == 3 * version
-    assert found.links["anchor batch, written and read"] == 2 * 24 * (65_536 + 333 * 4096 + 2048) * 4
+    assert found.links["anchor batch, written and read"] == 2 * 24 * 65_536 * 4
+    assert found.links["encoded texts, read by ranks"] == (24 + 4) * (333 * 4096 + 2048) * 4
 
 
 def test_a_run_on_cpus() -> None:
