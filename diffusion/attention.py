@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PREFERRED = ("xformers", "torch_varlen", "sdpa")
+"""What `auto` tries, in this order: the first two take a batch of any lengths in one call."""
 PROVIDERS = ("sdpa", "xformers", "torch_varlen")
 
 
@@ -166,7 +168,7 @@ def trial(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) 
 def resolve_provider(
     name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, trial: Callable[[str, torch.device, torch.dtype], str | None] = trial
 ) -> Provider:
-    """Provider to use: `auto` picks xformers on a GPU where it works, else sdpa.
+    """Provider to use: `auto` picks the first of `PREFERRED` that works on a GPU, and sdpa on a CPU.
 
     Args:
         dtype: what the network computes attention in.
@@ -188,9 +190,12 @@ def resolve_provider(
 
 def _automatic(device: torch.device, dtype: torch.dtype, trial: Callable[[str, torch.device, torch.dtype], str | None]) -> Provider:
     if device.type != "cuda":
-        return Provider("sdpa", "which runs everywhere", {name: f"no kernels for {device.type}" for name in PROVIDERS if name != "sdpa"})
-    named = "taken only when model.attention names it"
-    problem = trial("xformers", device, dtype)
-    if problem is None:
-        return Provider("xformers", "which works on this GPU", {"sdpa": "for where xformers does not work", "torch_varlen": named})
-    return Provider("sdpa", "which runs everywhere", {"xformers": f"does not work here ({problem}); ddrl doctor says more", "torch_varlen": named})
+        return Provider("sdpa", "which runs everywhere", {name: f"no kernels for {device.type}" for name in PREFERRED if name != "sdpa"})
+    others: dict[str, str] = {}
+    for i, name in enumerate(PREFERRED):
+        problem = None if name == "sdpa" else trial(name, device, dtype)
+        if problem is None:
+            because = "which runs everywhere" if name == "sdpa" else "which works on this GPU"
+            return Provider(name, because, others | dict.fromkeys(PREFERRED[i + 1 :], f"for where {name} does not work"))
+        others[name] = f"does not work here ({problem}); ddrl doctor says more"
+    raise AssertionError("sdpa runs everywhere")

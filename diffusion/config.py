@@ -35,7 +35,7 @@ class ModelConfig(Strict):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id; a run keeps the commit that it found")
     init: bool = Field(False, description="true: read only the folder's config files and start from random weights")
     attention: Literal["auto", "sdpa", "xformers", "torch_varlen"] = Field(
-        "auto", description="attention provider; auto = xformers on a GPU that has it, else sdpa"
+        "auto", description="attention provider; auto = the first of xformers, torch_varlen that works on the GPU, else sdpa"
     )
     compile: bool = Field(
         False, description="rollouts: compile the network's per-token parts (torch.compile); token counts are then padded to buckets so that shapes repeat"

@@ -91,13 +91,11 @@ def _attention(choice: Attention) -> Finding:
     check = f"attention {choice.dtype}"
     if choice.device == "cpu" or choice.name != "sdpa":
         return Finding(check, "ok", found)
-    others = [name for name, problem in choice.trials.items() if not problem]
-    named = f"set model.attention={others[0]}, which works here; or " if others else ""
-    return Finding(check, "warning", found, f"sdpa calls once for each length in a batch and is slower; {named}see docs/doctor.md for what xformers needs")
+    return Finding(check, "warning", found, "sdpa calls once for each length in a batch and is slower; see docs/doctor.md for what xformers needs")
 
 
 def _reason(choice: Attention, name: str) -> str:
-    """Why not `name`; of one that is not tried by `auto`, also what a call of it said."""
+    """Why not `name`; of one that `auto` had no need to try, also what a call of it said."""
     problem = choice.trials.get(name)
     if problem is None or problem in choice.others[name]:
         works = "; works here" if problem == "" else ""
@@ -109,7 +107,7 @@ def xformers(facts: Xformers, torch: Torch) -> Finding:
     """Is xformers there, and does its library load beside this torch?"""
     if facts.version is None:
         if torch.gpus:
-            return Finding("xformers", "ok", "not installed; packed attention on GPUs is model.attention=torch_varlen then, or see docs/doctor.md")
+            return Finding("xformers", "ok", "not installed; packed attention on GPUs is torch_varlen then, for bfloat16, or see docs/doctor.md")
         return Finding("xformers", "ok", "not installed; it has kernels for GPUs only")
     library = f"library built for torch {facts.built_for} and CUDA {cuda(facts.built_cuda)}" if facts.built_for else "no library of its own"
     built = f"{facts.version}, {library}"
@@ -120,7 +118,7 @@ def xformers(facts: Xformers, torch: Torch) -> Finding:
     why = f"{built}, which does not load ({facts.error})"
     if not torch.gpus:
         return Finding("xformers", "ok", f"{why}; on a CPU it is not used")
-    advice = "set model.attention=torch_varlen, which needs no xformers, or see docs/doctor.md for what makes it load"
+    advice = "model.attention=auto takes torch_varlen then, for bfloat16, which needs no xformers; docs/doctor.md says what makes xformers load"
     return Finding("xformers", "warning", f"{why} beside torch {torch.version}: it then refuses every call on a GPU", advice)
 
 

@@ -130,6 +130,11 @@ def fails(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return f"ImportError: no {name}"
 
 
+def torchs_own(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """A GPU beside whose torch no xformers loads."""
+    return "ImportError: no xformers" if name == "xformers" else None
+
+
 def halves(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """A GPU whose kernels know half precision only."""
     return None if dtype == torch.bfloat16 else "RuntimeError: expected Half or BFloat16"
@@ -139,9 +144,16 @@ def test_provider_on_a_gpu() -> None:
     gpu = torch.device("cuda")
     chosen = resolve_provider("auto", gpu, trial=works)
     assert (chosen.name, chosen.because) == ("xformers", "which works on this GPU")
-    assert chosen.others == {"sdpa": "for where xformers does not work", "torch_varlen": "taken only when model.attention names it"}
+    assert chosen.others == {"torch_varlen": "for where xformers does not work", "sdpa": "for where xformers does not work"}
     for name in PROVIDERS:
         assert resolve_provider(name, gpu, trial=works).name == name
+
+
+def test_torchs_own_is_taken_where_xformers_does_not_work() -> None:
+    chosen = resolve_provider("auto", torch.device("cuda"), trial=torchs_own)
+    assert (chosen.name, chosen.because) == ("torch_varlen", "which works on this GPU")
+    reason = "does not work here (ImportError: no xformers); ddrl doctor says more"
+    assert chosen.others == {"xformers": reason, "sdpa": "for where torch_varlen does not work"}
 
 
 def test_a_provider_that_does_not_work_on_a_gpu() -> None:
@@ -149,6 +161,7 @@ def test_a_provider_that_does_not_work_on_a_gpu() -> None:
     chosen = resolve_provider("auto", gpu, trial=fails)
     assert chosen.name == "sdpa"
     assert chosen.others["xformers"] == "does not work here (ImportError: no xformers); ddrl doctor says more"
+    assert chosen.others["torch_varlen"] == "does not work here (ImportError: no torch_varlen); ddrl doctor says more"
     assert set(chosen.others) == {"xformers", "torch_varlen"}
     assert resolve_provider("sdpa", gpu, trial=fails).name == "sdpa"
     with pytest.raises(ValueError, match=r"'torch_varlen' does not work on cuda with torch.bfloat16 \(ImportError: no torch_varlen\)"):

@@ -11,7 +11,7 @@ ON_GPU = Attention(
     "cuda",
     "xformers",
     "which works on this GPU",
-    {"sdpa": "for where xformers does not work", "torch_varlen": "taken only when model.attention names it"},
+    {"torch_varlen": "for where xformers does not work", "sdpa": "for where xformers does not work"},
     WORKS,
 )
 ON_CPU = Attention("float32", "cpu", "sdpa", "which runs everywhere", {"xformers": "no kernels for cpu", "torch_varlen": "no kernels for cpu"})

@@ -66,24 +66,22 @@ def test_gpus_and_bfloat16() -> None:
 def test_why_a_provider_was_taken_and_each_other_was_not() -> None:
     (line,) = judge.attention(GPU_TORCH)
     assert line.found == (
-        "auto takes xformers, which works on this GPU (sdpa: for where xformers does not work; "
-        "torch_varlen: taken only when model.attention names it; works here)"
+        "auto takes xformers, which works on this GPU (torch_varlen: for where xformers does not work; works here; sdpa: for where xformers does not work)"
     )
     (line,) = judge.attention(CPU_TORCH)
     assert (line.level, line.found) == ("ok", "auto takes sdpa, which runs everywhere (xformers: no kernels for cpu; torch_varlen: no kernels for cpu)")
 
 
 def fallen(xformers: str, varlen: str) -> Attention:
-    others = {"xformers": f"does not work here ({xformers}); pip install", "torch_varlen": "taken only when model.attention names it"}
-    return replace(ON_GPU, name="sdpa", because="which runs everywhere", others=others, trials={"xformers": xformers, "torch_varlen": varlen})
+    trials = {"xformers": xformers, "torch_varlen": varlen}
+    others = {name: f"does not work here ({problem})" for name, problem in trials.items()}
+    return replace(ON_GPU, name="sdpa", because="which runs everywhere", others=others, trials=trials)
 
 
 def test_a_gpu_on_which_auto_falls_back() -> None:
-    (line,) = judge.attention(replace(GPU_TORCH, attention=(fallen("ModuleNotFoundError: No module named 'xformers'", ""),)))
-    assert line.level == "warning"
-    assert "set model.attention=torch_varlen, which works here; or see docs/doctor.md" in line.advice
     (line,) = judge.attention(replace(GPU_TORCH, attention=(fallen("RuntimeError: no kernel image", "RuntimeError: expected Half"),)))
-    assert "torch_varlen: taken only when model.attention names it; does not work here (RuntimeError: expected Half)" in line.found
+    assert line.level == "warning"
+    assert "xformers: does not work here (RuntimeError: no kernel image); torch_varlen: does not work here (RuntimeError: expected Half)" in line.found
     assert line.advice == "sdpa calls once for each length in a batch and is slower; see docs/doctor.md for what xformers needs"
 
 
@@ -95,7 +93,7 @@ def test_xformers() -> None:
         "0.0.35, library built for torch 2.10.0+cu128 and CUDA 12.8, which does not load (libcudart.so.12: cannot open shared object file) "
         "beside torch 2.13.0+cu130: it then refuses every call on a GPU"
     )
-    assert foreign.advice.startswith("set model.attention=torch_varlen")
+    assert foreign.advice.startswith("model.attention=auto takes torch_varlen then, for bfloat16")
     assert judge.xformers(FOREIGN, CPU_TORCH).level == "ok"
     assert judge.xformers(LOADS, GPU_TORCH).found.endswith("CUDA 12.8, which loads")
     assert judge.xformers(replace(LOADS, built_for=""), GPU_TORCH).found == "0.0.35, no library of its own"
