@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -88,15 +88,18 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors as `load_weights` and diffusers read them: one file, or where they exceed `shard_bytes` several with an index.
 
-    Tensors are taken one by one: what is held at a time is a shard of them and its bytes.
+    Tensors are taken one by one: what is held at a time is a shard of them.
     """
     shards: list[dict[str, int]] = []
     held: dict[str, Tensor] = {}
 
     def write() -> None:
         shards.append({name: tensor.nbytes for name, tensor in held.items()})
-        # save_file makes files that only their owner may read
-        (folder / f"{len(shards)}.partial").write_bytes(save(held, metadata={"format": "pt"}))
+        path = folder / f"{len(shards)}.partial"
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(held, path, metadata={"format": "pt"})  # from where the tensors lie: no second copy of them
+        path.chmod(mode)  # it makes files that only their owner may read
         held.clear()
 
     for name, tensor in tensors:

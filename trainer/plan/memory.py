@@ -313,9 +313,9 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     ]
     copies = 2 if config.optimizer.ema else 1
     if sizes.adapted and not config.model.init:
-        making, why = copies * MASTER * sizes.transformer.trained + 2 * min(SHARD, network), "rank 0 only: the adapter, and a file of the merged network"
+        making, why = copies * MASTER * sizes.transformer.trained + min(SHARD, network), "rank 0 only: the adapter, and a file of the merged network"
     else:
-        making, why = copies * network + min(SHARD, network), "rank 0 only"
+        making, why = copies * network, "rank 0 only"
     first = [Part("export in the making", making, why)]
     encoders = Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype)
     pixels = Part("VAE", vae_bytes(sizes), "fp32")

@@ -137,6 +137,8 @@ def test_an_adapter_is_merged_into_the_files_as_it_is_into_the_network(tmp_path:
     assert len(list(folder.glob("diffusion_pytorch_model-0000?-of-0000?.safetensors"))) > 1
     assert max(file.stat().st_size for file in folder.glob("*.safetensors")) < 2 * largest + 20_000  # its header
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(folder))
+    (folder / "any").touch()
+    assert {file.stat().st_mode for file in folder.iterdir()} == {(folder / "any").stat().st_mode}  # whoever may read a file here may read these
     (folder / "config.json").write_bytes((policy_folder / "transformer" / "config.json").read_bytes())
     theirs = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=getattr(torch, base_dtype)).state_dict()
     assert all(torch.equal(theirs[name], tensor) for name, tensor in expected.items())
