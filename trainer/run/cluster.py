@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from replay.config import RedisConfig
@@ -19,11 +21,13 @@ from replay.errors import ReplayError
 from trainer.config.run import RayConfig, RunConfig
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
-from trainer.run.local_ray import free_ports, own_folder, sweep
+from trainer.run.local_ray import end_processes, free_ports, own_folder, sweep
 from trainer.run.resources import check_resources
 
 if TYPE_CHECKING:
     from actors.rewards import RunRewards
+
+logger = logging.getLogger(__name__)
 
 
 def start_ray(config: RayConfig, stack: ExitStack) -> None:
@@ -35,23 +39,32 @@ def start_ray(config: RayConfig, stack: ExitStack) -> None:
     try:
         if config.address is None:
             sweep()
-            own = own_folder(stack)
-            with free_ports():
-                # "local" starts a new cluster even where RAY_ADDRESS names another
-                ray.init(
-                    "local",
-                    num_cpus=config.cpus,
-                    include_dashboard=False,
-                    object_store_memory=config.object_store_mb << 20,
-                    _temp_dir=str(own),
-                    **common,
-                )
+            _start_local(config, own_folder(stack), common)
         else:
             ray.init(config.address, **common)
     except Exception as error:
         where = "a local Ray cluster did not start" if config.address is None else f"cannot join Ray at {config.address}"
         raise RunFailed("Ray", f"{where}: {describe(error)}") from error
     stack.callback(ray.shutdown)
+
+
+def _start_local(config: RayConfig, own: Path, common: dict[str, Any]) -> None:
+    """Start a cluster in the folder `own`. Ray gives its node 30 s, which nothing can change (`ray._private.node`): a machine that is
+    busy beyond that gets a second try."""
+    import ray
+
+    for tries_left in (1, 0):
+        try:
+            with free_ports():
+                # "local" starts a new cluster even where RAY_ADDRESS names another
+                ray.init("local", num_cpus=config.cpus, include_dashboard=False, object_store_memory=config.object_store_mb << 20, _temp_dir=str(own), **common)
+            return
+        except Exception as error:
+            if not tries_left or "timed out during startup" not in str(error):
+                raise
+            logger.warning("Ray's node did not start within 30 s, because this machine is busy (load %.0f); trying once more", os.getloadavg()[0])
+            ray.shutdown()
+            end_processes(own)
 
 
 def start_redis(config: RedisConfig, folder: RunFolder, max_bytes: int, stack: ExitStack) -> str:
