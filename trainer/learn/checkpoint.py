@@ -14,8 +14,8 @@ Invariants:
        ranks start again from the last that is registered, and the ledger serves again what was claimed after that.
 
 Worked example: a checkpoint every 2 updates. That of step 2 is staged with the groups of steps 1 and 2, and being written while steps 3
-and 4 are trained. Before that of step 4 is staged, that of step 2 has been written. A rank killed until then takes the run back to the
-start, and all four steps are served again; killed after step 2 is registered, to step 2, with the groups of steps 1 and 2 for good.
+and 4 are trained. Before that of step 4 is staged, that of step 2 has been written. A rank killed before step 2 is registered takes the run
+back to the start, and the same groups are served again; killed after that, back to step 2, and the groups of steps 1 and 2 are settled.
 """
 
 from __future__ import annotations
