@@ -32,6 +32,9 @@ POINTS = (
     "rank after claim",
     "rank after training",
     "rank after report",
+    "rank before writing",
+    "rank while writing",
+    "rank after writing",
 )
 
 
@@ -149,21 +152,40 @@ def wrap_buffer(chosen: Plan) -> None:
 
 
 def wrap_report(chosen: Plan, buffer: Any) -> None:
-    """Points of a learner rank around Ray Train's report."""
+    """Points of a learner rank around Ray Train's report, and in the thread that writes what was reported: before it begins, when the
+    rank's shards are on disk and their table is not, and when everything is."""
     import ray.train
+    from torch.distributed.checkpoint import FileSystemWriter
 
-    report = ray.train.report
+    report, write_data = ray.train.report, FileSystemWriter.write_data
     rank = ray.train.get_context().get_world_rank()
 
+    def passing(point: str, folder: Path) -> None:
+        step = int(folder.name.removeprefix("step-"))
+        chosen.reached(point, lambda: step_evidence(buffer, step) | {"files": sorted(f.name for f in folder.glob("*"))}, step, rank)
+
+    @functools.wraps(write_data)
+    def writing(self: Any, *args: Any) -> Any:
+        written = write_data(self, *args)
+        written.wait()
+        passing("rank while writing", Path(self.path))
+        return written
+
     @functools.wraps(report)
-    def reporting(metrics: dict[str, Any], *args: Any, **options: Any) -> None:
+    def reporting(metrics: dict[str, Any], *, checkpoint: Any, checkpoint_upload_fn: Callable[..., Any], **options: Any) -> None:
+        def uploading(*args: Any) -> Any:
+            passing("rank before writing", Path(checkpoint.path))
+            made = checkpoint_upload_fn(*args)
+            passing("rank after writing", Path(checkpoint.path))
+            return made
+
         step = int(metrics["step"])
         chosen.reached("rank after training", lambda: step_evidence(buffer, step), step, rank)
-        report(metrics, *args, **options)
+        report(metrics, checkpoint=checkpoint, checkpoint_upload_fn=uploading, **options)
         chosen.reached("rank after report", lambda: step_evidence(buffer, step), step, rank)
 
     reporting.kill_point = True  # type: ignore[attr-defined]
-    ray.train.report = reporting
+    ray.train.report, FileSystemWriter.write_data = reporting, writing  # type: ignore[method-assign]
 
 
 def wrap_results(chosen: Plan) -> None:

@@ -85,7 +85,10 @@ def test_rank_killed_in_the_middle_of_an_interval(start: Callable[..., ChaosRun]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("point", "rank", "step"), [("rank after training", 0, 4), ("rank after report", 1, 4), ("rank after claim", 0, 1)])
+@pytest.mark.parametrize(
+    ("point", "rank", "step"),
+    [("rank after training", 0, 4), ("rank after report", 1, 4), ("rank after claim", 0, 1), ("rank while writing", 1, 4), ("rank after writing", 0, 4)],
+)
 def test_rank_killed_elsewhere(start: Callable[..., ChaosRun], tmp_path: Path, reference: Path, point: str, rank: int, step: int) -> None:
     plan(tmp_path / "run.kills", point, step=step, rank=rank)
     run = start("run")

@@ -78,6 +78,25 @@ def test_learner_rank(start: Callable[..., ChaosRun], tmp_path: Path, point: str
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("point", "rank"), [("rank before writing", 1), ("rank while writing", 0), ("rank after writing", 1)])
+def test_learner_rank_while_it_writes(start: Callable[..., ChaosRun], tmp_path: Path, point: str, rank: int) -> None:
+    """The checkpoint of step 4 is staged and the ranks may have claimed step 5; that of step 2 is registered, and where the run goes on."""
+    name = plan(tmp_path / "run.kills", point, step=4, rank=rank)
+    seen = finish(start("run"), kills=1)[name]
+    assert seen["claim"]["groups"]
+    assert int(seen["meta"]["settled_step"]) == 2
+    assert int(seen["meta"]["version"]) >= 4
+    files = set(seen["files"])
+    if point == "rank before writing":
+        assert f"__{rank}_0.distcp" not in files
+    else:
+        assert f"__{rank}_0.distcp" in files
+        assert (".metadata" in files) == (point == "rank after writing")
+    assert check_ledger(tmp_path / "run", UPDATES)["epoch"] == 2
+    assert sorted(f.name for f in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-000004", "step-000006"]
+
+
+@pytest.mark.long
 def test_driver(start: Callable[..., ChaosRun], tmp_path: Path) -> None:
     """The whole process tree of a run loses its head; the same command with --resume goes on. Payloads lie in a folder."""
     payloads = tmp_path / "payloads"

@@ -61,6 +61,10 @@ class LearnerConfig(Strict):
         False,
         description="sharded weights, their gradients, moments and average rest in host memory and visit the GPU block by block; no effect on CPUs",
     )
+    checkpoint_async: bool = Field(
+        True,
+        description="write checkpoints while training goes on, from a copy of a rank's shards in host memory; false = ranks wait for the disk, no copy",
+    )
     micro_batch: int = Field(160, ge=1, description="most samples in one forward pass of a rank")
     micro_tokens: int | None = Field(
         None, ge=1, description="most tokens in one forward pass of a rank, of pictures or clips and of text; a larger sample goes alone; null = no bound"

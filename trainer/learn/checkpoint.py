@@ -1,45 +1,49 @@
-"""What outlives the ranks: registered checkpoints (collective) and exported policies (rank 0 alone, in the background).
+"""Registered checkpoints of the learner group, written while training goes on.
 
-    checkpoint   DCP shards of weights, optimiser and average, each rank its own, with progress.json; all ranks together
-    export       a policy folder that diffusers opens; gathered by all ranks, written by rank 0's thread; of an adapter that alone is
-                 gathered, and merged into the starting policy's files as they are copied
+    staged      every rank has copied its shards of weights, optimiser and average into host memory, and trains on
+    written     a thread of every rank writes them into the run's `checkpoints/step-N`, all of them together (DCP), no other copy between
+    registered  every rank's thread has handed its report to Ray Train, whose controller has noted the checkpoint; the ledger settles
+                (`trainer.learn.settle`)
 
-Invariant: between two collectives no rank waits for a disk that the others do not wait for. Gathering an export is
-collective and costs one copy in rank 0's memory; writing it may take longer than `learner.collective_timeout_s`. When the
-writer is still busy at the next checkpoint, that copy waits, and a newer one takes its place. The newest is always written:
-`finish` waits for it at the end of the loop, where no collective is open. A restart that finds the export of its checkpoint
-missing (the writer was killed) makes it again.
+Invariants:
+    1. Nothing is registered that is not whole: a rank reports when the shards of all ranks and their table of contents are on disk.
+       What ranks that were killed left behind is a folder that nobody knows; the next start removes it.
+    2. Checkpoints are registered in the order in which they were taken, and one is written at a time: the next waits for it.
+    3. The threads agree with each other over a group of their own, so no collective of the ranks waits for a disk.
+    4. A checkpoint carries what was claimed since the one before it was staged. When one is lost, so are those after it: the
+       ranks start again from the last that is registered, and the ledger serves again what was claimed after that.
+
+Worked example: a checkpoint every 2 updates. That of step 2 is staged with the groups of steps 1 and 2, and being written while steps 3
+and 4 are trained. Before that of step 4 is staged, that of step 2 has been written. A rank killed before step 2 is registered takes the run
+back to the start, and the same groups are served again; killed after that, back to step 2, and the groups of steps 1 and 2 are settled.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-import threading
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ray.train import CheckpointUploadMode
+from torch.distributed.checkpoint.api import CheckpointException
 
-from diffusion.checkpoint import merged_policy, save_policy
-from diffusion.config import ModelConfig
-from diffusion.lora import WEIGHTS as LORA_WEIGHTS
-from diffusion.lora import adapter_bytes, merged_state
-from diffusion.source import locate
-from trainer.learn.entry import FOLDER_VARIABLE
 from trainer.learn.learner import Learner
 
-EXPORTS_KEPT = 2
-EXPORT_DEADLINE_S = 3600.0
+WRITE_DEADLINE_S = 3600.0
 PROGRESS = "progress.json"
 
-State = dict[str, torch.Tensor]
+
+class CheckpointFailed(Exception):
+    """A checkpoint that could not be written; says where and why."""
 
 
 @dataclass
@@ -70,33 +74,6 @@ def restore(learner: Learner) -> Progress:
         return read(Path(folder), learner)
 
 
-def checkpoint(learner: Learner, progress: Progress, rank: int) -> None:
-    """Save the shards and report; collective. Every rank uploads its own folder, Ray merges them."""
-    folder = scratch_folder(progress.step)
-    try:
-        write(folder, learner, progress, rank)
-        saved = ray.train.Checkpoint.from_directory(str(folder))
-        metrics = {"step": progress.step, "epoch": progress.epoch, "reported_at": time.time()}
-        ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=f"step-{progress.step:06d}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    progress.saved, progress.groups, progress.data = progress.step, [], []
-
-
-def scratch_folder(step: int) -> Path:
-    """A new folder for this rank's shards until they are uploaded. It lies in the local cluster's folder where there is one, so that
-    what a killed rank leaves, which may be gigabytes, goes with the cluster."""
-    return Path(tempfile.mkdtemp(prefix=f"ddrl-step{step}-", dir=os.environ.get(FOLDER_VARIABLE)))
-
-
-def write(folder: Path, learner: Learner, progress: Progress, rank: int) -> None:
-    """This rank's part of a checkpoint; collective. Rank 0 adds where the run is and how long its schedule is."""
-    learner.save(folder)
-    if rank == 0:
-        meta: dict[str, Any] = {"step": progress.step, "epoch": progress.epoch, "groups": progress.groups, "data": progress.data}
-        (folder / PROGRESS).write_text(json.dumps(meta | {"decay_updates": learner.decay_updates}) + "\n")
-
-
 def read(folder: Path, learner: Learner) -> Progress:
     """Restore `learner` from a complete checkpoint; collective. The schedule keeps the length that it began with."""
     meta = json.loads((folder / PROGRESS).read_text())
@@ -105,94 +82,110 @@ def read(folder: Path, learner: Learner) -> Progress:
     return Progress(step=meta["step"], saved=meta["step"], groups=meta["groups"], data=meta["data"])
 
 
-class Exports:
-    """Exported policies of a run: `exports/step-N` and, with an average, `exports/step-N-ema`. The newest two are kept.
+def staged(tree: Any) -> Any:
+    """A copy of a tree of tensors, shards and numbers whose tensors are in host memory; no collective."""
+    if isinstance(tree, dict):
+        return {name: staged(part) for name, part in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(staged(part) for part in tree)
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, torch.Tensor) else tree
 
-    Args:
-        folder: the run's `exports`.
-        model: the policy that training started from.
-        rank: this rank; only rank 0 keeps and writes anything.
+
+def save_shards(shards: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Write this rank's shards (DCP) and, on rank 0, the table of all ranks' shards; collective in `group`.
+
+    Raises:
+        CheckpointFailed: on every rank, when one of them could not write, or does not write to the folder that rank 0 sees.
+    """
+    try:
+        table = dcp.save(shards, storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0), process_group=group)
+    except CheckpointException as error:  # no Exception, and a page of tracebacks
+        why = "; ".join(f"rank {rank}: {cause!r}" for rank, (cause, _) in error.failures.items())
+        raise CheckpointFailed(f"the checkpoint {folder} could not be written ({why}); is its file system full, or not writable?") from None
+    files = {stored.relative_path for stored in (table.storage_data or {}).values()}
+    missing = sorted(name for name in files if not (folder / name).exists())
+    if missing:
+        raise CheckpointFailed(f"{', '.join(missing)} of the checkpoint {folder} cannot be seen by all ranks: the run folder must be shared by all nodes")
+
+
+def remove_unregistered(folder: Path, step: int) -> None:
+    """Remove what ranks that were killed wrote of checkpoints after `step`, the last registered one."""
+    for path in folder.glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Writing:
+    """One rank's part of a checkpoint on its way to disk. Ray Train calls it as `checkpoint_upload_fn`, in the background in a thread of
+    its own.
+
+    Attributes:
+        done: ends with the last shard, or with what made it fail.
     """
 
-    def __init__(self, folder: Path, model: ModelConfig, rank: int) -> None:
-        self._folder, self._model, self._rank = folder, model, rank
-        self._adapts = model.lora.rank > 0 and not model.init  # what is frozen is the starting policy's folder
-        self._lock = threading.Lock()
-        self._waiting: tuple[int, State, State | None] | None = None
-        self._writer: threading.Thread | None = None
-        self._error: Exception | None = None
-        self._written: Path | None = None  # the newest, for the weights of frozen parts, which all exports share
+    def __init__(self, shards: dict[str, Any], meta: dict[str, Any] | None, group: dist.ProcessGroup) -> None:
+        self._shards, self._meta, self._group = shards, meta, group
+        self.done: Future[None] = Future()
 
-    def take(self, learner: Learner, step: int) -> None:
-        """Gather the policy of `step` and have it written; collective, returns before it is on disk.
+    def __call__(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        folder = Path(checkpoint.path)
+        try:
+            save_shards(self._shards, folder, self._group)
+            if self._meta is not None:
+                (folder / PROGRESS).write_text(json.dumps(self._meta) + "\n")
+        except BaseException as error:
+            self.done.set_exception(error)
+            raise
+        finally:
+            self._shards = {}
+        self.done.set_result(None)
+        return checkpoint
+
+
+class Checkpoints:
+    """Checkpoints of this rank's group; every method is called by all ranks. Making it is collective.
+
+    Args:
+        folder: the run's `checkpoints`, shared by all ranks.
+        rank: this rank; rank 0 adds where the run is and how long its schedule is.
+        background: write while training goes on; False = ranks wait for the disk, and no copy is made.
+    """
+
+    def __init__(self, folder: Path, rank: int, background: bool) -> None:
+        self._folder, self._rank, self._background = folder, rank, background
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=WRITE_DEADLINE_S))
+        self._writing: Writing | None = None
+
+    def take(self, learner: Learner, progress: Progress) -> None:
+        """Have the state of `progress.step` written and registered, once the checkpoint before has been written.
 
         Raises:
-            Exception: on rank 0, what made an earlier export fail.
+            Exception: what made the checkpoint before fail, see `finish`.
         """
-        keep, frozen = self._rank == 0, not self._adapts
-        raw = learner.full_state(keep=keep, frozen=frozen)
-        average = learner.full_state(ema=True, keep=keep, frozen=frozen) if learner.ema else None
-        if not keep:
-            return
-        self._raise()
-        with self._lock:
-            self._waiting = (step, raw, average)
-            if self._writer is None:
-                self._writer = threading.Thread(target=self._write_all, name="export", daemon=True)
-                self._writer.start()
+        self.finish()
+        shards, name = learner.shards(), f"step-{progress.step:06d}"
+        meta = {"step": progress.step, "epoch": progress.epoch, "groups": progress.groups, "data": progress.data, "decay_updates": learner.decay_updates}
+        self._writing = Writing(staged(shards) if self._background else shards, meta if self._rank == 0 else None, self._group)
+        ray.train.report(
+            {"step": progress.step, "epoch": progress.epoch, "reported_at": time.time()},
+            checkpoint=ray.train.Checkpoint.from_directory(str(self._folder / name)),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC if self._background else CheckpointUploadMode.SYNC,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=self._writing,
+        )
+        progress.saved, progress.groups, progress.data = progress.step, [], []
 
-    def take_missing(self, learner: Learner, step: int) -> None:
-        """`take`, where a checkpoint of `step` stands without its export; collective."""
-        there = step == 0 or self._path(step, "-ema" if learner.ema else "").is_dir()
-        if from_rank_zero(int(there), learner.device) == 0:
-            self.take(learner, step)
-
-    def finish(self, deadline_s: float = EXPORT_DEADLINE_S) -> None:
-        """Wait until everything taken is written; no collective.
+    def finish(self, deadline_s: float = WRITE_DEADLINE_S) -> None:
+        """Wait until what was taken is written; no collective.
 
         Raises:
             TimeoutError: it takes longer than `deadline_s`.
-            Exception: what made an export fail.
+            CheckpointFailed: a rank could not write.
         """
-        writer = self._writer
-        if writer is not None:
-            writer.join(deadline_s)
-            if writer.is_alive():
-                raise TimeoutError(f"an export to {self._folder} took longer than {deadline_s:.0f} s; is the run folder's file system slow or full?")
-        self._raise()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _write_all(self) -> None:
-        while True:
-            with self._lock:
-                job, self._waiting = self._waiting, None
-                if job is None:
-                    self._writer = None
-                    return
-            try:
-                self._write(*job)
-            except Exception as error:  # raised again on the rank's own thread
-                self._error = error
-
-    def _write(self, step: int, raw: State, average: State | None) -> None:
-        """A trained adapter stands in an export merged into the network, and beside it as a file of its own. The average is
-        written last: its folder tells that both are there."""
-        lora = self._model.lora
-        for suffix, state in (("", raw), ("-ema", average)):
-            if state is not None:
-                extra = {LORA_WEIGHTS: adapter_bytes(state, lora)} if lora.rank else {}
-                source = locate(self._model.path, self._model.revision).folder
-                path = self._path(step, suffix)
-                merged = merged_policy(source, state, self._model) if self._adapts else merged_state(state, lora)
-                save_policy(path, source, merged, extra, self._written)
-                self._written = path
-        steps = sorted({f.name.split("-")[1] for f in self._folder.glob("step-*") if f.suffix != ".partial"})
-        for old in steps[:-EXPORTS_KEPT]:
-            for folder in self._folder.glob(f"step-{old}*"):
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _path(self, step: int, suffix: str) -> Path:
-        return self._folder / f"step-{step:06d}{suffix}"
+        if self._writing is None:
+            return
+        if not wait([self._writing.done], deadline_s).done:
+            raise TimeoutError(f"a checkpoint in {self._folder} was not written within {deadline_s:.0f} s; is the run folder's file system slow or full?")
+        self._writing.done.result()

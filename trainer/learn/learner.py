@@ -259,20 +259,17 @@ class Learner:
                 state[name] = whole.to("cpu", copy=True)
         return state
 
-    def _shards(self) -> dict[str, object]:
+    def shards(self) -> dict[str, Any]:
+        """This rank's part of what a checkpoint holds: weights, optimiser and moving average, as they are trained on; not a copy."""
         return {
             "model": trained_weights(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "ema": self.ema,
         }
 
-    def save(self, folder: Path) -> None:
-        """This rank's shards of model, optimiser and moving average (DCP), into a folder of its own."""
-        dcp.save(self._shards(), checkpoint_id=folder)
-
     def load(self, folder: Path) -> None:
         """Restore from a complete DCP checkpoint; reshards when the number of ranks changed."""
-        shards = self._shards()
+        shards = self.shards()
         dcp.load(shards, checkpoint_id=folder)
-        self.model.load_state_dict(shards["model"], strict=False)  # type: ignore[arg-type]  # what is not trained stays
-        set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])  # type: ignore[arg-type]
+        self.model.load_state_dict(shards["model"], strict=False)  # what is not trained stays
+        set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])

@@ -2,8 +2,8 @@
 
 Truth lies outside: the ledger says which groups a step has, the last registered checkpoint says which step to start
 from. A checkpoint carries the ids claimed since the one before it, so a restart can settle them even if the ledger
-forgot. `report` returning does not mean that a checkpoint is registered; settling is the controller's business
-(`trainer.learn.settle`).
+forgot. It is written and reported in the background while updates go on (`trainer.learn.checkpoint`); that it was taken does not
+mean that it is registered: settling is the controller's business (`trainer.learn.settle`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from replay.buffer import Claim, ReplayBuffer
 from replay.errors import ClaimTimeout
 from trainer.config.run import RunConfig
 from trainer.learn.batch import step_batch
-from trainer.learn.checkpoint import Exports, Progress, checkpoint, from_rank_zero, restore
+from trainer.learn.checkpoint import Checkpoints, Progress, from_rank_zero, remove_unregistered, restore
 from trainer.learn.entry import LoopSpec
+from trainer.learn.exports import Exports
 from trainer.learn.learner import Learner
 from trainer.learn.metrics import ClaimMetrics
 from trainer.learn.records import append_metrics, drop_metrics_after
@@ -50,6 +51,7 @@ def run(spec: LoopSpec) -> None:
     torch.set_num_threads(config.learner.threads)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    saved = Path(context.get_storage().experiment_fs_path)
     device = resolve_device("cuda" if config.learner.gpus > 0 else "cpu", f"learner.gpus={config.learner.gpus:g}", context.get_local_rank())
     buffer = spec.target.buffer()
     if device.type == "cpu":
@@ -62,6 +64,7 @@ def run(spec: LoopSpec) -> None:
     progress.epoch, progress.groups, progress.data = from_rank_zero(epoch, device), [], []
     if rank == 0:
         drop_metrics_after(run_dir, progress.step)
+        remove_unregistered(saved, progress.step)
         append_metrics(run_dir, learner.describe(progress.step))
     publishing = partial(publish, spec, buffer, learner, progress, rank, world)
     publishing()
@@ -69,6 +72,7 @@ def run(spec: LoopSpec) -> None:
         return
     exports = Exports(run_dir / "exports", config.model, rank)
     exports.take_missing(learner, progress.step)
+    checkpoints = Checkpoints(saved, rank, config.learner.checkpoint_async)
 
     skipped, claims, warnings = 0, ClaimMetrics(config.name), Warnings()
     while progress.step < config.updates:
@@ -99,10 +103,11 @@ def run(spec: LoopSpec) -> None:
             raise RuntimeError(f"gradients were not finite {skipped} updates in a row; lower optimizer.lr or sampler.noise_level")
         if step % config.checkpoint_every == 0:
             exports.take(learner, step)
-            checkpoint(learner, progress, rank)
+            checkpoints.take(learner, progress)
     if progress.saved < progress.step:
         exports.take(learner, progress.step)
-        checkpoint(learner, progress, rank)
+        checkpoints.take(learner, progress)
+    checkpoints.finish()
     exports.finish()
 
 

@@ -7,7 +7,7 @@
     ddrl_evictions_total{reason}   counter    groups dropped: stale, lineage, zero_variance, …
     ddrl_staleness                 histogram  versions between sampling and training, per claimed group
     ddrl_claim_wait_seconds        histogram  how long the learner waited for a step's groups
-    ddrl_settle_lag_seconds        histogram  from the learner's report to the settled step
+    ddrl_settle_lag_seconds        histogram  from a checkpoint that is taken to the settled step
 
 The driver reports the state of the ledger, learner rank 0 what it claimed, Ray Train's controller what it settled. Every
 metric carries the run's name; no group or request id is ever a tag.
@@ -81,7 +81,7 @@ class SettleMetrics:
 
     def __init__(self, run: str) -> None:
         self._run = {"run": run}
-        self._lag = Histogram("ddrl_settle_lag_seconds", "From the learner's report to the settled step", boundaries=SECONDS, tag_keys=("run",))
+        self._lag = Histogram("ddrl_settle_lag_seconds", "From a checkpoint that is taken to the settled step", boundaries=SECONDS, tag_keys=("run",))
 
     def settled(self, lag_s: float) -> None:
         """Report one settled checkpoint."""

@@ -1,6 +1,6 @@
 """Settling from the controller: a step is settled when Ray Train has registered its checkpoint, never earlier.
 
-`ray.train.report` returns in the worker before the controller has registered anything; a rank killed in between starts
+`ray.train.report` returns in the worker before the checkpoint is written, let alone registered; a rank killed in between starts
 again from the checkpoint before. This callback runs in the controller, after registration. It has a short deadline and
 never raises: a settle that is missed is made good by the next one, or by the rollback at the next start.
 """

@@ -299,8 +299,7 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     transitions, anchors = rank_rows(config)
     repeats = trained_steps(config) if config.uses_policy and config.objective.data_per == "transition" else 1
     evaluations = config.data_rows * repeats if config.uses_data else 0
-    network = weights_bytes(config, sizes) + buffers_bytes(config, sizes)
-    version = version_bytes(config, sizes)
+    network, version = weights_bytes(config, sizes) + buffers_bytes(config, sizes), version_bytes(config, sizes)
     data = -(-anchors // repeats)
     texts = sizes.prompt_values * 4.0 * (data + (config.rollout.groups_per_step if config.uses_policy else 0))
     rank = [
@@ -310,17 +309,18 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
         Part("anchor evaluations", (anchors + data) * row, "and the data rows they are of"),
         Part("encoded texts", texts + min(PROMPT_CACHE, config.updates * texts), "of an update, and a cache of at most 256 MiB"),
         Part("anchor noise", evaluations * sizes.latent_values * 4.0, "of all ranks"),
+        Part("checkpoint", config.learner.checkpoint_async * checkpoint_bytes(config, sizes, config.learner.ranks), "a copy, while it is written"),
     ]
     copies = 2 if config.optimizer.ema else 1
     if sizes.adapted and not config.model.init:
         making, why = copies * MASTER * sizes.transformer.trained + min(SHARD, network), "rank 0 only: the adapter, and a file of the merged network"
     else:
         making, why = copies * network, "rank 0 only"
-    first = [Part("export in the making", making, why)]
     encoders = Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype)
     pixels = Part("VAE", vae_bytes(sizes), "fp32")
     shown = Part("network", network, "the files themselves, mapped and shared" if maps_weights(config) else "on the CPU")
-    found = [Process("learner rank", config.learner.ranks, 0, tuple(p for p in rank if p.bytes)), Process("export of rank 0", 1, 0, tuple(first))]
+    export = Process("export of rank 0", 1, 0, (Part("export in the making", making, why),))
+    found = [Process("learner rank", config.learner.ranks, 0, tuple(p for p in rank if p.bytes)), export]
     if config.uses_policy:
         found.append(Process("generator", config.rollout.generators, 0, (Part("weights that arrive", version, "mapped or shared memory of its node"),)))
     if not config.evaluation.gpus:
@@ -342,11 +342,12 @@ def version_bytes(config: RunConfig, sizes: Sizes) -> float:
     return BYTES[config.weights.dtype] * float(sizes.published_values)
 
 
+def checkpoint_bytes(config: RunConfig, sizes: Sizes, ranks: int = 1) -> float:
+    """What one of so many ranks has of a checkpoint: its shards of what is trained, of the moments and the average; buffers whole."""
+    trained = MASTER * sizes.transformer.trained
+    return ((1 + bool(config.optimizer.ema)) * trained + moments_bytes(config, sizes)) / ranks + MASTER * sizes.published_values - trained
+
+
 def kept_versions(config: RunConfig) -> int:
     """Most versions that lie anywhere at a time."""
     return WEIGHT_VERSIONS + 1 + (config.evaluation.every > 0)
-
-
-def floor_tokens(config: RunConfig, sizes: Sizes) -> int:
-    """Fewest tokens of a forward pass of the engine: one sample, both branches of guidance."""
-    return sizes.tokens * (2 if config.sampler.guidance > 1 else 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffusion.kernel_names import stochastic_steps
 from replay.policy import BufferSettings, disk_needed, memory_needed
 from trainer.config.run import RunConfig
-from trainer.plan.memory import BYTES, MASTER, Part, kept_versions, trained_steps, version_bytes
+from trainer.plan.memory import BYTES, MASTER, Part, checkpoint_bytes, kept_versions, trained_steps, version_bytes
 from trainer.plan.sizes import Sizes
 
 KEPT = 2
@@ -105,12 +105,11 @@ def storage_of(config: RunConfig, sizes: Sizes) -> Storage:
 def _disk(config: RunConfig, sizes: Sizes, in_redis: bool) -> tuple[Part, ...]:
     network, ema = sizes.transformer, bool(config.optimizer.ema)
     version = MASTER * sizes.published_values
-    checkpoint = version + (2 + ema) * MASTER * network.trained
     plain = MASTER * (network.values - (network.trained if sizes.adapted else 0))
     frozen = FILE * ((sizes.encoders[0].parameters if sizes.encoders else 0) + (sizes.vae.parameters if sizes.vae else 0))
     export = plain + frozen + (version if sizes.adapted else 0)
     parts = [
-        Part("checkpoints", KEPT * checkpoint, f"{KEPT} of weights, optimiser and average"),
+        Part("checkpoints", (KEPT + 1) * checkpoint_bytes(config, sizes), f"{KEPT} of weights, optimiser and average, and one being written"),
         Part("exports", KEPT * (1 + ema) * export, f"{KEPT} policies in fp32{' and their averages' if ema else ''}, with text_encoder and vae"),
     ]
     if config.weights.transport == "folder":

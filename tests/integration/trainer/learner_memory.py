@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from trainer.config.load import parse_config
 from trainer.learn.batch import StepBatch
+from trainer.learn.checkpoint import save_shards
 from trainer.learn.learner import Learner
 from trainer.learn.objective import Anchors, Transitions
 
@@ -77,7 +78,7 @@ def main(recipe: Path, rank: int, folder: Path) -> None:
         assert stats["skipped"] == 0, stats
     found["update"] = status("VmHWM") - start
     found["held"] = resident() - start
-    learner.save(folder / "checkpoint")
+    save_shards(learner.shards(), folder / "checkpoint")
     dist.barrier()
     found["checkpoint"] = sum(f.stat().st_size for f in (folder / "checkpoint").rglob("*") if f.is_file())
     dist.barrier()

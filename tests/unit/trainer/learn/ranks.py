@@ -8,35 +8,38 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 import diffusion.weights
-import trainer.learn.checkpoint
+import trainer.learn.exports
 from actors.weights.shards import local_slices, write_slices
 from actors.weights.transport import FolderTransport
 from diffusion.checkpoint import build_network, save_policy
 from diffusion.lora import trained_weights
 from replay.records import Claim
+from tests.unit.trainer.learn.reports import DEADLINE_S, Reports
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.batch import step_batch
-from trainer.learn.checkpoint import Exports, Progress, read, write
+from trainer.learn.checkpoint import CheckpointFailed, Checkpoints, Progress, read
+from trainer.learn.exports import Exports
 from trainer.learn.learner import Learner
 
 CPU = torch.device("cpu")
 SHAPE = (3, 8, 16)
 UPDATES = 3
 GROUPS, MEMBERS, TRAINED = 5, 3, 2
-DEADLINE_S = 240.0
-"""Of a collective and of an export: the ranks wait for each other, never for a clock."""
 SAVED = ("plain", "lora", "moments in 8 bits")
 """Scenarios that write checkpoints."""
 
@@ -121,15 +124,22 @@ def train(learner: Learner, held: Held, rank: int, world: int, steps: range) -> 
 
 
 def scenario(name: str, folder: Path, rank: int, world: int) -> dict[str, Any]:
-    """Train and, where it is SAVED, write a checkpoint and train one update more; what came of it."""
+    """Train and, where it is SAVED, write checkpoints: one that the ranks wait for, and one in the background, which begins only after
+    one update more; what came of it."""
     held, learner = Held(folder, name), Learner(SCENARIOS[name].config(folder), CPU)
     out: dict[str, Any] = {"said": train(learner, held, rank, world, range(1, UPDATES + 1)), "state": state_of(learner)}
     slices = local_slices(trained_weights(learner.model), rank)
     out["published"] = write_slices(transport_of(folder, name, world), slices, (1, UPDATES), rank, world)[0]
     if name not in SAVED:
         return out
-    write(checkpoint_of(folder, name, world), learner, Progress(step=UPDATES, groups=[1, 2], data=[3]), rank)
-    out["next"] = train(learner, held, rank, world, range(UPDATES + 1, UPDATES + 2))
+    with reporting() as reports:
+        for background in (False, True):
+            checkpoints = Checkpoints(checkpoints_of(folder, name, world, background), rank, background)
+            reports.gate.set() if not background else reports.gate.clear()
+            checkpoints.take(learner, Progress(step=UPDATES, groups=[1, 2], data=[3]))
+        out["next"] = train(learner, held, rank, world, range(UPDATES + 1, UPDATES + 2))
+        reports.gate.set()
+        checkpoints.finish(DEADLINE_S)
     return out | {"next state": state_of(learner)}
 
 
@@ -143,10 +153,23 @@ def resumed(name: str, folder: Path, rank: int, world: int, saved_by: int) -> di
     return out | {"next state": state_of(learner)}
 
 
-def checkpoint_of(folder: Path, name: str, world: int) -> Path:
-    path = folder / f"checkpoint-{world}-{name}"
-    path.mkdir(exist_ok=True)
-    return path
+@contextmanager
+def reporting() -> Iterator[Reports]:
+    """Checkpoints are reported to the one that is yielded."""
+    report, ray.train.report = ray.train.report, Reports()
+    try:
+        yield ray.train.report
+    finally:
+        ray.train.report.gate.set()
+        ray.train.report = report
+
+
+def checkpoints_of(folder: Path, name: str, world: int, background: bool = True) -> Path:
+    return folder / f"checkpoints-{world}-{name}-{background}"
+
+
+def checkpoint_of(folder: Path, name: str, world: int, background: bool = True) -> Path:
+    return checkpoints_of(folder, name, world, background) / f"step-{UPDATES:06d}"
 
 
 class Counted:
@@ -194,6 +217,47 @@ def poisoned(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return {"said": said, "before": before, "state": state_of(learner)}
 
 
+def slow_checkpoint(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """A checkpoint of which nothing is written before the ranks have made two updates more, together; then the next."""
+    held, learner = Held(folder, "plain"), Learner(SCENARIOS["plain"].config(folder), CPU)
+    where, progress = folder / "slow-checkpoints", Progress(step=0, groups=[1])
+    checkpoints = Checkpoints(where, rank, background=True)
+    with reporting() as reports:
+        reports.gate.clear()
+        states = [state_of(learner)]
+        checkpoints.take(learner, progress)
+        said = train(learner, held, rank, world, range(1, 3))
+        written = [f.name for f in where.glob("*/*")]
+        states.append(state_of(learner))
+        reports.gate.set()
+        progress.step = 2
+        checkpoints.take(learner, progress)
+        train(learner, held, rank, world, range(3, 4))
+        checkpoints.finish(DEADLINE_S)
+    loaded = []
+    for step in (0, 2):
+        found = Learner(learner.config, CPU)
+        read(where / f"step-{step:06d}", found)
+        loaded.append(state_of(found))
+    return {"said": said, "written": written, "states": states, "loaded": loaded, "names": reports.names}
+
+
+def failed_checkpoints(folder: Path, rank: int) -> dict[str, str]:
+    """What every rank hears when the last one cannot write, or writes elsewhere than the first."""
+    learner, heard = Learner(SCENARIOS["plain"].config(folder), CPU), {}
+    (folder / "no-folder").touch()
+    for name, last in (("barred", folder / "no-folder"), ("elsewhere", folder / "elsewhere")):
+        checkpoints = Checkpoints(folder / "failed" if rank == 0 else last, rank, background=True)
+        with reporting() as reports:
+            checkpoints.take(learner, Progress(step=5))
+            try:
+                checkpoints.finish(DEADLINE_S)
+            except CheckpointFailed as error:
+                heard[name] = str(error)
+            assert reports.names == []
+    return heard
+
+
 def slow_export(folder: Path, rank: int, world: int) -> dict[str, Any]:
     """An export whose writer does not end before the ranks have made another update together."""
     held, learner = Held(folder, "plain"), Learner(SCENARIOS["plain"].config(folder), CPU)
@@ -206,7 +270,7 @@ def slow_export(folder: Path, rank: int, world: int) -> dict[str, Any]:
             time.sleep(0.02)
         save_policy(*args)
 
-    trainer.learn.checkpoint.save_policy = slow
+    trainer.learn.exports.save_policy = slow
     try:
         exported = state_of(learner)
         exports.take(learner, 7)
@@ -218,7 +282,7 @@ def slow_export(folder: Path, rank: int, world: int) -> dict[str, Any]:
             moved_on.touch()
         exports.finish(DEADLINE_S)
     finally:
-        trainer.learn.checkpoint.save_policy = save_policy
+        trainer.learn.exports.save_policy = save_policy
     return {"exported": exported, "last": last}
 
 
@@ -238,6 +302,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     out |= {f"{name}, resumed": resumed(name, folder, rank, world, saved_by=1) for name in SAVED}
     out |= {"starts": {name: started(keys, folder) for name, keys in STARTS.items()}}
     out |= {"poisoned": poisoned(folder, rank, world), "slow export": slow_export(folder, rank, world)}
+    out |= {"slow checkpoint": slow_checkpoint(folder, rank, world), "failed checkpoints": failed_checkpoints(folder, rank)}
     missing_export(folder, rank, world)
     torch.save(out, folder / f"out-{rank}.pt")
     dist.destroy_process_group()

@@ -27,6 +27,7 @@ from trainer.config.learner import OptimizerConfig
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch
+from trainer.learn.checkpoint import save_shards
 from trainer.learn.learner import Learner, learning_rate
 from trainer.learn.objective import Anchors, Transitions, data_terms, policy_terms
 from trainer.learn.records import append_metrics
@@ -313,7 +314,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(policy_folder: Path, tmp_path: P
     made = learner_of(config_of(policy_folder))
     batch = batch_of(made)
     made.update(batch, 1)
-    made.save(tmp_path / "checkpoint")
+    save_shards(made.shards(), tmp_path / "checkpoint")
     restored = learner_of(config_of(policy_folder))
     restored.load(tmp_path / "checkpoint")
     assert difference(restored.full_state(), made.full_state()) == 0
@@ -336,7 +337,7 @@ def test_with_an_adapter_nothing_else_is_trained_or_published(shard_blocks: bool
     after = made.full_state()
     assert {n for n in before if not torch.equal(before[n], after[n])} == set(trained_weights(made.model)) == set(made.ema)
     assert all(".lora_" in n for n in made.ema)
-    made.save(tmp_path / "checkpoint")
+    save_shards(made.shards(), tmp_path / "checkpoint")
     restored = learner_of(config)
     restored.load(tmp_path / "checkpoint")
     assert difference(restored.full_state(), made.full_state()) == 0

@@ -21,7 +21,7 @@ from diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, transitions_of
-from trainer.learn.checkpoint import Exports
+from trainer.learn.exports import Exports
 from trainer.learn.learner import Learner
 from trainer.learn.objective import Anchors
 from trainer.run.preflight import check_files, check_policy

@@ -30,6 +30,7 @@ from diffusion.source import Source
 from tests.unit.diffusion.test_wan import wan
 from trainer.config.load import parse_config
 from trainer.learn.batch import StepBatch, transitions_of
+from trainer.learn.checkpoint import save_shards
 from trainer.learn.learner import Learner
 from trainer.learn.objective import Anchors, data_terms, policy_terms
 
@@ -92,7 +93,7 @@ def test_an_update_on_clips_is_the_gradient_of_the_whole_sum(kernel: str, micro_
     assert stats["ratio_deviation"] == pytest.approx(0, abs=1e-4)
     after = made.full_state()
     assert any(not torch.equal(before[n], after[n]) for n in before)
-    made.save(tmp_path / "checkpoint")
+    save_shards(made.shards(), tmp_path / "checkpoint")
     restored = Learner(config, CPU)
     restored.load(tmp_path / "checkpoint")
     assert all(torch.equal(after[n], value) for n, value in restored.full_state().items())

@@ -28,7 +28,8 @@ from diffusion.engine.engine import Engine
 from diffusion.families.glyph.policy import write_skeleton
 from diffusion.weights import WEIGHTS
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
-from tests.unit.trainer.learn.ranks import DEADLINE_S, GROUPS, MEMBERS, SAVED, SCENARIOS, SHAPE, STARTS, UPDATES, resumed, scenario, transport_of
+from tests.unit.trainer.learn.ranks import GROUPS, MEMBERS, SAVED, SCENARIOS, SHAPE, STARTS, UPDATES, checkpoint_of, resumed, scenario, transport_of
+from tests.unit.trainer.learn.reports import DEADLINE_S
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -229,6 +230,34 @@ def test_a_checkpoint_of_two_ranks_is_loaded_by_one(name: str, folder: Path, two
     assert_same(found["state"], two[0][name]["state"], rtol=0)
     assert_same_updates(found["next"], two[0][name]["next"])
     assert_same_state(name, found["next state"], two[0][name]["next state"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_in_the_background_is_to_the_byte_the_one_that_ranks_wait_for(name: str, world: int, folder: Path, two: list[dict[str, Any]]) -> None:
+    """Though the ranks had made an update more, in place, before it began."""
+    waited, trained = (checkpoint_of(folder, name, world, background) for background in (False, True))
+    shards = {f"__{rank}_0.distcp" for rank in range(world)}
+    assert {f.name for f in waited.iterdir()} == {f.name for f in trained.iterdir()} == {".metadata", "progress.json", *shards}
+    assert all((waited / file).read_bytes() == (trained / file).read_bytes() for file in (*shards, "progress.json"))
+
+
+def test_ranks_do_not_wait_for_a_slow_checkpoint(two: list[dict[str, Any]]) -> None:
+    """Nothing of the checkpoint of step 0 was on disk when both ranks had made two updates more; it holds what they had before."""
+    for rank in two:
+        seen = rank["slow checkpoint"]
+        assert len(seen["said"]) == 2
+        assert seen["written"] == []
+        assert seen["names"] == ["step-000000", "step-000002"]
+        assert_same(seen["loaded"], seen["states"], rtol=0)
+        assert seen["states"][0]["model"].keys() == seen["states"][1]["model"].keys()
+        assert any(not torch.equal(value, seen["states"][1]["model"][name]) for name, value in seen["states"][0]["model"].items())
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_fails_on_both(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert "could not be written (rank 1: NotADirectoryError" in rank["failed checkpoints"]["barred"]
+        assert "the run folder must be shared by all nodes" in rank["failed checkpoints"]["elsewhere"]
 
 
 def test_a_run_that_has_grown_goes_on_at_the_rate_it_had(folder: Path, one: dict[str, Any], two: list[dict[str, Any]]) -> None:

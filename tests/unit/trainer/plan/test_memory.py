@@ -206,6 +206,17 @@ def test_hosts_hold_their_own_evaluations_and_the_noise_of_all() -> None:
     assert evaluations(many) == ((4 + 1) * 8 * row, 4 * 64 * latent * 4)
 
 
+def test_a_checkpoint_being_written_is_a_copy_of_the_ranks_shards() -> None:
+    def copied(**sections: Any) -> float:
+        config = recipe(**sections)
+        return {p.name: p.bytes for p in hosts(config, sizes_of(config, Assumptions()))[0].parts}.get("checkpoint", 0.0)
+
+    assert copied() == 16 * P / 8 + 4 * BUFFERS  # weights, two moments, average
+    assert copied(optimizer={"ema": 0}, learner={"ranks": 4}) == 12 * P / 4 + 4 * BUFFERS
+    assert copied(model={"lora": {"rank": 16}}) < copied() / 50  # an adapter's
+    assert copied(learner={"checkpoint_async": False}) == 0
+
+
 def test_objects_of_published_versions_lie_in_the_nodes_memory() -> None:
     """Two newest, one that arrives, one that is evaluated; in the type that travels. Files take none of it."""
     config = recipe(weights={"transport": "objects"})

@@ -94,16 +94,17 @@ def test_the_store() -> None:
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_disk(rank: int) -> None:
+    """Two checkpoints and the one being written, two exports with their averages."""
     config = recipe(model={"lora": {"rank": rank}})
     sizes = sizes_of(config, Assumptions())
     kept = {part.name: part.bytes for part in storage_of(config, sizes).disk}
     network = sizes.transformer
     plain = 1_302_128 + 55_296
     if rank:
-        assert kept["checkpoints"] == 2 * 16 * network.trained
+        assert kept["checkpoints"] == 3 * 16 * network.trained
         assert kept["exports"] == 2 * 2 * 4 * (plain + network.trained)  # merged, and the adapter beside
     else:
-        assert kept["checkpoints"] == 2 * (16 * network.trained + 4 * network.buffers)
+        assert kept["checkpoints"] == 3 * (16 * network.trained + 4 * network.buffers)
         assert kept["exports"] == 2 * 2 * 4 * plain
     assert kept["weights"] == 4 * 4 * sizes.published_values
     objects = storage_of(config.model_copy(update={"weights": WeightsConfig(transport="objects")}), sizes)
