@@ -51,7 +51,7 @@ glyph-base: setup  ## train the demo's starting policy again (about 35 minutes)
 	@$(BIN)/ddrl train recipes/glyph-base.yaml
 	@$(BIN)/ddrl export runs/glyph-base recipes/glyph-base --ema --overwrite
 
-test: setup-dev  ## the tests: unit, integration and a whole run (10 to 15 minutes on 2 cores)
+test: setup-dev  ## the tests: unit, integration and a whole run (about 10 minutes on 2 cores)
 	@$(PYTEST) $(PARALLEL) -m "not long and not chaos"
 
 test-long: WORKERS := 2

@@ -45,6 +45,7 @@ def test_unreachable_redis_does_not_show_the_password(start: Callable[..., Run])
     assert all("sesame" not in file.read_text(errors="ignore") for file in run.folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.long
 def test_a_failed_start_can_be_mended_on_the_same_folder(start: Callable[..., Run]) -> None:
     refuse(start("run", "--set", "redis.url=redis://127.0.0.1:1/0", "--set", "redis.connect_timeout_s=1"), 1, "Redis")
     refuse(start("run", "--set", "redis.url=redis://127.0.0.1:2/0", "--set", "redis.connect_timeout_s=1"), 1, "127.0.0.1:2")

@@ -97,6 +97,7 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
     made.close()
 
 
+@pytest.mark.long
 def test_the_page_without_keys(shell: Shell) -> None:
     answers: list[tuple[str, Any]] = []
     typed = [line for line in lines() if line not in lines("Keys")]

@@ -101,7 +101,7 @@ def words_of(process: psutil.Process) -> str:
         return ""  # it has ended
 
 
-@pytest.mark.parametrize("moment", ["imports", pytest.param("ray", marks=pytest.mark.long), "rewards"])
+@pytest.mark.parametrize("moment", ["imports", pytest.param("ray", marks=pytest.mark.long), pytest.param("rewards", marks=pytest.mark.long)])
 def test_before_it_is_ready_it_ends_with_143_and_leaves_nothing(serve: Callable[..., Service], moment: str) -> None:
     service = serve()
     service.until(lambda: "starting the rewards: mean" in service.output)
@@ -120,6 +120,7 @@ def test_before_it_is_ready_it_ends_with_143_and_leaves_nothing(serve: Callable[
     assert len(gone) == len(started)
 
 
+@pytest.mark.long
 def test_while_it_serves_what_was_accepted_is_finished(serve: Callable[..., Service]) -> None:
     service = serve()
     client = RestRewardClient(service.url())

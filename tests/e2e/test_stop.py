@@ -54,6 +54,7 @@ def test_sigterm_before_ray_is_up(start: Callable[..., Run]) -> None:
     assert run.leftovers() == []
 
 
+@pytest.mark.long
 def test_sigterm_while_ray_comes_up(start: Callable[..., Run]) -> None:
     run = start("run")
     run.wait_for(lambda: any("gcs_server" in name for name in run.titles()), "Ray's first process")

@@ -57,6 +57,7 @@ def test_latents_are_the_codecs_of_cropped_pictures(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(latent.load()), codec.encode(pixels[None])[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.long
 def test_the_same_pictures_in_every_form_give_the_same_latents(tmp_path: Path) -> None:
     source = tmp_path / "folder"
     write_folder(source, 27)

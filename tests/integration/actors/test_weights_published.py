@@ -148,6 +148,7 @@ def test_a_rank_of_an_earlier_start_cannot_publish(published: Published) -> None
         ray.get(published.ranks[0].hand_in.remote(published.store, published.transport, (1, 9)), timeout=DEADLINE_S)
 
 
+@pytest.mark.long
 def test_bytes_of_dead_ranks_are_files_that_stay_or_objects_that_are_right_or_gone(published: Published) -> None:
     """An object ends with its rank, and may be there a little longer for readers on the rank's own node."""
     published.publish((1, 1), wanted=True)
@@ -188,6 +189,7 @@ def test_a_killed_store_serves_again(published: Published) -> None:
     assert values(published.newest()) == {3}
 
 
+@pytest.mark.long
 def test_a_store_that_dies_between_two_hand_ins(published: Published) -> None:
     first, last = published.ranks
     assert not ray.get(first.hand_in.remote(published.store, published.transport, (1, 1)), timeout=DEADLINE_S)
@@ -210,6 +212,7 @@ def test_an_evaluation_finds_its_version_until_it_is_done(published: Published) 
             published.ask("view", None, version)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "megabytes"), [("folder", 200), pytest.param("objects", 80, marks=pytest.mark.long)])  # the tests' object store holds 200 MiB
 def test_the_store_does_not_grow_with_the_model(kind: str, megabytes: int, tmp_path: Path) -> None:
     published = Published(FolderTransport(str(tmp_path)) if kind == "folder" else ObjectTransport())

@@ -12,6 +12,7 @@ from benchmarks.learner_memory import markdown
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.long
 def test_both_sides_of_a_tiny_policy() -> None:
     arguments = [sys.executable, "-m", "benchmarks.learner_memory", "--quick", "--json"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -76,9 +76,23 @@ def conditioning(seed: int) -> Conditioning:
     return Conditioning({"prompt_embeds": torch.randn(7, 24, generator=g), "pooled": torch.randn(12, generator=g)})
 
 
+def text(seed: int) -> Conditioning:
+    """Of a network without a pooled vector."""
+    return Conditioning({"prompt_embeds": conditioning(seed).prompt_embeds})
+
+
 def requests(steps: int, guidance: float) -> list[SampleRequest]:
     return [
-        SampleRequest((4, h // 2, w // 2), steps, conditioning=conditioning(i), negative=conditioning(100 + i), guidance=guidance, seed=3, group=i, n=2)
+        SampleRequest(
+            (4, h // 2, w // 2),
+            steps,
+            conditioning=conditioning(i, pooled=False),
+            negative=conditioning(100 + i, pooled=False),
+            guidance=guidance,
+            seed=3,
+            group=i,
+            n=2,
+        )
         for i, (h, w) in enumerate(SIZES)
     ]
 

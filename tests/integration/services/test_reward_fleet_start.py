@@ -21,6 +21,7 @@ class Neighbour:
         return "here"
 
 
+@pytest.mark.long
 def test_an_impossible_fleet_says_so_and_leaves_nothing(ray_cluster: None) -> None:
     neighbour = serve.run(Neighbour.bind(), name="neighbour", route_prefix="/neighbour")
     started = time.monotonic()

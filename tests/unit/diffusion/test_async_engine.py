@@ -112,11 +112,11 @@ def test_a_fault_of_the_network_reaches_those_in_the_batch_and_nobody_else(tiny_
     model = tiny_model()
     inner, faults, gate = model.forward, [RuntimeError("illegal instruction")], threading.Event()
 
-    def forward(*inputs: Any) -> Any:
+    def forward(*inputs: Any, **conditioning: Any) -> Any:
         gate.wait(WAIT_S)
         if faults:
             raise faults.pop()
-        return inner(*inputs)
+        return inner(*inputs, **conditioning)
 
     model.forward = forward  # type: ignore[method-assign]
     with AsyncEngine(Engine(model, PROCESS, 10)) as engine:  # one sample of 9 tokens at a time
@@ -131,9 +131,9 @@ def test_a_cancelled_command_does_not_end_the_engine(tiny_model: Build) -> None:
     model, gate = tiny_model(), threading.Event()
     inner = model.forward
 
-    def forward(*inputs: Any) -> Any:
+    def forward(*inputs: Any, **conditioning: Any) -> Any:
         gate.wait(WAIT_S)
-        return inner(*inputs)
+        return inner(*inputs, **conditioning)
 
     model.forward = forward  # type: ignore[method-assign]
     with AsyncEngine(Engine(model, PROCESS, 100)) as engine:

@@ -96,7 +96,7 @@ def test_a_file_in_the_folders_place_is_said_before_anything_is_drawn(prompts: P
 
 
 def test_a_fault_while_drawing_is_not_the_callers_mistake(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(*inputs: object) -> None:
+    def forward(*inputs: object, **conditioning: object) -> None:
         raise RuntimeError("illegal instruction")
 
     monkeypatch.setattr(SD3Transformer, "forward", forward)
