@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.learner_memory import markdown
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -83,16 +83,7 @@ def text(seed: int) -> Conditioning:
 
 def requests(steps: int, guidance: float) -> list[SampleRequest]:
     return [
-        SampleRequest(
-            (4, h // 2, w // 2),
-            steps,
-            conditioning=conditioning(i, pooled=False),
-            negative=conditioning(100 + i, pooled=False),
-            guidance=guidance,
-            seed=3,
-            group=i,
-            n=2,
-        )
+        SampleRequest((4, h // 2, w // 2), steps, conditioning=conditioning(i), negative=conditioning(100 + i), guidance=guidance, seed=3, group=i, n=2)
         for i, (h, w) in enumerate(SIZES)
     ]
 
@@ -171,7 +162,7 @@ def test_wan_clips_of_mixed_length_are_those_of_diffusers_network(tmp_path: Path
     theirs.save_pretrained(tmp_path / "transformer")
     engine = Engine(load_network(ModelConfig(path=str(tmp_path)))[0], RectifiedFlow(shift=3.0), max_tokens=4096)
     asked = [
-        SampleRequest((4, *clip), steps, conditioning=conditioning(i), negative=conditioning(100 + i), guidance=guidance, seed=3, group=i, n=2)
+        SampleRequest((4, *clip), steps, conditioning=text(i), negative=text(100 + i), guidance=guidance, seed=3, group=i, n=2)
         for i, (clip, steps, guidance) in enumerate((((1, 8, 8), 4, 1.0), ((5, 4, 6), 6, 5.0), ((3, 8, 4), 6, 1.0)))
     ]
     for one in engine.run(asked):
