@@ -125,7 +125,8 @@ class SideLane(Lane):
 
     def step(self) -> None:
         if not self._calls:
-            return super().step()
+            super().step()
+            return
         work, future = self._calls.popleft()
         answer(future, lambda: self.engine.call(work))
 
