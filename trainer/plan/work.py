@@ -24,7 +24,7 @@ class Work:
         sampling, prompts, decoding, training: operations of an update where generators and learner run; `prompts` through the text encoders.
         encoding: operations of an update beside generators and learner: anchor pictures through the VAE, on a CPU thread, and their captions
             through the text encoders; a set that `ddrl prepare-data` made has its pictures encoded.
-        evaluation: operations of one periodic evaluation, None without.
+        evaluation: operations of one periodic evaluation, which generators do beside their rollouts; None without.
         seconds: of an update by stage: `sampling` with prompts and decoding, `training`, `encoding`; `update`, the whole on GPUs; `evaluation`;
             `offload`, the part of training that waits for PCIe and for the optimiser's step on the host, where `learner.offload` is set.
         colocated: sampling and training take turns on the same GPUs.
@@ -126,8 +126,7 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     colocated = r.gpus > 0 and learner.gpus > 0 and r.generators + learner.ranks > count
     evaluated: dict[str, float] = {}
     if evaluation is not None:
-        evaluators = 1 if config.evaluation.gpus else config.evaluation.threads
-        evaluated["evaluation"] = seconds(evaluation, evaluators, config.evaluation.gpus, rate * assumptions.rollout_utilisation)
+        evaluated["evaluation"] = seconds(evaluation, r.generators, r.gpus, rate * assumptions.rollout_utilisation)
     turns = config.uses_policy and (colocated or config.replay.max_staleness == 0)
     update = sample_s + train_s if turns else max(sample_s, train_s)
     hours = config.updates * update / 3600
