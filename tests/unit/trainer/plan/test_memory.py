@@ -168,7 +168,9 @@ def test_a_generator() -> None:
     assert found["weights"].bytes == (P + BUFFERS) * 4
     assert found["casts of weights"].bytes == P * 2
     assert found["text encoders"].bytes == 4 * TEXT  # they are where the generator runs
-    assert found["activations"].bytes == 8 * 2 * 1357 * sizes.network.activation_bytes(2)
+    assert found["activations"].bytes == 32 * 1357 * sizes.network.activation_bytes(2)  # a parcel of an evaluation, more than 8 guided rollouts
+    many = recipe(sampler={"guidance": 4.5, "max_tokens": 60_000}, rollout={"group_size": 8, "concurrent_groups": 4})
+    assert next(p.bytes for p in generator(many, sizes, vae, Assumptions()) if p.name == "activations") == 60_000 * sizes.network.activation_bytes(2)
     assert found["decoding"].bytes == 4 * vae.decode.peak
     assert found["encoding"].bytes == 4 * vae.encode.peak  # of held-out pictures
     assert found["weights under evaluation"].bytes == (P + BUFFERS) * 4
