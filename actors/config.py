@@ -52,7 +52,9 @@ class DataConfig(Strict):
 class RolloutConfig(Strict):
     """How many rollouts, by how many generators."""
 
-    generators: int = Field(2, ge=1, description="rollout generator actors")
+    generators: int = Field(
+        2, ge=1, description="rollout generator actors; they also do the network's work of evaluations, in runs without rollouts nothing else"
+    )
     groups_per_step: int = Field(8, ge=1, description="groups (prompts) per update, G")
     group_size: int = Field(16, ge=2, description="rollouts per group, N")
     min_group_size: int | None = Field(
@@ -83,7 +85,7 @@ class RolloutConfig(Strict):
 class EncoderConfig(Strict):
     """Where prompts are encoded."""
 
-    actors: int = Field(0, ge=0, description="Encoder actors that hold the text encoders for everyone; 0 = generators, ranks and evaluator each load their own")
+    actors: int = Field(0, ge=0, description="Encoder actors that hold the text encoders for everyone; 0 = generators and ranks each load their own")
     gpus: float = Field(0.0, ge=0, description="GPUs of one Encoder actor")
     threads: int = Field(1, ge=1, description="torch threads of one Encoder actor")
     batch: int = Field(8, ge=1, description="prompts in one forward pass of the text encoders")
@@ -104,7 +106,8 @@ class WeightsConfig(Strict):
 
 
 class EvaluationConfig(Strict):
-    """Held-out numbers: raw weights (EMA beside), ODE sampler, no guidance, fixed prompts, noise and loss points."""
+    """Held-out numbers: raw weights (EMA beside), ODE sampler, no guidance, fixed prompts, noise and loss points. The rollout generators make
+    them, beside their rollouts."""
 
     every: int = Field(20, ge=0, description="updates between evaluations on dev prompts; 0 = none")
     dev_prompts: int = Field(96, ge=2, description="dev prompts of a periodic evaluation")
@@ -115,5 +118,3 @@ class EvaluationConfig(Strict):
     diversity_prompts: int = Field(32, ge=1, description="prompts of the diversity figure before and after; a periodic evaluation uses a quarter")
     diversity_samples: int = Field(16, ge=2, description="samples per prompt of the diversity figure")
     grid_prompts: int = Field(32, ge=1, description="prompts of the sample grids")
-    threads: int = Field(2, ge=1, description="torch threads of the evaluator")
-    gpus: float = Field(0.0, ge=0, description="GPUs of the evaluator; 0 = a CPU")

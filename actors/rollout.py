@@ -1,5 +1,8 @@
 """The rollout generator: hold weights → lease groups → sample them in the engine → score each that is done (while others are sampled) → commit it.
 
+Evaluations are its work too, at low priority: samples and losses of a named version, in the same engine (`actors.held_out`), whether it
+runs or not.
+
 Complete after `__init__` and driven by the ledger alone, so a generator that dies is simply started again: its leases
 expire and are given to someone else. Every group is a function of (run seed, group, weights): prompt, noise and the
 trained steps are drawn from named generators.
@@ -20,17 +23,20 @@ from typing import Any
 import numpy as np
 import redis
 import torch
+from numpy.typing import NDArray
 
 from actors.config import DataConfig, PromptConfig, RolloutConfig
 from actors.connect import Target
 from actors.encoding import EncoderUnavailable
 from actors.groups import group_payload, group_request, judge
+from actors.held_out import HeldOut
 from actors.payload import encode
 from actors.rewards import RunRewards
 from actors.sources.draws import prompt_source, training_example
 from actors.sources.example import Example
 from actors.sources.latents import clean_latents
-from actors.weights.reading import pull
+from actors.weights.reading import Exported, pull
+from actors.weights.store import View
 from actors.weights.transport import WeightsDamaged, WeightsGone
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
@@ -116,7 +122,7 @@ class RolloutGenerator:
         sampler = spec.sampler
         self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
         merge = spec.model.lora.rank > 0 and spec.model.lora.merge
-        engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge)
+        engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge, side=True)
         self.text = PromptCache(self.policy.text_encoder, device)
         self.source = prompt_source(spec.prompts, spec.data)
         if spec.model.compile:
@@ -131,6 +137,7 @@ class RolloutGenerator:
         }
         self.engine = AsyncEngine(engine)
         self.decoder = Decoder(self.policy.codec, device)
+        self._held_out = HeldOut(spec, self.engine, self.policy, self.text, self.decoder, engine.runner.plan.tokens)
         self.held: tuple[int, int] | None = None  # (lineage, version) of the newest weights that the engine was given
         self.buffer = spec.target.buffer()
         self.client = spec.rewards.connect()
@@ -176,6 +183,14 @@ class RolloutGenerator:
                 group.mixed = self.spec.rollout.weights == "in_flight" and self.held is not None and self.held[0] != group.lineage
                 scoring.append(self._scorer.submit(self._score_and_commit, group, future, time.monotonic() - group.started))
         return committed + sum(f.result() for f in scoring)
+
+    def sample_held_out(self, weights: View | Exported | None, draw: str, prompts: list[str], first: int, repeats: int) -> NDArray[np.uint8]:
+        """See `HeldOut.sample`."""
+        return self._held_out.sample(weights, draw, prompts, first, repeats)
+
+    def held_out_losses(self, weights: View | Exported | None, split: str, points: int, first: int, count: int) -> list[float]:
+        """See `HeldOut.losses`."""
+        return self._held_out.losses(weights, split, points, first, count)
 
     def _begin(self, lease: Lease) -> tuple[Future[list[Trajectory]], _Group] | None:
         """Hand a leased group to the engine; None if that failed, and the lease is given back with the reason."""

@@ -27,7 +27,7 @@ from diffusion.config import ModelConfig
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
 from diffusion.families.registry import FAMILIES, SIGNATURES, TEXT_ENCODERS, Family, Signature
-from diffusion.lora import add_lora, fresh_adapters, merged_weight
+from diffusion.lora import add_lora, fresh_adapters, merged_weight, trained_weights
 from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
 from diffusion.source import INDEX, CheckpointError, Source, belongs, has_codec, locate
@@ -119,6 +119,32 @@ def _drawn(folder: Path, provider: str, seed: int) -> dict[str, Tensor]:
     model.init_weights(generator(seed, "init"))
     state: dict[str, Tensor] = model.state_dict()
     return state
+
+
+class StartingWeights:
+    """What is trained of the network that `fill_network` fills, as it was before training (`diffusion.engine.incoming.Incoming`): one tensor
+    at a time, without the network.
+
+    Args:
+        model: a network of `build_network` with this config, for names and shapes.
+        config, seed: as of `fill_network`.
+    """
+
+    def __init__(self, model: PackedModel, config: ModelConfig, seed: int) -> None:
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in trained_weights(model).items()}
+        self._model, self._config, self._seed = model, config, seed
+
+    def pieces(self) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
+        for name, tensor in self._tensors():
+            yield name, (), tensor
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        if self._config.lora.rank:
+            return fresh_adapters(self._model, generator(self._seed, "lora"))
+        folder = locate(self._config.path, self._config.revision).folder
+        if self._config.init:
+            return iter(_drawn(folder, self._model.provider, self._seed).items())
+        return tensors_of(folder / "transformer")
 
 
 def load_network(config: ModelConfig, device: torch.device | str = "cpu", seed: int = 0) -> tuple[PackedModel, Provider]:

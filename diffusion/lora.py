@@ -48,8 +48,8 @@ class LoRALinear(nn.Linear):
         where: dict[str, Any] = {"device": layer.weight.device, "dtype": torch.float32}  # trained, also beside a bf16 base
         self.lora_A = nn.Linear(self.in_features, rank, bias=False, **where)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False, **where)
-        self.scale, self.active = alpha / rank, True
-        self._base: Tensor | None = None  # W, while the adapter is merged into it
+        self.scale, self.active, self.merged = alpha / rank, True, False
+        self._other: Tensor | None = None  # once merged: W while the adapter is in `weight`, what they make together while it is not
 
     def fresh(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """First values of A and B: A uniform as in peft (Kaiming with a = √5: bound 1/√in), B zero. Drawn on the CPU."""
@@ -58,7 +58,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight, self.bias)
-        if self._base is not None or not self.active:
+        if self.merged or not self.active:
             return out
         if not torch.is_autocast_enabled(x.device.type):  # which casts by itself; a cast before it would keep one more copy of x
             x = x.to(self.lora_A.weight.dtype)
@@ -68,9 +68,15 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merge(self) -> None:
         """Take the adapter as it is now into the weight; again after the adapter changed."""
-        if self._base is None:
-            self._base = self.weight.detach().clone()
-        self.weight.copy_(self._base + self.scale * self.lora_B.weight @ self.lora_A.weight)
+        if self._other is None:
+            self._other, self.merged = self.weight.detach().clone(), True
+        self.weight.copy_(self._other + self.scale * self.lora_B.weight @ self.lora_A.weight)
+
+    def turn(self) -> None:
+        """Exchange what is merged and W, by pointer; again, and it is as before. Nothing where nothing was merged."""
+        if self._other is not None:
+            self._other, self.weight.data = self.weight.data, self._other
+            self.merged = not self.merged
 
 
 def _layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -114,9 +120,10 @@ def add_lora(model: nn.Module, config: LoRAConfig, generator: torch.Generator | 
                 parameters[name].copy_(values)
 
 
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes and publishes: the adapter's parameters, or the whole state dict of a model without one."""
-    state: dict[str, Tensor] = model.state_dict()
+def trained_weights(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
+    """What training changes and publishes: the adapter's parameters, or the whole state dict of a model without one.
+    `keep_vars`: the parameters themselves, as of `state_dict`."""
+    state: dict[str, Tensor] = model.state_dict(keep_vars=keep_vars)
     layers = _layers(model)
     if not layers:
         return state
@@ -127,6 +134,19 @@ def merge_lora(model: nn.Module) -> None:
     """Merge every adapter of `model` into its layer, for sampling."""
     for layer in _layers(model).values():
         layer.merge()
+
+
+@contextmanager
+def unmerged_lora(model: nn.Module) -> Iterator[None]:
+    """The network with its adapters beside their layers, as they are trained; nothing is copied. `merge_lora` must wait until it ends."""
+    layers = _layers(model).values()
+    for layer in layers:
+        layer.turn()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.turn()
 
 
 @contextmanager

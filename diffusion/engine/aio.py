@@ -1,6 +1,10 @@
 """The engine for callers that do not want to wait: a thread steps it, requests come and go between steps.
 
 Every command (a request, an abort, new weights) is carried out between two steps, in the order in which it was given.
+
+Beside the live weights it may hold a second set for a while (`diffusion.engine.side`), for work of low priority such as an evaluation
+of one version: samples and calls of the side take steps of their own (`diffusion.engine.lanes`), so that a live sample is, bit for bit,
+what it is without them.
 """
 
 from __future__ import annotations
@@ -8,51 +12,25 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from diffusion.engine.engine import Engine, StepFailed, SwapPolicy
+from diffusion.engine.engine import Engine, SwapPolicy
 from diffusion.engine.incoming import Incoming
-from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
+from diffusion.engine.lanes import Answer, Lane, SideLane, Turns, answer
+from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.engine.stats import EngineStats
+
+T = TypeVar("T")
 
 
 class EngineClosed(RuntimeError):
     """The engine was closed before the request had finished."""
-
-
-class _Answer:
-    """What has come of one request so far."""
-
-    def __init__(self) -> None:
-        self.future: Future[list[Trajectory]] = Future()
-        self.trajectories: dict[int, Trajectory] = {}
-        self.failures: list[Failure] = []
-
-    def add(self, one: Trajectory | Failure) -> bool:
-        """Take a sample's end; True when the request is whole."""
-        if isinstance(one, Failure):
-            self.failures.append(one)
-        else:
-            self.trajectories[one.member] = one
-        return len(self.trajectories) + len(self.failures) == one.request.n
-
-    def settle(self) -> None:
-        ordered = [self.trajectories[m] for m in sorted(self.trajectories)]
-        with suppress(InvalidStateError):  # cancelled meanwhile
-            if self.failures:
-                self.future.set_exception(SamplingFailed(self.failures, ordered))
-            else:
-                self.future.set_result(ordered)
-
-    def fail(self, error: BaseException) -> None:
-        with suppress(InvalidStateError):
-            self.future.set_exception(error)
 
 
 class AsyncEngine:
@@ -63,9 +41,8 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._live, self._side, self._turns = Lane(engine), SideLane(engine), Turns()
         self._commands: deque[Callable[[], None]] = deque()
-        self._answers: dict[int, tuple[SampleRequest, _Answer]] = {}
         self._wake = threading.Condition()
         self._closing = False
         self._threads = torch.get_num_threads()
@@ -78,26 +55,31 @@ class AsyncEngine:
         The future raises ValueError for a request that cannot run, SamplingFailed when members failed, EngineClosed.
         Cancelling it aborts the request.
         """
-        answer = _Answer()
+        return self._submit(self._live, [request])[0]
+
+    def submit_side(self, requests: Sequence[SampleRequest]) -> list[Future[list[Trajectory]]]:
+        """As `submit`, with the second set of weights, each request's. They begin together, so that what stands beside what, and with it
+        every bit of the samples, depends on nobody else. LookupError when no set is held (as the cause of a StepFailed)."""
+        return self._submit(self._side, requests)
+
+    def _submit(self, lane: Lane, requests: Sequence[SampleRequest]) -> list[Future[list[Trajectory]]]:
+        answers = [Answer() for _ in requests]
 
         def add() -> None:
-            if not answer.future.cancelled():
-                try:
-                    if id(request) in self._answers:
-                        raise ValueError("this request is being sampled already; make another one")
-                    self._engine.add_request(request)
-                except Exception as error:  # belongs to whoever asked
-                    answer.fail(error)
-                else:
-                    self._answers[id(request)] = request, answer
+            for request, one in zip(requests, answers, strict=True):
+                lane.add(request, one)
 
-        def cancelled(future: Future[list[Trajectory]]) -> None:
+        for request, one in zip(requests, answers, strict=True):
+            one.future.add_done_callback(self._aborting(request))
+        self._command(add)
+        return [one.future for one in answers]
+
+    def _aborting(self, request: SampleRequest) -> Callable[[Future[Any]], None]:
+        def cancelled(future: Future[Any]) -> None:
             if future.cancelled():
                 self.abort(request)
 
-        answer.future.add_done_callback(cancelled)
-        self._command(add)
-        return answer.future
+        return cancelled
 
     async def generate(self, request: SampleRequest) -> list[Trajectory]:
         """`submit` for coroutines; cancelling the task aborts the request."""
@@ -107,21 +89,33 @@ class AsyncEngine:
         """Drop a request between two steps; its future is cancelled. One that has finished stays finished."""
 
         def drop() -> None:
-            self._engine.abort(request)
-            _, answer = self._answers.pop(id(request), (None, None))
-            if answer is not None:
-                answer.future.cancel()
+            self._live.abort(request)
+            self._side.abort(request)
 
         with suppress(EngineClosed):  # nothing is left to abort
             self._command(drop)
 
     def set_weights(self, state: Mapping[str, Tensor] | Incoming, version: int, digest: str | None = None, policy: SwapPolicy = "in_flight") -> Future[None]:
         """`Engine.set_weights` between two steps; requests submitted later are sampled with these weights or newer ones."""
-        return self._call(lambda: self._engine.set_weights(state, version, digest, policy))
+        return self._call(lambda: self._live.engine.set_weights(state, version, digest, policy))
+
+    def set_side_weights(self, state: Mapping[str, Tensor] | Incoming, version: int, digest: str | None = None) -> Future[None]:
+        """Hold a second set of weights, which takes memory until `drop_side_weights`; one that cannot be put in place to its end leaves none."""
+        return self._call(lambda: self._side.engine.set_weights(state, version, digest))
+
+    def drop_side_weights(self) -> Future[None]:
+        """Free the second set. Raises RuntimeError while a request needs it."""
+        return self._call(self._side.engine.drop)
+
+    def call_side(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work`, one forward pass at most, between two steps with the second set in place. Raises what it raises, or LookupError."""
+        future: Future[T] = Future()
+        self._command(lambda: self._side.add_call(work, future))
+        return future
 
     def stats(self) -> Future[EngineStats]:
-        """The engine's counters, between two steps."""
-        return self._call(lambda: self._engine.stats)
+        """The live engine's counters, between two steps."""
+        return self._call(lambda: self._live.engine.stats)
 
     def close(self) -> None:
         """End after the current step. Unfinished requests raise EngineClosed."""
@@ -138,18 +132,7 @@ class AsyncEngine:
 
     def _call(self, work: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = work()
-            except Exception as error:  # belongs to whoever asked
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        self._command(run)
+        self._command(lambda: answer(future, work))
         return future
 
     def _command(self, command: Callable[[], None]) -> None:
@@ -175,32 +158,20 @@ class AsyncEngine:
             for command in left:  # they find the engine closed, or are answered
                 command()
             closed = EngineClosed("the engine was closed" if cause is None else f"the engine's thread ended: {type(cause).__name__}: {cause}")
-            self._give_up(closed, [request for request, _ in self._answers.values()])
+            self._live.give_up(closed)
+            self._side.give_up(closed)
 
     def _turn(self) -> bool:
         """Commands, then one step; False when it is time to end."""
         with self._wake:
-            self._wake.wait_for(lambda: self._closing or self._commands or self._engine.unfinished)
+            self._wake.wait_for(lambda: self._closing or self._commands or self._live.busy or self._side.busy)
             if self._closing:
                 return False
             commands, self._commands = self._commands, deque()
         for command in commands:
             command()
-        try:
-            finished = self._engine.step()
-        except StepFailed as error:  # whoever took part hears of it; the engine goes on with the others
-            self._give_up(error, error.requests)
-            return True
-        for one in finished:
-            _, answer = self._answers[id(one.request)]
-            if answer.add(one):
-                del self._answers[id(one.request)]
-                answer.settle()
+        if self._turns.side(self._live.busy, self._side.busy):
+            self._side.step()
+        else:
+            self._live.step()
         return True
-
-    def _give_up(self, error: BaseException, requests: list[SampleRequest]) -> None:
-        for request in requests:
-            self._engine.abort(request)
-            _, answer = self._answers.pop(id(request), (None, None))
-            if answer is not None:
-                answer.fail(error)

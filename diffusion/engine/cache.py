@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 
 import torch
@@ -14,7 +15,7 @@ MAX_BYTES = 256 * 2**20
 
 
 class PromptCache:
-    """Least recently used prompts leave first.
+    """Least recently used prompts leave first. Threads may share one; the encoder then encodes for one at a time.
 
     Args:
         encoder: the frozen text encoder.
@@ -29,6 +30,7 @@ class PromptCache:
     def __init__(self, encoder: TextEncoder, device: torch.device | str = "cpu", max_bytes: int = MAX_BYTES) -> None:
         self._encoder, self._device, self.max_bytes = encoder, device, max_bytes
         self._kept: OrderedDict[bytes, Conditioning] = OrderedDict()
+        self._lock = threading.Lock()
         self.hits = self.misses = self.nbytes = 0
 
     def get(self, prompts: list[str]) -> list[Conditioning]:
@@ -37,6 +39,10 @@ class PromptCache:
         Raises:
             ValueError: the encoder refuses a prompt; nothing is kept then.
         """
+        with self._lock:
+            return self._get(prompts)
+
+    def _get(self, prompts: list[str]) -> list[Conditioning]:
         keys = [hashlib.blake2b(p.encode(), digest_size=16).digest() for p in prompts]
         found: dict[bytes, Conditioning] = {}
         for k in keys:

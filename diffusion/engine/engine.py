@@ -66,6 +66,7 @@ class Engine:
         text_encoder: for requests that bring a prompt and not its conditioning.
         cache_bytes: bound on the encoded prompts that are kept.
         merge: merge adapters (LoRA) into the weights. Their log-densities then differ from the learner's by rounding.
+        side: leave room for a second set of weights (`diffusion.engine.side`).
     """
 
     def __init__(
@@ -77,10 +78,13 @@ class Engine:
         text_encoder: TextEncoder | None = None,
         cache_bytes: int = MAX_BYTES,
         merge: bool = False,
+        side: bool = False,
     ) -> None:
-        self.runner = Runner(model, max_tokens, dtype, merge)
-        self.process = process
-        self.prompts = PromptCache(text_encoder, self.runner.device, cache_bytes) if text_encoder is not None else None
+        runner = Runner(model, max_tokens, dtype, merge, side)
+        self._begin(runner, process, PromptCache(text_encoder, runner.device, cache_bytes) if text_encoder is not None else None)
+
+    def _begin(self, runner: Runner, process: ForwardProcess, prompts: PromptCache | None) -> None:
+        self.runner, self.process, self.prompts = runner, process, prompts
         self._scheduler: Scheduler[Sequence] = Scheduler(self.runner.plan.tokens)
         self._paths: dict[tuple[str, float, int, tuple[float, ...] | None], Path] = {}
         self._stats = EngineStats()

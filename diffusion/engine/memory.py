@@ -46,6 +46,7 @@ class MemoryPlan:
         bytes_per_token: activations of one token at the peak.
         free: free bytes of the device.
         device: its name.
+        reserved: bytes of them that are kept for a second set of weights (`diffusion.engine.side`).
     """
 
     tokens: int
@@ -53,12 +54,14 @@ class MemoryPlan:
     bytes_per_token: int
     free: int
     device: str
+    reserved: int = 0
 
     def __str__(self) -> str:
         bound = "memory" if self.fitting <= self.tokens else "sampler.max_tokens"
+        kept = f", {self.reserved / 1e9:.1f} of them for weights under evaluation" if self.reserved else ""
         return (
             f"{self.tokens} tokens a forward pass, bound by {bound}: {self.bytes_per_token / 1000:.1f} kB of activations a token, "
-            f"{self.free / 1e9:.1f} GB free on {self.device}, {self.fitting} tokens would fit"
+            f"{self.free / 1e9:.1f} GB free on {self.device}{kept}, {self.fitting} tokens would fit"
         )
 
 
@@ -79,17 +82,18 @@ def free_bytes(device: torch.device) -> int:
     return max(0, min(available, int(limit) - int(used) + reclaimable))
 
 
-def plan_memory(bytes_per_token: int, device: torch.device, max_tokens: int) -> MemoryPlan:
+def plan_memory(bytes_per_token: int, device: torch.device, max_tokens: int, reserved: int = 0) -> MemoryPlan:
     """The budget: `max_tokens`, or less if that does not fit.
 
     Args:
         bytes_per_token: activations of one packed token at the peak of a forward pass.
         device: where the model is.
         max_tokens: upper bound, from the configuration.
+        reserved: bytes that will be wanted for something else.
     """
     free = free_bytes(device)
-    fitting = max(1, int(free * SHARE) // bytes_per_token)
-    return MemoryPlan(min(max_tokens, fitting), fitting, bytes_per_token, free, str(device))
+    fitting = max(1, int(max(0, free - reserved) * SHARE) // bytes_per_token)
+    return MemoryPlan(min(max_tokens, fitting), fitting, bytes_per_token, free, str(device), reserved)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,8 @@ What is held is where the weights come from, not a copy: `swap` puts one piece a
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -42,20 +44,22 @@ class Runner:
         max_tokens: upper bound on the tokens of one packed forward pass; less if memory does not hold it (`plan`).
         dtype: `float32` or `bfloat16` inside the network (`diffusion.precision`).
         merge: merge adapters (LoRA) into the weights. Their log-densities then differ from the learner's by rounding.
+        side: leave room for a second set of what is trained (`diffusion.engine.side`).
 
     Attributes:
         plan: the token budget and where it comes from.
         version, digest: of the weights in place.
     """
 
-    def __init__(self, model: PackedModel, max_tokens: int, dtype: str = "float32", merge: bool = False) -> None:
+    def __init__(self, model: PackedModel, max_tokens: int, dtype: str = "float32", merge: bool = False, side: bool = False) -> None:
         self.model, self.dtype, self.merge = model.eval(), dtype, merge
         self.device = next(model.parameters()).device
         if merge:
             merge_lora(model)  # before memory is measured: the unmerged weights are kept
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.plan = plan_memory(model.activation_bytes(itemsize(dtype)), self.device, max_tokens)
+        second = sum(tensor.nbytes for tensor in trained_weights(model).values()) if side else 0
+        self.plan = plan_memory(model.activation_bytes(itemsize(dtype)), self.device, max_tokens, second)
         self.version = 0
         self.digest: str | None = None
         self._next: tuple[Incoming, int, str | None] | None = None
@@ -95,9 +99,17 @@ class Runner:
 
     @torch.no_grad()
     def _put(self, incoming: Incoming) -> None:
-        own = trained_weights(self.model)  # names were checked; with an adapter the rest stays
+        own = self._places()  # names were checked; with an adapter the rest stays
         for name, place, piece in incoming.pieces():
             own[name][place].copy_(piece)
+
+    def _places(self) -> dict[str, Tensor]:
+        """The tensors that weights are put into."""
+        return trained_weights(self.model)
+
+    def weights(self) -> AbstractContextManager[None]:
+        """The network has this runner's weights meanwhile."""
+        return nullcontext()
 
     def forward(self, batch: list[Sequence]) -> list[tuple[Rows, Tensor]]:
         """Predictions of one packed forward pass, by rows of one kernel and shape.
@@ -107,7 +119,8 @@ class Runner:
         """
         rows = rows_of(batch, self.device)
         try:
-            return list(zip(rows, predict(self.model, rows, self.dtype), strict=True))
+            with self.weights():
+                return list(zip(rows, predict(self.model, rows, self.dtype), strict=True))
         except Exception as error:
             if not out_of_memory(error):
                 raise

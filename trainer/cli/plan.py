@@ -190,7 +190,7 @@ def _work(plan: Plan) -> Table:
         table.add_row("of that offloading", "", _time(seconds["offload"]), "shards over PCIe, the optimiser's step on the host")
     table.add_row("encoding", _flops(work.encoding), _time(seconds["encoding"]), "anchor pictures on a CPU thread, texts where prompts are encoded")
     if work.evaluation is not None:
-        table.add_row("an evaluation", _flops(work.evaluation), _time(seconds["evaluation"]), "on evaluation.gpus, else evaluation.threads")
+        table.add_row("an evaluation", _flops(work.evaluation), _time(seconds["evaluation"]), "by the generators, where their rollouts leave room")
     how = "sampling and training take turns" if seconds["update"] == seconds["sampling"] + seconds["training"] else "the slower of the two"
     table.add_row("update", "", _time(seconds["update"]), how)
     for name, size in work.links.items():

@@ -40,8 +40,6 @@ MOST: dict[str, int] = {
     "evaluation.diversity_prompts": 4,
     "evaluation.diversity_samples": 2,
     "evaluation.grid_prompts": 8,
-    "evaluation.threads": 1,
-    "evaluation.gpus": 0,
 }
 """Numbers of a recipe, and the most that is left of each. What hangs together is in `shrunk`."""
 

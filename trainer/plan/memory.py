@@ -30,6 +30,8 @@ MASTER = 4
 """Bytes of a parameter, its gradient, its average, and of each of Adam's two moments."""
 PROMPT_CACHE = 256 * 2**20
 """Bound of a generator's encoded prompts (`diffusion.engine.cache`)."""
+PARCEL = 32
+"""Pictures that an evaluation asks of a generator at a time (`actors.evaluator.SAMPLES_A_PARCEL`)."""
 WEIGHT_VERSIONS = 2
 """Newest versions of the weights that are kept (`actors.weights.store`); beside them the next one arrives, and one waits for its evaluation."""
 PART = 64 * 2**20
@@ -217,15 +219,17 @@ def offloaded(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
 
 
 def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assumptions) -> tuple[Part, ...]:
-    """A generator at its peak: the engine's largest forward pass while pictures are decoded."""
+    """A generator at its peak: the engine's largest forward pass while pictures are decoded, in the middle of an evaluation."""
     network, e, rollout, sampler = sizes.transformer, BYTES[config.model.dtype], config.rollout, config.sampler
     based = config.model.base_dtype
     weights = weights_bytes(config, sizes) + buffers_bytes(config, sizes)
     cast = network.trained if based == "bfloat16" else max(sizes.blocks) if sizes.adapted else network.parameters
     casts = 0.0 if e == 4 else 2.0 * cast
     merged = BYTES[based] * sizes.adapted_weights if config.model.lora.merge else 0
-    members = rollout.concurrent_groups * rollout.group_size
-    tokens = min(sampler.max_tokens, members * sizes.tokens * (2 if sampler.guidance > 1 else 1))
+    members = rollout.concurrent_groups * rollout.group_size if config.uses_policy else 0
+    evaluated = max(config.evaluation.diversity_samples, min(PARCEL, config.evaluation.test_prompts))
+    tokens = min(sampler.max_tokens, max(members * sizes.tokens * (2 if sampler.guidance > 1 else 1), evaluated * sizes.tokens))
+    prompts = config.updates * rollout.groups_per_step * config.uses_policy + config.evaluation.test_prompts
     history = 3 if sampler.kernel == "edm_2ab" else 2
     states = members * (history * trained_steps(config) + 3) * sizes.latent_values * 4.0
     parts = [
@@ -234,13 +238,16 @@ def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
         Part("unmerged weights", merged, "kept beside those that the adapter is merged into"),
         Part("activations", tokens * sizes.network.activation_bytes(e), f"{tokens} tokens a forward pass"),
         Part("states", states, f"{members} samples with their trained transitions, fp32"),
-        Part("encoded prompts", min(PROMPT_CACHE, config.updates * rollout.groups_per_step * sizes.prompt_values * 4.0), "cache of at most 256 MiB"),
+        Part("weights under evaluation", MASTER * sizes.published_values, "what is trained, of the version that is evaluated; for that time"),
+        Part("encoded prompts", min(PROMPT_CACHE, prompts * sizes.prompt_values * 4.0), "cache of at most 256 MiB"),
     ]
     if not config.encoder.actors:
         parts.append(Part("text encoders", encoders_bytes(config, sizes), config.model.text_dtype))
     if sizes.vae is not None:
         parts.append(Part("VAE", vae_bytes(sizes), "fp32"))
-        batch = min(vae.batch, rollout.group_size)
+        batch = min(vae.batch, max(members, evaluated))
+        if config.data.kind != "prepared":
+            parts.append(Part("encoding", vae.batch * vae.encode.peak, "held-out pictures of an evaluation, in one call"))
         parts.append(Part("decoding", batch * vae.decode.peak, f"{batch} pictures of {sampler.height}x{sampler.width} in one call"))
     return tuple(part for part in parts if part.bytes)
 
@@ -250,20 +257,6 @@ def encoder(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     parts = [Part("text encoders", encoders_bytes(config, sizes), config.model.text_dtype)]
     if not config.encoder.gpus:
         parts.append(Part("encoded prompts", config.encoder.cache_mb * 2.0**20, "cache"))
-    return tuple(part for part in parts if part.bytes)
-
-
-def evaluator(config: RunConfig, sizes: Sizes, vae: VAEPass) -> tuple[Part, ...]:
-    """The evaluator: a policy of its own, the engine's largest forward pass, or pictures being decoded."""
-    network, e, s = sizes.transformer, BYTES[config.model.dtype], config.sampler
-    computed = min(s.max_tokens, config.evaluation.test_prompts * sizes.tokens) * sizes.network.activation_bytes(e)
-    parts = [
-        Part("weights", weights_bytes(config, sizes) + buffers_bytes(config, sizes)),
-        Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype),
-        Part("VAE", vae_bytes(sizes), "fp32"),
-        Part("activations", max(float(computed), vae.batch * vae.decode.peak), "a forward pass of the engine, or decoding"),
-        Part("casts of weights", 0.0 if e == 4 else 2.0 * (network.trained if config.model.base_dtype == "bfloat16" else network.parameters), "bf16"),
-    ]
     return tuple(part for part in parts if part.bytes)
 
 
@@ -282,18 +275,15 @@ def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     """Everything that may lie on a GPU: learner ranks, generators, rewards."""
     own = Part("process", assumptions.process_gb * 1e9, "context and libraries")
     found = [Process("learner rank", config.learner.ranks, config.learner.gpus, learner_rank(config, sizes))]
-    if config.uses_policy:
-        found.append(Process("generator", config.rollout.generators, config.rollout.gpus, generator(config, sizes, vae, assumptions)))
+    found.append(Process("generator", config.rollout.generators, config.rollout.gpus, generator(config, sizes, vae, assumptions)))
     if config.encoder.actors:
         found.append(Process("encoder", config.encoder.actors, config.encoder.gpus, encoder(config, sizes)))
-    if config.evaluation.gpus:
-        found.append(Process("evaluator", 1, config.evaluation.gpus, evaluator(config, sizes, vae)))
     return [replace(p, parts=(*p.parts, own)) if p.gpus else p for p in found] + rewards(config)
 
 
 def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     """Host memory of a run's processes, without Python and its libraries, and without what `learner_rank` and `generator` count. In this
-    build the anchor feeder runs on a CPU, and the evaluator where it has no GPU; a rank holds its own rows, and draws the noise of all ranks'
+    build the anchor feeder runs on a CPU; the evaluator holds pictures and no network; a rank holds its own rows, and draws the noise of all ranks'
     anchor evaluations before it takes its own."""
     row = 2 * sizes.latent_values * 4.0
     transitions, anchors = rank_rows(config)
@@ -316,25 +306,15 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
         making, why = copies * MASTER * sizes.transformer.trained + min(SHARD, network), "rank 0 only: the adapter, and a file of the merged network"
     else:
         making, why = copies * network, "rank 0 only"
-    encoders = Part("text encoders", 0.0 if config.encoder.actors else encoders_bytes(config, sizes), config.model.text_dtype)
     pixels = Part("VAE", vae_bytes(sizes), "fp32")
-    shown = Part("network", network, "the files themselves, mapped and shared" if maps_weights(config) else "on the CPU")
     export = Process("export of rank 0", 1, 0, (Part("export in the making", making, why),))
     found = [Process("learner rank", config.learner.ranks, 0, tuple(p for p in rank if p.bytes)), export]
-    if config.uses_policy:
-        found.append(Process("generator", config.rollout.generators, 0, (Part("weights that arrive", version, "mapped or shared memory of its node"),)))
-    if not config.evaluation.gpus:
-        found.append(Process("evaluator", 1, 0, tuple(p for p in (shown, encoders, pixels) if p.bytes)))
+    found.append(Process("generator", config.rollout.generators, 0, (Part("weights that arrive", version, "mapped or shared memory of its node"),)))
     if config.feeds_data and pixels.bytes:
         found.append(Process("anchor feeder", 1, 0, (pixels,)))
     if config.weights.transport == "objects":
         found.append(Process("object store", 1, 0, (Part("versions", kept_versions(config) * version, "Ray's, over the nodes of the ranks"),)))
     return found
-
-
-def maps_weights(config: RunConfig) -> bool:
-    """Whether the network's frozen weights on CPUs are their files, where those are of `base_dtype`."""
-    return config.model.map_weights and config.model.lora.rank > 0
 
 
 def version_bytes(config: RunConfig, sizes: Sizes) -> float:

@@ -154,9 +154,10 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
         )
         found.append(Finding("warning", "encoding", f"{told}; {remedy}"))
     if work.evaluation is not None and seconds["evaluation"] > config.evaluation.every * seconds["update"]:
-        where = "its share of a GPU" if config.evaluation.gpus else f"{config.evaluation.threads} CPU threads (evaluation.gpus puts it on a GPU)"
-        told = f"a periodic evaluation takes {seconds['evaluation'] / 3600:.1f} h on {where}"
-        found.append(Finding("warning", "evaluation", f"{told}, longer than the {config.evaluation.every} updates between two: it falls behind"))
+        where = f"{config.rollout.generators} generators" + ("" if config.rollout.gpus else " on CPUs (rollout.gpus puts them on GPUs)")
+        told = f"a periodic evaluation takes {seconds['evaluation'] / 60:.1f} min of {where}"
+        remedy = "raise evaluation.every or rollout.generators"
+        found.append(Finding("warning", "evaluation", f"{told}, longer than the {config.evaluation.every} updates between two: it falls behind; {remedy}"))
     rank = machines[0].total
     if rank > 16e9:
         found.append(

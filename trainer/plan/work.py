@@ -8,7 +8,7 @@ from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass
 from trainer.plan.gpus import GPU
-from trainer.plan.memory import MASTER, gathers_gradients, moments_bytes, offloads, passes, trained_steps, version_bytes, weights_bytes
+from trainer.plan.memory import MASTER, PARCEL, gathers_gradients, moments_bytes, offloads, passes, trained_steps, version_bytes, weights_bytes
 from trainer.plan.sizes import Sizes
 from trainer.plan.storage import Storage
 
@@ -24,7 +24,7 @@ class Work:
         sampling, prompts, decoding, training: operations of an update where generators and learner run; `prompts` through the text encoders.
         encoding: operations of an update beside generators and learner: anchor pictures through the VAE, on a CPU thread, and their captions
             through the text encoders; a set that `ddrl prepare-data` made has its pictures encoded.
-        evaluation: operations of one periodic evaluation, None without.
+        evaluation: operations of one periodic evaluation, which generators do beside their rollouts; None without.
         seconds: of an update by stage: `sampling` with prompts and decoding, `training`, `encoding`; `update`, the whole on GPUs; `evaluation`;
             `offload`, the part of training that waits for PCIe and for the optimiser's step on the host, where `learner.offload` is set.
         colocated: sampling and training take turns on the same GPUs.
@@ -85,6 +85,19 @@ def offloaded_bytes(config: RunConfig, sizes: Sizes) -> tuple[float, float]:
     return gathers * weights_bytes(config, sizes) / ranks + reductions * trained, step
 
 
+def pictures_of(config: RunConfig) -> tuple[int, int]:
+    """Pictures of a periodic evaluation, one a prompt and those of the diversity figure, which are made one after the other."""
+    e = config.evaluation
+    return e.dev_prompts, max(1, e.diversity_prompts // 4) * e.diversity_samples
+
+
+def evaluators(config: RunConfig) -> float:
+    """Generators that a periodic evaluation keeps busy in the mean: it comes in parcels, of which a generator has one at a time."""
+    sizes = pictures_of(config)
+    rounds = sum(-(-pictures // (PARCEL * config.rollout.generators)) for pictures in sizes)
+    return max(1.0, sum(sizes) / (PARCEL * rounds))
+
+
 def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu: GPU, count: int, assumptions: Assumptions, price: float | None) -> Work:
     """See `Work`. `count`: GPUs that there are; `price`: of one GPU an hour."""
     forward, passes = float(sizes.network.forward_flops(sizes.shape, sizes.prompt[0])), forwards(config)
@@ -100,12 +113,12 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     evaluation = None
     if config.evaluation.every:
         e = config.evaluation
-        pictures = e.dev_prompts + max(1, e.diversity_prompts // 4) * e.diversity_samples
+        pictures = sum(pictures_of(config))
         evaluation = pictures * (config.sampler.eval_steps * forward + vae.decode.flops) + e.loss_points / 4 * forward
 
     cpu = assumptions.cpu_gflops * 1e9
 
-    def seconds(operations: float, parts: int, gpus: float, rate: float) -> float:
+    def seconds(operations: float, parts: float, gpus: float, rate: float) -> float:
         """Of processes that share the work, each on a GPU of its own as long as there are enough, or on a thread."""
         if not gpus:
             return operations / (parts * cpu)
@@ -126,8 +139,7 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     colocated = r.gpus > 0 and learner.gpus > 0 and r.generators + learner.ranks > count
     evaluated: dict[str, float] = {}
     if evaluation is not None:
-        evaluators = 1 if config.evaluation.gpus else config.evaluation.threads
-        evaluated["evaluation"] = seconds(evaluation, evaluators, config.evaluation.gpus, rate * assumptions.rollout_utilisation)
+        evaluated["evaluation"] = seconds(evaluation, evaluators(config), r.gpus, rate * assumptions.rollout_utilisation)
     turns = config.uses_policy and (colocated or config.replay.max_staleness == 0)
     update = sample_s + train_s if turns else max(sample_s, train_s)
     hours = config.updates * update / 3600

@@ -29,6 +29,8 @@ from trainer.run.training import LearnerGroup
 START_DEADLINE_S = 600.0
 """For an actor to have its weights: text encoders of 11 GB come from disks of 50 MB/s too. One that fails says so at once."""
 STOP_DEADLINE_S = 60.0
+GENERATOR_CALLS = 8
+"""Calls of a generator that run at a time: its loop, parcels of an evaluation and those that were given up, `stop`."""
 
 
 Jobs = dict[str, Any]
@@ -91,32 +93,31 @@ class Parts:
         texts = ray.remote(Encoder).options(num_cpus=CPUS["encoder"], num_gpus=config.encoder.gpus, **forever)
         self.encoders = [texts.remote(config.model, config.encoder) for _ in range(config.encoder.actors)]
         shared = SharedTextEncoder(self.encoders) if self.encoders else None
-        held_out = EvaluatorSpec(
-            config.model, config.sampler, config.prompts, config.data, config.evaluation, rewards, str(self.folder.path), config.seed, shared
-        )
-        evaluator = ray.remote(Evaluator).options(num_cpus=CPUS["evaluator"], num_gpus=config.evaluation.gpus, max_restarts=3, max_task_retries=3)
-        self.evaluator = evaluator.remote(held_out)
-        if config.uses_policy:
-            own = config.uses_data and not config.feeds_data
-            stored = config.replay.store_dtype
-            rollout = RolloutSpec(
-                config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own, stored, shared
-            )
-            generator = ray.remote(RolloutGenerator).options(num_cpus=CPUS["generator"], num_gpus=config.rollout.gpus, max_concurrency=4, **forever)
-            self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
+        own = config.uses_data and not config.feeds_data
+        stored = config.replay.store_dtype
+        rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own, stored, shared)
+        generator = ray.remote(RolloutGenerator).options(num_cpus=CPUS["generator"], num_gpus=config.rollout.gpus, max_concurrency=GENERATOR_CALLS, **forever)
+        self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
+        held_out = EvaluatorSpec(tuple(self.generators), config.prompts, config.data, config.sampler, config.evaluation, rewards, str(self.folder.path))
+        self.evaluator = ray.remote(Evaluator).options(num_cpus=CPUS["evaluator"], max_restarts=3, max_task_retries=3).remote(held_out)
         if config.feeds_data:
             anchor = AnchorSpec(config.seed, config.model, config.sampler, config.data, config.data_rows, self.target, shared)
             self.feeder = ray.remote(AnchorFeeder).options(num_cpus=CPUS["anchor feeder"], max_concurrency=4, **forever).remote(anchor)
 
     @property
+    def _named_generators(self) -> dict[str, Any]:
+        return {f"rollout generator {i}": g for i, g in enumerate(self.generators)}
+
+    @property
     def producers(self) -> dict[str, Any]:
-        named = {f"rollout generator {i}": g for i, g in enumerate(self.generators)}
+        """Actors whose loops fill the buffer; without rollouts generators are there for evaluations alone."""
+        named = self._named_generators if self.config.uses_policy else {}
         return named | ({"anchor feeder": self.feeder} if self.feeder is not None else {})
 
     def start_producers(self) -> None:
         """Wait for the actors, then let the producers run. Raises RunFailed naming the actor."""
         encoders = {f"encoder {i}": actor for i, actor in enumerate(self.encoders)}
-        for name, actor in (encoders | self.producers).items():
+        for name, actor in (encoders | self._named_generators | self.producers).items():
             try:
                 ray.get(actor.pid.remote(), timeout=START_DEADLINE_S)
             except Exception as error:
@@ -216,6 +217,6 @@ class Parts:
         """End the learner group and kill the actors; safe at any time."""
         if self._learners is not None:
             self._learners.cancel()
-        for actor in [*self.producers.values(), self.evaluator, self.weights, *self.encoders]:
+        for actor in [*self.generators, self.feeder, self.evaluator, self.weights, *self.encoders]:
             if actor is not None:
                 ray.kill(actor)

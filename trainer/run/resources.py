@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 
-CPUS = {"weight store": 0.1, "evaluator": 1.0, "generator": 1.0, "encoder": 1.0, "anchor feeder": 0.5, "rank": 1.0}
+CPUS = {"weight store": 0.1, "evaluator": 0.1, "generator": 1.0, "encoder": 1.0, "anchor feeder": 0.5, "rank": 1.0}
 """Logical CPUs of one part each; most of them mostly wait."""
 
 
 def needs(config: RunConfig, fleet: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Ray CPUs and GPUs of a run by the part that asks for them; `fleet`: what its own reward fleet asks for."""
-    generators = config.rollout.generators if config.uses_policy else 0
+    generators = config.rollout.generators  # evaluations are their work too
     cpus = {
         "rollout.generators": generators * CPUS["generator"],
         "encoder.actors": config.encoder.actors * CPUS["encoder"],
@@ -25,7 +25,6 @@ def needs(config: RunConfig, fleet: Mapping[str, float]) -> dict[str, dict[str, 
         "rollout.gpus": generators * config.rollout.gpus,
         "encoder.gpus": config.encoder.actors * config.encoder.gpus,
         "learner.gpus": config.learner.ranks * config.learner.gpus,
-        "evaluation.gpus": config.evaluation.gpus,
         "rewards": fleet.get("GPU", 0.0),
     }
     return {"CPU": cpus, "GPU": gpus}

@@ -48,7 +48,7 @@ def test_one_update_is_made_and_measured(tiny: Path, tmp_path: Path) -> None:
     done = subprocess.run(arguments, cwd=ROOT, text=True, capture_output=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for role in ("learner rank", "generator", "encoder", "evaluator"):
+    for role in ("learner rank", "generator", "encoder"):
         of = found["memory"][role]
         assert 0 < of["mapped"] < of["resident"]
         assert of["plan"] > 0

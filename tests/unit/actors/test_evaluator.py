@@ -1,9 +1,10 @@
-"""The evaluator with a scorer in memory: fixed draws, per-prompt numbers, failures that stay failures."""
+"""The evaluator with a scorer in memory and real generators in threads: fixed draws, per-prompt numbers, failures that stay failures."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from ray.exceptions import ActorDiedError
 from safetensors.torch import save_file
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
-from actors.evaluator import EvaluationFailed, Evaluator, EvaluatorSpec
+from actors.evaluator import Evaluator, EvaluatorSpec, parcels
 from actors.groups import Weighted
+from actors.judgement import EvaluationFailed
 from actors.prepared import Row, begin, finish, write_shard
 from actors.rewards import RunRewards
 from actors.sources.draws import held_out_prompts
@@ -33,8 +38,11 @@ from diffusion.config import ModelConfig, SamplerConfig
 from services.config import FleetConfig
 from services.contract import ItemScore, ScoreFailure
 from services.terms import Term
+from tests.unit.actors.local import Local, idle_generator
 
-SETTINGS = EvaluationConfig(test_prompts=6, dev_prompts=4, loss_points=8, diversity_prompts=4, diversity_samples=3, grid_prompts=5, threads=1)
+SETTINGS = EvaluationConfig(test_prompts=6, dev_prompts=4, loss_points=8, diversity_prompts=4, diversity_samples=3, grid_prompts=5)
+
+SAMPLER = SamplerConfig(eval_steps=2, steps=3, trained_steps=1)
 
 
 @dataclass
@@ -44,6 +52,7 @@ class Scorer:
     fails_at: int | None = None
     always_fails: bool = False
     prompts: list[str] = field(default_factory=list)
+    calls: list[list[str]] = field(default_factory=list)
 
     def info(self, names: list[str]) -> dict[str, Any]:
         return {name: SimpleNamespace(revision=f"{name}-1") for name in names}
@@ -53,6 +62,7 @@ class Scorer:
 
     def score(self, name: str, prompts: list[str], images: np.ndarray) -> list[ItemScore | ScoreFailure]:
         self.prompts = prompts
+        self.calls += [prompts] * (name == "mean")
         scores: list[ItemScore | ScoreFailure] = [ItemScore(float(i.mean()) / 255, {"exact_match": float(n % 2)}) for n, i in enumerate(images)]
         if self.fails_at is not None and name == "mean":
             scores[self.fails_at] = ScoreFailure("engine_error", "no")
@@ -65,9 +75,18 @@ REWARDS = RunRewards(FleetConfig(url="http://127.0.0.1:9"), "rewards", (Weighted
 
 
 def evaluator(folder: Path, run_dir: Path, scorer: Scorer | None = None, rewards: RunRewards = REWARDS) -> Evaluator:
-    model = ModelConfig(path=str(folder), init=True)
-    sampler = SamplerConfig(eval_steps=2, steps=3, trained_steps=1)
-    made = Evaluator(EvaluatorSpec(model, sampler, PromptConfig(), DataConfig(), SETTINGS, rewards, str(run_dir)))
+    return evaluator_of(run_dir, [Local(idle_generator(ModelConfig(path=str(folder), init=True), SAMPLER))], scorer, rewards)
+
+
+def evaluator_of(
+    run_dir: Path,
+    generators: Sequence[Local],
+    scorer: Scorer | None = None,
+    rewards: RunRewards = REWARDS,
+    data: DataConfig = DataConfig(),  # noqa: B008  # frozen
+    settings: EvaluationConfig = SETTINGS,
+) -> Evaluator:
+    made = Evaluator(EvaluatorSpec(tuple(generators), PromptConfig(), data, SAMPLER, settings, rewards, str(run_dir)))
     made.client = scorer or Scorer()  # type: ignore[assignment]
     return made
 
@@ -214,10 +233,83 @@ def test_losses_on_a_prepared_set_are_paired_with_those_on_the_same_set_only(pol
         x0 = np.random.default_rng(seed).normal(size=(100, 3, 16, 48)).astype(np.float32)
         write_shard(folder, 0, x0, [Row(text, text, "", 1, 1) for text in captions], [])
         finish(folder, 1, [], codec="pixels", model="", height=16, width=48, latent=(3, 16, 48))
-        model, sampler = ModelConfig(path=str(policy_folder), init=True), SamplerConfig(eval_steps=2, steps=3, trained_steps=1)
         data = DataConfig(kind="prepared", path=str(folder))
-        made = Evaluator(EvaluatorSpec(model, sampler, PromptConfig(), data, SETTINGS, REWARDS, str(tmp_path / f"run-{name}")))
-        made.client = Scorer()  # type: ignore[assignment]
-        records.append(made.evaluate(None, "dev", 0))
+        generator = Local(idle_generator(ModelConfig(path=str(policy_folder), init=True), SAMPLER, data))
+        records.append(evaluator_of(tmp_path / f"run-{name}", [generator], data=data).evaluate(None, "dev", 0))
     assert records[0]["set"] == records[1]["set"] != records[2]["set"]
     assert records[0]["diffusion_loss"] == records[1]["diffusion_loss"] != records[2]["diffusion_loss"]
+
+
+# -- parcels ----------------------------------------------------------------------------------------------------------
+
+
+@given(count=st.integers(1, 600), size=st.integers(1, 70))
+def test_parcels_cover_everything_once_in_order(count: int, size: int) -> None:
+    cut = parcels(count, size)
+    assert [i for first, n in cut for i in range(first, first + n)] == list(range(count))
+    assert all(0 < n <= size for _, n in cut)
+
+
+def small_parcels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.evaluator.SAMPLES_A_PARCEL", 3)
+    monkeypatch.setattr("actors.evaluator.LOSSES_A_PARCEL", 3)
+
+
+def test_results_do_not_depend_on_who_made_what(policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One generator or three, to the last bit; and to rounding what one parcel of everything gives."""
+    model, weights = ModelConfig(path=str(policy_folder), init=True), changed_weights(policy_folder, 7)
+    whole = evaluator(policy_folder, tmp_path / "whole").evaluate(weights, "test", 7)
+    small_parcels(monkeypatch)
+    found, stored = [], []
+    for n in (1, 3):
+        generators = [Local(idle_generator(model, SAMPLER)) for _ in range(n)]
+        found.append(evaluator_of(tmp_path / str(n), generators).evaluate(weights, "test", 7))
+        stored.append((tmp_path / str(n) / "eval" / "test-000007-raw.json").read_text())
+        assert all(generator.asked for generator in generators)
+    assert found[0] == found[1]
+    assert stored[0] == stored[1]
+    assert whole["rewards"]["mean"] == pytest.approx(found[0]["rewards"]["mean"], abs=1e-3)
+    assert {**whole["scene"], "loss": whole["diffusion_loss"]} == pytest.approx({**found[0]["scene"], "loss": found[0]["diffusion_loss"]}, abs=1e-3)
+    assert (whole["set"], whole["diversity"]) == (found[0]["set"], pytest.approx(found[0]["diversity"], abs=1e-3))
+
+
+def test_pictures_are_judged_parcel_by_parcel(policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a prompt's samples of the diversity figure stay together."""
+    small_parcels(monkeypatch)
+    scorer, generator = Scorer(), Local(idle_generator(ModelConfig(path=str(policy_folder), init=True), SAMPLER))
+    evaluator_of(tmp_path, [generator], scorer).evaluate(None, "test", 0)
+    prompts = held_out_prompts(GlyphSource(), "test", 6)
+    assert scorer.calls == [prompts[:3], prompts[3:]]
+    sampled = [arguments[1:] for name, arguments in generator.asked if name == "sample_held_out"]
+    assert sampled == [
+        ("test", prompts[:3], 0, 1),
+        ("test", prompts[3:], 3, 1),
+        *(("test-diversity", [prompts[i]], i, 3) for i in range(4)),
+    ]
+    assert [arguments[1:] for name, arguments in generator.asked if name == "held_out_losses"] == [("test", 8, 0, 3), ("test", 8, 3, 3), ("test", 8, 6, 2)]
+
+
+def test_a_generator_that_dies_is_replaced_by_another(policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_parcels(monkeypatch)
+    model = ModelConfig(path=str(policy_folder), init=True)
+    sound, mortal = Local(idle_generator(model, SAMPLER)), Local(Mortal())
+    record = evaluator_of(tmp_path / "a", [mortal, sound]).evaluate(None, "test", 0)
+    assert mortal.asked
+    assert record == evaluator_of(tmp_path / "b", [sound]).evaluate(None, "test", 0)
+
+
+class Mortal:
+    """Dies whenever it is asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        def dies(*arguments: Any) -> None:
+            raise ActorDiedError
+
+        return dies
+
+
+def test_without_an_answer_an_evaluation_fails_at_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.parcels.SILENCE_S", 0.2)
+    monkeypatch.setattr("actors.parcels.LOOK_S", 0.05)
+    with pytest.raises(EvaluationFailed, match="the generators did not answer: 1 parcels are not back, and none of 1 workers"):
+        evaluator_of(tmp_path, [Local(Mortal())]).evaluate(None, "test", 0)

@@ -13,12 +13,13 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from diffusion.checkpoint import Policy, load_codec, load_network, load_policy, save_policy
+from diffusion.checkpoint import Policy, StartingWeights, load_codec, load_network, load_policy, save_policy
 from diffusion.codecs import VAECodec
-from diffusion.config import ModelConfig
+from diffusion.config import LoRAConfig, ModelConfig
 from diffusion.families.glyph.policy import CONFIG, SHIFT, write_skeleton
 from diffusion.families.glyph.text import GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Transformer
+from diffusion.lora import trained_weights
 from diffusion.source import CheckpointError
 from diffusion.weights import WEIGHTS
 
@@ -186,6 +187,18 @@ def test_random_start_follows_the_seed_and_reads_no_weights(complete: Path) -> N
     states = [load_policy(ModelConfig(path=str(complete), init=True), seed=seed).transformer.state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+@pytest.mark.parametrize("keys", [{}, {"init": True}, {"lora": LoRAConfig(rank=2)}, {"init": True, "lora": LoRAConfig(rank=2)}], ids=str)
+def test_what_is_trained_can_be_had_again_as_it_was_before_training(complete: Path, keys: dict[str, Any]) -> None:
+    config = ModelConfig(path=str(complete), **keys)
+    network, _ = load_network(config, seed=3)
+    again = StartingWeights(network, config, 3)
+    found = {name: tensor for name, _, tensor in again.pieces()}
+    own = trained_weights(network)
+    assert found.keys() == own.keys() == again.shapes.keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in found.items())
+    assert again.shapes == {name: tuple(tensor.shape) for name, tensor in own.items()}
 
 
 def test_half_precision_weights_are_widened(complete: Path) -> None:

@@ -145,14 +145,14 @@ def test_loading_is_said_where_it_takes_most() -> None:
 
 
 def test_text_encoders_are_held_once_where_actors_hold_them() -> None:
-    parts: dict[str, dict[str, Any]] = {"encoder": {"actors": 2, "gpus": 0.1}, "evaluation": {"gpus": 0.2}, "data": {"kind": "prepared", "path": "/sets/a"}}
+    parts: dict[str, dict[str, Any]] = {"encoder": {"actors": 2, "gpus": 0.1}, "data": {"kind": "prepared", "path": "/sets/a"}}
     own, shared = recipe(data=parts["data"]), recipe(**parts)
-    for config, holders in ((own, {"generator", "evaluator", "learner rank"}), (shared, {"encoder"})):
+    for config, holders in ((own, {"generator", "learner rank"}), (shared, {"encoder"})):
         sizes = sizes_of(config, Assumptions())
         found = processes(config, sizes, vae_pass(sizes, 512, 512), Assumptions()) + hosts(config, sizes)
         assert {p.name for p in found for part in p.parts if part.name == "text encoders" and part.bytes == 4 * TEXT} == holders
         placed = {(p.name, p.count, p.gpus) for p in found}
-        assert ({("encoder", 2, 0.1), ("evaluator", 1, 0.2)} <= placed) == (config is shared)
+        assert (("encoder", 2, 0.1) in placed) == (config is shared)
 
 
 def test_a_generator() -> None:
@@ -163,11 +163,16 @@ def test_a_generator() -> None:
     assert found["weights"].bytes == (P + BUFFERS) * 4
     assert found["casts of weights"].bytes == P * 2
     assert found["text encoders"].bytes == 4 * TEXT  # they are where the generator runs
-    assert found["activations"].bytes == 8 * 2 * 1357 * sizes.network.activation_bytes(2)
+    assert found["activations"].bytes == 32 * 1357 * sizes.network.activation_bytes(2)  # a parcel of an evaluation, more than 8 guided rollouts
+    many = recipe(sampler={"guidance": 4.5, "max_tokens": 60_000}, rollout={"group_size": 8, "concurrent_groups": 4})
+    assert next(p.bytes for p in generator(many, sizes, vae, Assumptions()) if p.name == "activations") == 60_000 * sizes.network.activation_bytes(2)
     assert found["decoding"].bytes == 4 * vae.decode.peak
+    assert found["encoding"].bytes == 4 * vae.encode.peak  # of held-out pictures
+    assert found["weights under evaluation"].bytes == (P + BUFFERS) * 4
     assert found["states"].bytes == 8 * (2 * 4 + 3) * 16 * 64 * 64 * 4
     merged = recipe(model={"path": MEDIUM, "lora": {"rank": 32, "merge": True}}, objective={"old_log_prob": "learner"})
     kept = {part.name: part.bytes for part in generator(merged, sizes_of(merged, Assumptions()), vae, Assumptions())}
+    assert kept["weights under evaluation"] == 23_887_872 * 4  # the adapter alone
     assert kept["unmerged weights"] == 4 * 1536**2 * (24 * 7 + 23 + 13 * 4)  # q, k, v of both streams and out; out of the text; second attentions
 
 
@@ -189,7 +194,7 @@ def test_who_is_there() -> None:
     rewarded = recipe(fleet={"rewards": {"ocr": {"kind": "ocr", "device": "cuda", "gpus": 0.25}}})
     assert [p.name for p in processes(rewarded, sizes_of(rewarded, Assumptions()), VAEPass(), Assumptions())][-1] == "reward ocr"
     sft = recipe(objective={"preset": "sft"}, data={"batch_size": 16})
-    assert [p.name for p in processes(sft, sizes_of(sft, Assumptions()), VAEPass(), Assumptions())] == ["learner rank"]
+    assert [p.name for p in processes(sft, sizes_of(sft, Assumptions()), VAEPass(), Assumptions())] == ["learner rank", "generator"]
 
 
 def test_hosts_hold_their_own_evaluations_and_the_noise_of_all() -> None:

@@ -35,10 +35,16 @@ def test_the_recipe_fits_one_gpu() -> None:
     assert kinds(plan) == {}
 
 
-def test_text_encoders_and_evaluations_on_cpus_are_too_slow() -> None:
-    found = {f.kind: f.message for f in planned(sd35("encoder.actors=0", "evaluation.gpus=0")).findings}
+def test_text_encoders_on_cpus_are_too_slow() -> None:
+    found = {f.kind: f.message for f in planned(sd35("encoder.actors=0")).findings}
     assert "encode prompts on a GPU (encoder.actors, encoder.gpus)" in found["encoding"]
-    assert "evaluation.gpus puts it on a GPU" in found["evaluation"]
+
+
+def test_evaluations_that_come_too_often_fall_behind() -> None:
+    found = {f.kind: f.message for f in planned(sd35("evaluation.every=1")).findings}
+    assert "of 1 generators, longer than the 1 updates between two: it falls behind; raise evaluation.every or rollout.generators" in found["evaluation"]
+    found = {f.kind: f.message for f in planned(sd35("evaluation.every=1", "objective.preset=sft", "rollout.gpus=0", "rewards={}")).findings}
+    assert "of 1 generators on CPUs (rollout.gpus puts them on GPUs)" in found["evaluation"]
 
 
 def test_a_smaller_gpu_names_the_nearest_change() -> None:
@@ -92,4 +98,4 @@ def test_the_plan_as_json() -> None:
     assert found["gpu"]["name"] == "l40s-48"
     assert found["processes"][0]["bytes"] == plan.processes[0].total
     assert found["assumptions"]["train_utilisation"] == 0.4
-    assert found["placement"]["devices"] == [{"index": 0, "bytes": plan.placement.most, "holds": ["learner rank", "generator", "encoder", "evaluator"]}]
+    assert found["placement"]["devices"] == [{"index": 0, "bytes": plan.placement.most, "holds": ["learner rank", "generator", "encoder"]}]

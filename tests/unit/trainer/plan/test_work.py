@@ -13,7 +13,7 @@ from trainer.plan.dry import vae_pass
 from trainer.plan.gpus import GPUS
 from trainer.plan.sizes import sizes_of
 from trainer.plan.storage import storage_of
-from trainer.plan.work import Work, forwards, offloaded_bytes, work_of
+from trainer.plan.work import Work, evaluators, forwards, offloaded_bytes, work_of
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -110,3 +110,10 @@ def test_links() -> None:
 def test_a_run_on_cpus() -> None:
     found = work(parse_config({}), count=0)
     assert found.seconds["training"] == pytest.approx(found.training / (2 * 15e9))
+
+
+@pytest.mark.parametrize(("generators", "busy"), [(1, 1.0), (2, 160 / 96), (8, 2.5), (32, 2.5)])
+def test_an_evaluation_keeps_as_many_generators_busy_as_it_has_parcels(generators: int, busy: float) -> None:
+    """32 prompts are one parcel, 8 prompts of 16 samples are four."""
+    config = recipe(rollout={"generators": generators}, evaluation={"dev_prompts": 32, "diversity_prompts": 32, "diversity_samples": 16})
+    assert evaluators(config) == busy

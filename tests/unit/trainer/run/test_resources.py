@@ -18,23 +18,25 @@ def config(**sections: Any) -> Any:
 
 
 def test_needs_are_told_by_the_key_that_asks() -> None:
-    found = needs(config(rollout={"generators": 3, "gpus": 0.25}, encoder={"actors": 2, "gpus": 0.2}, evaluation={"gpus": 0.1}), FLEET)
-    assert found["CPU"] == {"rollout.generators": 3, "encoder.actors": 2, "learner.ranks": 2, "rewards": 2, "evaluation, weights and data": 1.6}
-    assert found["GPU"] == {"rollout.gpus": 0.75, "encoder.gpus": 0.4, "learner.gpus": 0, "evaluation.gpus": 0.1, "rewards": 0.5}
+    found = needs(config(rollout={"generators": 3, "gpus": 0.25}, encoder={"actors": 2, "gpus": 0.2}), FLEET)
+    assert found["CPU"] == {"rollout.generators": 3, "encoder.actors": 2, "learner.ranks": 2, "rewards": 2, "evaluation, weights and data": 0.7}
+    assert found["GPU"] == {"rollout.gpus": 0.75, "encoder.gpus": 0.4, "learner.gpus": 0, "rewards": 0.5}
 
 
-def test_supervised_training_asks_for_no_generators() -> None:
-    assert needs(config(objective={"preset": "sft"}, rewards={}), {})["CPU"]["rollout.generators"] == 0
+def test_supervised_training_asks_for_generators_too() -> None:
+    """They make its evaluations."""
+    found = needs(config(objective={"preset": "sft"}, rewards={}, rollout={"generators": 2, "gpus": 0.5}), {})
+    assert (found["CPU"]["rollout.generators"], found["GPU"]["rollout.gpus"]) == (2, 1.0)
 
 
 def test_what_fits_exactly_is_accepted() -> None:
-    check_resources(config(), FLEET, {"CPU": 8.6, "GPU": 0.5})
+    check_resources(config(), FLEET, {"CPU": 7.7, "GPU": 0.5})
 
 
 @pytest.mark.parametrize(
     ("total", "words"),
     [
-        ({"CPU": 8.5, "GPU": 1}, ["8.6 Ray CPUs", "rollout.generators 3", "learner.ranks 2", "has 8.5", "ray.cpus"]),
+        ({"CPU": 7.6, "GPU": 1}, ["7.7 Ray CPUs", "rollout.generators 3", "learner.ranks 2", "has 7.6", "ray.cpus"]),
         ({"CPU": 16}, ["0.5 Ray GPUs (rewards 0.5)", "has 0", "--ray-address"]),
     ],
 )

@@ -1,0 +1,178 @@
+"""What a generator does for evaluations: samples and losses of one named version, between the steps of its rollouts.
+
+    evaluator ─ parcel ─► encode ─► [second set of weights = that version] ─► sample, or loss ─► decode ─► evaluator
+
+A parcel is a pure function of names (weights, draw, place): noise, loss points and what stands beside what depend on nothing else, so it
+may be asked of any generator, again, at any time. One parcel is with the engine at a time, while the next is encoded and the one before
+decoded. The second set is let go when nobody has asked for `IDLE_S`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from actors.sources.draws import data_source, held_out_rows
+from actors.sources.example import Source
+from actors.sources.latents import clean_latents
+from actors.weights.reading import Exported
+from actors.weights.store import View
+from diffusion.checkpoint import Policy, StartingWeights
+from diffusion.engine.aio import AsyncEngine, EngineClosed
+from diffusion.engine.cache import PromptCache
+from diffusion.engine.decode import Decoder
+from diffusion.engine.engine import StepFailed
+from diffusion.engine.request import SampleRequest, SamplingFailed
+from diffusion.evaluation import diffusion_losses
+from diffusion.families.conditioning import stacked
+from diffusion.seeds import generator, key
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from actors.rollout import RolloutSpec
+
+READ_DEADLINE_S = 300.0
+"""For the bytes of a version to arrive."""
+TURN_DEADLINE_S = 1800.0
+"""For a parcel, the one before it included: the engine's rollouts go first."""
+DECODE_DEADLINE_S = 300.0
+IDLE_S = 30.0
+"""After the last parcel, when the second set is let go: the evaluations of one version follow each other closely."""
+
+Name = tuple[Any, ...]
+
+
+def name_of(weights: View | Exported | None) -> Name:
+    """What a version is called; equal names are equal weights."""
+    if weights is None:
+        return ("start",)
+    if isinstance(weights, View):
+        return ("version", *weights.table.name, weights.table.digest)
+    return ("export", weights.version, weights.path)
+
+
+class HeldOutFailed(RuntimeError):
+    """A held-out sample or loss could not be made; the message says why."""
+
+
+class HeldOut:
+    """Held-out work on a running engine.
+
+    Args:
+        spec: the generator's settings.
+        engine: its engine; the policy in it; its encoded prompts; its codec's thread.
+        max_tokens: of one forward pass.
+    """
+
+    def __init__(self, spec: RolloutSpec, engine: AsyncEngine, policy: Policy, text: PromptCache, decoder: Decoder, max_tokens: int) -> None:
+        self._spec, self._engine, self._policy, self._text, self._decoder, self._max_tokens = spec, engine, policy, text, decoder, max_tokens
+        self._lock = threading.Lock()
+        self._name: Name | None = None  # of the second set that the engine holds
+        self._used = 0.0
+
+    @cached_property
+    def _data(self) -> Source:
+        return data_source(self._spec.data)
+
+    @property
+    def holds(self) -> Name | None:
+        """Name of the second set that is held."""
+        return self._name
+
+    def sample(self, weights: View | Exported | None, draw: str, prompts: list[str], first: int, repeats: int) -> NDArray[np.uint8]:
+        """Pixels `[len(prompts) · repeats, H, W, 3]`, prompt-major: ODE samples without guidance.
+
+        Args:
+            weights: version; None = the policy that the run started from.
+            draw: names the noise, with the place of a prompt.
+            first: place of the first prompt.
+        Raises:
+            WeightsGone, WeightsDamaged: its weights cannot be read.
+            HeldOutFailed: a sample could not be finished.
+        """
+        torch.set_num_threads(self._spec.rollout.threads)
+        codec, sampler = self._policy.codec, self._spec.sampler
+        shape = (codec.channels, *codec.latent_size(sampler.height, sampler.width))
+        seed = key("evaluation", draw)
+        # every family of policies has DDIM's deterministic step, which for a flow is Euler's
+        requests = [
+            SampleRequest(shape, sampler.eval_steps, conditioning=self._text.get([p])[0], n=repeats, seed=seed, group=first + i, kernel="ddim_eta")
+            for i, p in enumerate(prompts)
+        ]
+        with self._turn(weights):
+            futures = self._engine.submit_side(requests)
+            try:
+                latents = [t.latent for future in futures for t in self._waited(future)]
+            finally:
+                for future in futures:
+                    future.cancel()
+        return np.stack(self._decoder.decode(latents, DECODE_DEADLINE_S))
+
+    def losses(self, weights: View | Exported | None, split: str, points: int, first: int, count: int) -> list[float]:
+        """Diffusion loss at `count` of `points` fixed (sample, time, noise) points of `split`, from place `first` on; times of all are
+        spread evenly over the process's range. Raises WeightsGone, WeightsDamaged, SourceError, HeldOutFailed."""
+        torch.set_num_threads(self._spec.rollout.threads)
+        part = slice(first, first + count)
+        captions, examples = map(list, zip(*held_out_rows(self._data, split, points)[part], strict=True))
+        network, process, dtype = self._policy.transformer, self._policy.process, self._spec.model.dtype
+        x0 = clean_latents(examples, self._policy.codec, self._spec.sampler.height, self._spec.sampler.width).cpu()
+        texts = stacked([self._text.get([caption])[0] for caption in captions])
+        g = generator("evaluation", "loss", split)
+        t = (torch.arange(points) + torch.rand(points, generator=g)) / points
+        t = process.spread_times(t[torch.randperm(points, generator=g)])[part]
+        eps = torch.randn((points, *x0.shape[1:]), generator=g)[part]
+        rows = max(1, self._max_tokens // network.packed_tokens(tuple(x0.shape[1:]), texts.tokens))
+        found: list[float] = []
+        with self._turn(weights):
+            for i in range(0, count, rows):
+                s = slice(i, i + rows)
+                work = partial(diffusion_losses, network, process, x0[s], eps[s], t[s], texts.rows(s), rows, dtype, texts.prompt_embeds.device)
+                found += self._waited(self._engine.call_side(work)).tolist()
+        return found
+
+    def _waited(self, future: Future[Any]) -> Any:
+        try:
+            return future.result(TURN_DEADLINE_S)
+        except (SamplingFailed, StepFailed) as error:  # they hold tensors and do not pickle
+            raise HeldOutFailed(str(error)) from None
+
+    @contextmanager
+    def _turn(self, weights: View | Exported | None) -> Iterator[None]:
+        """The engine's second set is that version, and nobody else's, meanwhile."""
+        if not self._lock.acquire(timeout=TURN_DEADLINE_S):
+            raise TimeoutError(f"the parcel before this one was not done within {TURN_DEADLINE_S:.0f} s")
+        try:
+            self._use(weights)
+            yield
+        finally:
+            self._used = time.monotonic()
+            self._lock.release()
+            timer = threading.Timer(IDLE_S, self._let_go)
+            timer.daemon = True
+            timer.start()
+
+    def _use(self, weights: View | Exported | None) -> None:
+        name = name_of(weights)
+        if name == self._name:
+            return
+        incoming = StartingWeights(self._policy.transformer, self._spec.model, self._spec.seed) if weights is None else weights.open(READ_DEADLINE_S)
+        self._name = None
+        self._waited(self._engine.set_side_weights(incoming, 0 if weights is None else weights.version))
+        self._name = name
+
+    def _let_go(self) -> None:
+        """Free the second set, unless somebody has used it since."""
+        with self._lock:
+            if self._name is not None and time.monotonic() >= self._used + IDLE_S:
+                self._name = None
+                with suppress(EngineClosed):
+                    self._waited(self._engine.drop_side_weights())
