@@ -93,7 +93,6 @@ def test_samples_and_losses_are_those_of_the_version(model: ModelConfig, version
 
 
 def test_a_version_is_read_once_and_let_go_when_nobody_asks(policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.held_out.IDLE_S", 0.3)
     model = ModelConfig(path=str(policy_folder), init=True)
     made, weights = idle_generator(model, SAMPLER), published(tmp_path, model, 7)
     first = made.sample_held_out(weights, "dev", PROMPTS, 0, 1)
@@ -103,6 +102,8 @@ def test_a_version_is_read_once_and_let_go_when_nobody_asks(policy_folder: Path,
     np.testing.assert_array_equal(made.sample_held_out(weights, "dev", PROMPTS, 0, 1), first)
     held = made._held_out
     assert held.holds == name_of(weights)
+    monkeypatch.setattr("actors.held_out.IDLE_S", 0.1)
+    made.sample_held_out(weights, "dev", PROMPTS, 0, 1)
     deadline = time.monotonic() + WAIT_S
     while held.holds is not None:
         assert time.monotonic() < deadline

@@ -246,10 +246,10 @@ def test_a_fault_in_a_side_step_puts_the_live_weights_back(tiny_model: Build) ->
     model = tiny_model(seed=1)
     inner, faults = model.forward, [RuntimeError("illegal instruction")]
 
-    def forward(*inputs: Any) -> Any:
+    def forward(*inputs: Any, **conditioning: Any) -> Any:
         if faults:
             raise faults.pop()
-        return inner(*inputs)
+        return inner(*inputs, **conditioning)
 
     where = places(model)
     model.forward = forward  # type: ignore[method-assign]
