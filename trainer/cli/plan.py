@@ -169,7 +169,7 @@ def _storage(plan: Plan) -> Table:
     s = plan.storage
     table = _table("Payloads and disk", "what", "bytes>", "why")
     table.add_row("a group", _bytes(s.group), "trained transitions of its members, its prompt")
-    table.add_row("an anchor batch", _bytes(s.data), "latents and prompts of an update")
+    table.add_row("an anchor batch", _bytes(s.data), "latents and captions of an update")
     table.add_row("an update's claim", _bytes(s.claim), "")
     table.add_row("kept", _bytes(s.retained), f"{s.groups} groups, {s.batches} batches; replay.max_bytes is {_bytes(s.budget)}")
     table.add_row(s.store.name, _bytes(s.store.bytes), s.store.why)
