@@ -1,4 +1,4 @@
-"""Prompts encoded in one place: `Encoder` actors hold the text encoders, generators, feeder, evaluator and ranks ask them.
+"""Prompts encoded in one place: `Encoder` actors hold the text encoders, generators, feeder and ranks ask them.
 
     SharedTextEncoder (a `TextEncoder`) ── prompts, by digest ──► Encoder i ── cache, text encoders ──► embeddings, fp32
 

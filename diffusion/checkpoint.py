@@ -66,7 +66,7 @@ def build_network(config: ModelConfig, device: torch.device | str = "cpu") -> tu
     """The network of `config.path` on the meta device, in `config.base_dtype` and with its adapter, and its attention provider on
     `device`. `fill_network` gives it values.
 
-    A provider without CPU kernels gives way to `sdpa` on the CPU, where evaluators and feeders of a GPU run live.
+    A provider without CPU kernels gives way to `sdpa` on the CPU, where feeders of a GPU run live.
 
     Raises:
         CheckpointError: a missing or unreadable folder, an unknown architecture, an adapter's targets that name no layer.

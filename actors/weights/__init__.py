@@ -1,1 +1,1 @@
-"""Policy weights on their way from ranks to generators and evaluators: tables in one small actor, bytes beside it."""
+"""Policy weights on their way from ranks to generators: tables in one small actor, bytes beside it."""
