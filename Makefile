@@ -55,7 +55,7 @@ test: setup-dev  ## the tests: unit, integration and a whole run (about 10 minut
 	@$(PYTEST) $(PARALLEL) -m "not long and not chaos"
 
 test-long: WORKERS := 2
-test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in the middle of a run (about an hour on 2 cores)
+test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in the middle of a run (more than an hour on 2 cores)
 	@$(PYTEST) $(PARALLEL) -m long
 
 test-chaos: setup-dev  ## a seeded storm of 50 kills over the whole pipeline, then the audit (about 15 minutes)

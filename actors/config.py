@@ -88,7 +88,6 @@ class EncoderConfig(Strict):
     actors: int = Field(0, ge=0, description="Encoder actors that hold the text encoders for everyone; 0 = generators and ranks each load their own")
     gpus: float = Field(0.0, ge=0, description="GPUs of one Encoder actor")
     threads: int = Field(1, ge=1, description="torch threads of one Encoder actor")
-    batch: int = Field(8, ge=1, description="prompts in one forward pass of the text encoders")
     cache_mb: int = Field(1024, ge=0, description="encoded prompts that one Encoder actor keeps, in MiB (SD3.5 with 128 T5 tokens: 3.2 a prompt)")
 
 

@@ -40,14 +40,14 @@ class Encoder:
         torch.set_num_threads(settings.threads)
         device = resolve_device("cuda" if settings.gpus > 0 else "cpu", f"encoder.gpus={settings.gpus:g}")
         self._encoder = load_text_encoder(locate(model.path, model.revision).folder, model, device)
-        self._cache, self._batch = PromptCache(self._encoder, "cpu", settings.cache_mb * 2**20), settings.batch
+        self._cache = PromptCache(self._encoder, "cpu", settings.cache_mb * 2**20)
 
     def pid(self) -> int:
         return os.getpid()
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Named tensors `[B, …]`, fp32. Raises ValueError naming a prompt that does not fit."""
-        return dict(stacked([one for part in _parts(prompts, self._batch) for one in self._cache.get(part)]).tensors)
+        return dict(stacked(self._cache.get(prompts)).tensors)
 
     def prefetch(self, prompts: list[str]) -> None:
         """Encode prompts that will be asked for; one that does not fit is told to who asks."""
@@ -57,10 +57,6 @@ class Encoder:
     def signature(self, prompt: str) -> bytes:
         """See `TextEncoder.signature`."""
         return self._encoder.signature(prompt)
-
-
-def _parts(prompts: list[str], size: int) -> list[list[str]]:
-    return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
 
 class SharedTextEncoder:

@@ -105,8 +105,8 @@ class HeldOut:
         seed = key("evaluation", draw)
         # every family of policies has DDIM's deterministic step, which for a flow is Euler's
         requests = [
-            SampleRequest(shape, sampler.eval_steps, conditioning=self._text.get([p])[0], n=repeats, seed=seed, group=first + i, kernel="ddim_eta")
-            for i, p in enumerate(prompts)
+            SampleRequest(shape, sampler.eval_steps, conditioning=text, n=repeats, seed=seed, group=first + i, kernel="ddim_eta")
+            for i, text in enumerate(self._text.get(prompts))
         ]
         with self._turn(weights):
             futures = self._engine.submit_side(requests)
@@ -125,7 +125,7 @@ class HeldOut:
         captions, examples = map(list, zip(*held_out_rows(self._data, split, points)[part], strict=True))
         network, process, dtype = self._policy.transformer, self._policy.process, self._spec.model.dtype
         x0 = clean_latents(examples, self._policy.codec, self._spec.sampler.height, self._spec.sampler.width).cpu()
-        texts = stacked([self._text.get([caption])[0] for caption in captions])
+        texts = stacked(self._text.get(captions))
         g = generator("evaluation", "loss", split)
         t = (torch.arange(points) + torch.rand(points, generator=g)) / points
         t = process.spread_times(t[torch.randperm(points, generator=g)])[part]

@@ -52,7 +52,6 @@ SMALL = (
     "rollout.threads=2",
     "encoder.gpus=0",
     "encoder.threads=2",
-    "encoder.batch=1",
     "encoder.cache_mb=128",
     "learner.gpus=0",
     "learner.threads=2",

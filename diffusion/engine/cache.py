@@ -34,7 +34,7 @@ class PromptCache:
         self.hits = self.misses = self.nbytes = 0
 
     def get(self, prompts: list[str]) -> list[Conditioning]:
-        """Conditioning of each prompt; those not yet known are encoded in one batch.
+        """Conditioning of each prompt; those not yet known are encoded in one call.
 
         Raises:
             ValueError: the encoder refuses a prompt; nothing is kept then.

@@ -5,7 +5,7 @@ The names are those of the arguments of the family's `forward`, so that a batch 
     SD3, glyph   prompt_embeds [L, D], pooled [P]
     Wan          prompt_embeds [L, D]
 
-It is a function of (encoder, text): whoever needs it asks the encoder, and nothing that is stored carries it.
+It is a function of (encoder, text), to the bit: whoever needs it asks the encoder, and nothing that is stored carries it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class TextEncoder(Protocol):
     """Frozen encoder of prompts."""
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts, `[B, …]`; fp32 on the CPU. Raises ValueError naming a prompt that does not fit."""
+        """Encode prompts, `[B, …]`; fp32 on the CPU. What a prompt becomes does not depend, to the bit, on those beside it.
+        Raises ValueError naming a prompt that does not fit."""
         ...
 
     def signature(self, prompt: str) -> bytes:

@@ -195,6 +195,7 @@ def step_batch(
         encode: conditioning `[B, …]` of texts.
     Raises:
         PayloadError: bytes that are no group or data batch, or a group that this run's kernel did not sample.
+        ValueError, EncoderUnavailable: what `encode` raises.
     """
     objective, groups = config.objective, [g.group for g in claim.groups]
     scores = [scores_of(g.header) for g in claim.groups]

@@ -148,9 +148,9 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
     if asks and seconds["encoding"] > seconds["update"]:
         told = f"anchor data with its texts of an update take {seconds['encoding']:.0f} s, GPUs {seconds['update']:.0f} s: training would wait for it"
         remedy = (
-            "the VAE of the anchor feeder runs on a CPU: prepare the data"
-            if config.encoder.actors and config.encoder.gpus
-            else "encode prompts on a GPU (encoder.actors, encoder.gpus)"
+            "encode prompts on a GPU (encoder.gpus)"
+            if config.encoder.actors and not config.encoder.gpus
+            else "the VAE of the anchor feeder runs on a CPU: prepare the data"
         )
         found.append(Finding("warning", "encoding", f"{told}; {remedy}"))
     if work.evaluation is not None and seconds["evaluation"] > config.evaluation.every * seconds["update"]:

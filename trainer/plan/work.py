@@ -23,7 +23,8 @@ class Work:
         forwards: passes of the network in an update, in forwards: `sampling`, and `training` with its backward passes.
         sampling, prompts, decoding, training: operations of an update where generators and learner run; `prompts` through the text encoders.
         encoding: operations of an update beside generators and learner: anchor pictures through the VAE, on a CPU thread, and their captions
-            through the text encoders; a set that `ddrl prepare-data` made has its pictures encoded.
+            through the text encoders (without Encoder actors ranks do that while they would train); a set that `ddrl prepare-data` made has its
+            pictures encoded.
         evaluation: operations of one periodic evaluation, which generators do beside their rollouts; None without.
         seconds: of an update by stage: `sampling` with prompts and decoding, `training`, `encoding`; `update`, the whole on GPUs; `evaluation`;
             `offload`, the part of training that waits for PCIe and for the optimiser's step on the host, where `learner.offload` is set.
@@ -130,12 +131,14 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     texts = config.encoder
     actors = texts.actors * (1 if texts.gpus else texts.threads)
     sample_s += seconds(prompts, actors, texts.gpus, text_rate) if actors else seconds(prompts, r.generators, r.gpus, text_rate)
-    encoding_s = (drawn + anchors * prompt) / cpu if not actors else drawn / cpu + seconds(anchors * prompt, actors, texts.gpus, text_rate)
+    encoding_s = drawn / cpu + (seconds(anchors * prompt, actors, texts.gpus, text_rate) if actors else 0.0)
     sample_s += seconds(decoding, r.generators, r.gpus, gpu.fp32 * assumptions.rollout_utilisation)  # the VAE runs in fp32
     train_s = seconds(training, learner.ranks, learner.gpus, rate * assumptions.train_utilisation)
     over_pcie, on_host = offloaded_bytes(config, sizes)
     offload_s = over_pcie / (assumptions.pcie_gb_s * 1e9) + on_host / (assumptions.host_gb_s * 1e9)
     train_s += offload_s
+    if not actors:  # ranks encode what they train on, before they do
+        train_s += seconds(anchors * prompt + prompts, learner.ranks, learner.gpus, text_rate)
     colocated = r.gpus > 0 and learner.gpus > 0 and r.generators + learner.ranks > count
     evaluated: dict[str, float] = {}
     if evaluation is not None:

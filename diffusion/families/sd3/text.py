@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.families.conditioning import Conditioning
+from diffusion.families.conditioning import Conditioning, stacked
 
 CLIP_CLASS, T5_CLASS = "CLIPTextModelWithProjection", "T5EncoderModel"
 COMPUTED = ("embeddings.position_ids",)
@@ -149,21 +149,25 @@ class SD3TextEncoder:
             raise ValueError(f"{folder}: pooled vectors of {encoder.pooled_width} channels do not fit the network's pooled_projection_dim={pooled}")
         return encoder
 
-    @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts in the encoders' own type; embeddings `[B, 77 + t5_tokens, D]` and pooled `[B, P]` are fp32 on the CPU."""
+        """Encode prompts in the encoders' own type; embeddings `[B, 77 + t5_tokens, D]` and pooled `[B, P]` are fp32 on the CPU.
+
+        Each prompt has forward passes of its own: in a batch its rounding would depend on the others. Little is lost by it, since a
+        prompt has a hundred tokens and more.
+        """
+        return stacked([self._encode(prompt) for prompt in prompts])
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> Conditioning:
         hidden, pooled = [], []
-        for ids, model in zip(self.tokens.clip(prompts), self.clips, strict=True):
+        for ids, model in zip(self.tokens.clip([prompt]), self.clips, strict=True):
             out = model(ids.to(model.device), output_hidden_states=True)
             hidden.append(out.hidden_states[-2])
             pooled.append(out.text_embeds)
         clip = torch.cat(hidden, -1)
-        if self.t5 is None:
-            rows = clip.new_zeros(len(prompts), self.t5_tokens, self.width)
-        else:
-            rows = self.t5(self.tokens.t5(prompts).to(self.t5.device)).last_hidden_state
+        rows = clip.new_zeros(1, self.t5_tokens, self.width) if self.t5 is None else self.t5(self.tokens.t5([prompt]).to(self.t5.device)).last_hidden_state
         embeds = torch.cat([F.pad(clip, (0, self.width - clip.shape[-1])), rows], 1)
-        return Conditioning({"prompt_embeds": embeds.float().cpu(), "pooled": torch.cat(pooled, -1).float().cpu()})
+        return Conditioning({"prompt_embeds": embeds[0].float().cpu(), "pooled": torch.cat(pooled, -1)[0].float().cpu()})
 
     def signature(self, prompt: str) -> bytes:
         """See `TextEncoder.signature`."""

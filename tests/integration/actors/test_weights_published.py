@@ -27,6 +27,7 @@ from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.families.glyph.policy import write_skeleton
 from services.config import FleetConfig
+from tests.unit.actors.local import Nobody
 
 DEADLINE_S = 120.0
 WORLD = 2
@@ -232,18 +233,6 @@ def test_the_store_does_not_grow_with_the_model(kind: str, megabytes: int, tmp_p
 
 
 # -- a generator ------------------------------------------------------------------------------------------------------
-
-
-class Nobody:
-    """A ledger that grants nothing."""
-
-    wait_s = 5.0
-
-    class settings:
-        lease_s = 60.0
-
-    def buffer(self) -> Nobody:
-        return self
 
 
 def until_gone(store: Any, name: tuple[int, int]) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusion.checkpoint import CheckpointError, load_policy
 from diffusion.config import ModelConfig
-from diffusion.families.conditioning import collisions
+from diffusion.families.conditioning import collisions, digest_of
 from diffusion.families.sd3.text import SD3TextEncoder
 from diffusion.families.sd3.tiny import WIDTH, clip_tokenizer, write_tiny
 
@@ -85,6 +85,15 @@ def test_a_policy_brings_the_encoder_frozen(folder: Path) -> None:
     assert not text.prompt_embeds.requires_grad
     velocity = policy.transformer(torch.randn(1, 16, 8, 4), torch.tensor([0.3]), text.prompt_embeds, text.tensors["pooled"])
     assert velocity.shape == (1, 16, 8, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_becomes_the_same_whatever_is_encoded_beside_it(folder: Path, dtype: torch.dtype) -> None:
+    """To the bit: the learner encodes the prompts of an update again, and its densities must be those of the sampler."""
+    encoder = SD3TextEncoder.load(folder, dtype, t5_tokens=16)
+    together = encoder.encode(PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        assert digest_of(encoder.encode([prompt])[0]) == digest_of(together[i])
 
 
 def test_prompts_that_the_tokenizers_cut_to_the_same_are_collisions(folder: Path) -> None:

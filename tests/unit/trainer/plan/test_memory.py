@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 
+from actors.evaluator import SAMPLES_A_PARCEL
+from actors.weights.shards import PART_BYTES
+from diffusion.engine.cache import MAX_BYTES
+from diffusion.weights import SHARD_BYTES
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.optimizer import AdamW8bit
+from trainer.plan import memory
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass, vae_pass
 from trainer.plan.memory import generator, hosts, learner_rank, micro_rows, pass_count, processes, rank_rows
@@ -231,3 +236,11 @@ def test_objects_of_published_versions_lie_in_the_nodes_memory() -> None:
     held = {p.name: p.parts[0].bytes for p in hosts(half, sizes_of(half, Assumptions()))}
     assert held["object store"] == 3 * (P + BUFFERS) * 2
     assert "object store" not in {p.name for p in hosts(recipe(), sizes_of(config, Assumptions()))}
+
+
+def test_sizes_that_the_plan_knows_are_those_of_the_code() -> None:
+    """The planner imports nothing that runs."""
+    assert memory.PARCEL == SAMPLES_A_PARCEL
+    assert memory.PROMPT_CACHE == MAX_BYTES
+    assert memory.SHARD == SHARD_BYTES
+    assert memory.PART == PART_BYTES

@@ -36,8 +36,8 @@ def test_the_recipe_fits_one_gpu() -> None:
 
 
 def test_text_encoders_on_cpus_are_too_slow() -> None:
-    found = {f.kind: f.message for f in planned(sd35("encoder.actors=0")).findings}
-    assert "encode prompts on a GPU (encoder.actors, encoder.gpus)" in found["encoding"]
+    found = {f.kind: f.message for f in planned(sd35("encoder.gpus=0")).findings}
+    assert "encode prompts on a GPU (encoder.gpus)" in found["encoding"]
 
 
 def test_evaluations_that_come_too_often_fall_behind() -> None:

@@ -51,7 +51,8 @@ def test_operations_and_seconds() -> None:
     assert found.forward == pytest.approx(2.4426e12, rel=0.002)  # counted of the network at 512 x 512, 333 tokens of text
     assert found.sampling == 480 * found.forward
     rate = 989e12 * 0.4
-    assert found.seconds["training"] == pytest.approx((24 * 36 + 72) * found.forward / (2 * rate))
+    texts = 28 * 2 * 333 * 5_580_620_800 / (2 * 67e12 * 0.4)  # 24 captions and 4 prompts, on the ranks
+    assert found.seconds["training"] == pytest.approx((24 * 36 + 72) * found.forward / (2 * rate) + texts)
     decoding = 24 * 2.515e12 / (2 * 67e12 * 0.4)  # fp32
     assert found.seconds["sampling"] == pytest.approx(480 * found.forward / (2 * rate) + decoding + found.prompts / (2 * 67e12 * 0.4), rel=0.001)
     assert found.prompts == 4 * 2 * 333 * (123_650_304 + 694_659_840 + 4_762_310_656)  # of four groups
@@ -65,6 +66,14 @@ def test_of_a_prepared_set_only_texts_are_encoded() -> None:
     assert work(recipe(data={"kind": "prepared", "path": "pictures"})).encoding == pytest.approx(24 * 2 * 333 * 5.58e9, rel=0.01)
 
 
+def test_without_encoder_actors_ranks_encode_what_they_train_on() -> None:
+    """On their own GPUs, 24 captions and 4 prompts, before they train; with actors it is done ahead."""
+    config = {"data": {"kind": "prepared", "path": "pictures"}}
+    own, shared = work(recipe(**config)), work(recipe(**config, encoder={"actors": 1, "gpus": 0.1}))
+    assert own.seconds["training"] - shared.seconds["training"] == pytest.approx(28 * 2 * 333 * 5.58e9 / (2 * 0.4 * 67e12), rel=0.05)
+    assert own.seconds["encoding"] == 0 < shared.seconds["encoding"]
+
+
 def test_two_on_a_gpu_take_turns() -> None:
     shared = work(recipe(rollout={"gpus": 0.5}, learner={"gpus": 0.5}), count=2)
     assert shared.colocated
@@ -74,12 +83,14 @@ def test_two_on_a_gpu_take_turns() -> None:
 
 
 def test_utilisation_precision_and_price() -> None:
-    plain = work(recipe())
-    assert work(recipe(), train_utilisation=0.2).seconds["training"] == pytest.approx(2 * plain.seconds["training"])
-    assert work(recipe(model={"dtype": "float32"})).seconds["training"] == pytest.approx(989 / 67 * plain.seconds["training"])
-    assert work(recipe(), gpu="a100-80").seconds["training"] == pytest.approx(989 / 312 * plain.seconds["training"])
+    config = recipe(encoder={"actors": 1, "gpus": 0.1})
+    plain = work(config)
+    assert work(config, train_utilisation=0.2).seconds["training"] == pytest.approx(2 * plain.seconds["training"])
+    single = work(recipe(encoder={"actors": 1, "gpus": 0.1}, model={"dtype": "float32"}))
+    assert single.seconds["training"] == pytest.approx(989 / 67 * plain.seconds["training"])
+    assert work(config, gpu="a100-80").seconds["training"] == pytest.approx(989 / 312 * plain.seconds["training"])
     assert plain.cost is None
-    assert work(recipe(), price=2.5).cost == pytest.approx(plain.hours * 4 * 2.5)
+    assert work(config, price=2.5).cost == pytest.approx(plain.hours * 4 * 2.5)
 
 
 def test_offloading_takes_time_on_pcie_and_on_the_host() -> None:
