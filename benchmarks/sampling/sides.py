@@ -31,6 +31,8 @@ KERNEL = "flow_sde"
 TOLERANCE = 1e-3
 """Largest difference between samples of two sides from the same noise (latents lie in about -1 … 1)."""
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What the network is given: by place, and by name."""
 NoiseOf = Callable[[Job, int, int], Tensor]
 """Noise `[C, h, w]` of (job, member, step)."""
 
@@ -113,10 +115,10 @@ class Bench:
 
     # -- (a) the limit
 
-    def record(self, work: Sequence[Job]) -> list[tuple[Any, ...]]:
-        """Network inputs of every forward pass that the engine makes of this work."""
-        calls: list[tuple[Any, ...]] = []
-        hook = self.model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    def record(self, work: Sequence[Job]) -> list[Call]:
+        """What the network is given in every forward pass that the engine makes of this work."""
+        calls: list[Call] = []
+        hook = self.model.register_forward_pre_hook(lambda _, inputs, named: calls.append((inputs, named)), with_kwargs=True)
         try:
             self.run_engine(work, rollout=False)
         finally:
@@ -124,9 +126,9 @@ class Bench:
         return calls
 
     @torch.no_grad()
-    def run_limit(self, calls: Sequence[tuple[Any, ...]]) -> None:
-        for inputs in calls:
-            self.model(*inputs)
+    def run_limit(self, calls: Sequence[Call]) -> None:
+        for inputs, named in calls:
+            self.model(*inputs, **named)
 
     # -- (c) a pipeline call for each kind
 
