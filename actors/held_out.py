@@ -101,7 +101,7 @@ class HeldOut:
         """
         torch.set_num_threads(self._spec.rollout.threads)
         codec, sampler = self._policy.codec, self._spec.sampler
-        shape = (codec.channels, *codec.latent_size(sampler.height, sampler.width))
+        shape = codec.latent_shape(sampler.height, sampler.width, sampler.frames)
         seed = key("evaluation", draw)
         # every family of policies has DDIM's deterministic step, which for a flow is Euler's
         requests = [

@@ -120,7 +120,7 @@ class RolloutGenerator:
         device = resolve_device("cuda" if spec.rollout.gpus > 0 else "cpu", f"rollout.gpus={spec.rollout.gpus:g}")
         self.policy = load_policy(spec.model, device, spec.seed, spec.encoder)
         sampler = spec.sampler
-        self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
+        self.shape = self.policy.codec.latent_shape(sampler.height, sampler.width, sampler.frames)
         merge = spec.model.lora.rank > 0 and spec.model.lora.merge
         engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge, side=True)
         self.text = PromptCache(self.policy.text_encoder, device)

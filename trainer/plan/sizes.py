@@ -147,7 +147,7 @@ def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
     )
     vae, vae_config = _vae(parts)
     encoders = tuple(Component(name, encoder_parameters(parts[name])) for name in ENCODERS if name in parts)
-    shape = _latent(config, assumptions, vae_config, network.config.in_channels, video)
+    shape = _latent(config, assumptions, vae_config, network.latent_channels, video)
     try:
         network.tokens(shape)
     except ValueError as error:

@@ -45,7 +45,9 @@ def check_policy(config: RunConfig) -> None:
         policy = open_policy(config.model)
         check_network(policy.transformer, config.model)
         signature = load_signature(policy.source.folder, config.model)
-        policy.transformer.tokens((policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width)))
+        if policy.codec.video:
+            raise ValueError("it samples clips, which can be drawn (diffusion.engine.generate.DiffusionEngine) and not yet trained")
+        policy.transformer.tokens(policy.codec.latent_shape(config.sampler.height, config.sampler.width, config.sampler.frames))
     except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
         raise ConfigError(f"model: {error}") from None
     try:

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.networks.workloads import SD35_MEDIUM, TINY_SD3, TINY_WAN, WAN_1_3B, WORKLOADS
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
-from diffusion.families.wan.network import WanConfig, WanTransformer
+from diffusion.families.wan.config import WanConfig
+from diffusion.families.wan.network import WanTransformer
 
 
 def forward_flops(config: SD3Config | WanConfig, shape: tuple[int, ...], prompt: int) -> int:

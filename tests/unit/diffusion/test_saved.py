@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from diffusion.config import LoRAConfig
 from diffusion.families.base import PackedModel
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
-from diffusion.families.wan.network import WanConfig, WanTransformer
+from diffusion.families.wan.config import WanConfig
+from diffusion.families.wan.network import WanTransformer
 from diffusion.lora import add_lora
 from diffusion.precision import autocast, itemsize
 
