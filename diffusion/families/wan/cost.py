@@ -38,14 +38,17 @@ def saved(c: WanConfig, shape: Sequence[int], text: int, size: int, adapted: boo
     """
     dim, e, full = c.inner_dim, size, not adapted
     video = prod(shape[1:]) // prod(c.patch_size)
-    text += c.image_tokens  # their keys and values are kept as the text's are; a second output of attention beside the text's
+    image = c.image_tokens  # their keys and values are kept as the text's are; of the video, an output of attention of their own, and the sum
     # video: 3 layer norms, 3 query and key norms; q, k, v, out of self-attention, q and out of cross-attention; two inputs of projections
     per_token = 6 * 4 + 6 * e + 2 * e + full * (2 * 4 + 3 * 4 + 4 + e)
     feed_forward = c.ffn_dim * e * (1 + full)
     words = 4 + 2 * e + 4 * full
     # 4 sums of the softmax a head, and the modulation's vectors of a request
-    block = video * (dim * (per_token + (e if c.image_tokens else 0)) + feed_forward + 8 * c.num_attention_heads) + text * dim * words + 12 * dim * 4
+    if image:
+        per_token += 2 * e
+    block = video * (dim * per_token + feed_forward + 8 * c.num_attention_heads) + (text + image) * dim * words + 12 * dim * 4
     head = video * dim * (4 + (4 + e) * full) + text * (c.text_dim * e * full + dim * e * 2)
+    head += image * ((c.image_dim or 0) * (4 + 2 * e) * full + dim * (e + 4 * full))
     gradients = video * (2 * c.ffn_dim * e + 2 * dim * 4)
     weights = (6 + 2 * full) * dim * dim + 2 * dim * c.ffn_dim  # an adapter's gradient does not reach the text
     return Saved((block,) * c.num_layers, (video * dim * e,) * c.num_layers, head, gradients, (weights,) * c.num_layers)
