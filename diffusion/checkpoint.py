@@ -62,6 +62,11 @@ def _network_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     return FAMILIES[name], values
 
 
+def samples_clips(config: ModelConfig) -> bool:
+    """Whether a policy makes clips instead of pictures. Raises CheckpointError for a missing or unreadable folder, or an unknown network."""
+    return _network_config(locate(config.path, config.revision).folder)[0].video
+
+
 def build_network(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[PackedModel, Provider]:
     """The network of `config.path` on the meta device, in `config.base_dtype` and with its adapter, and its attention provider on
     `device`. `fill_network` gives it values.
@@ -161,7 +166,7 @@ def build_codec(folder: Path) -> Codec:
         CheckpointError: a VAE of another class.
     """
     if not has_codec(folder):
-        return IdentityCodec()
+        return IdentityCodec(_network_config(folder)[0].video)
     values = read_json(folder / "vae" / "config.json")
     name = values.get("_class_name")
     try:

@@ -28,14 +28,14 @@ class Codec(Protocol):
 
 
 def to_unit(pixels: np.ndarray) -> Tensor:
-    """uint8 `[B, H, W, 3]` to fp32 `[B, 3, H, W]` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """uint8 `[B, …, H, W, 3]` to fp32 `[B, 3, …, H, W]` in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, 1).float() / 127.5 - 1
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """`[B, 3, H, W]` to uint8 `[B, H, W, 3]`: clamps to [-1, 1] and rounds to the nearest of 256 levels."""
+    """`[B, 3, …, H, W]` to uint8 `[B, …, H, W, 3]`: clamps to [-1, 1] and rounds to the nearest of 256 levels."""
     unit = (images.float().clamp(-1, 1) + 1) * 127.5
-    array: np.ndarray = unit.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    array: np.ndarray = unit.round().to(torch.uint8).movedim(1, -1).contiguous().cpu().numpy()
     return array
 
 
@@ -46,12 +46,16 @@ def refuse_frames(frames: int) -> None:
 
 
 class IdentityCodec:
-    """Pixel space: latents are pixels scaled to [-1, 1]."""
+    """Pixel space: latents are pixels scaled to [-1, 1]; with `video` those of clips."""
 
     channels = 3
-    video = False
+
+    def __init__(self, video: bool = False) -> None:
+        self.video = video
 
     def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        if self.video:
+            return self.channels, frames, height, width
         refuse_frames(frames)
         return self.channels, height, width
 

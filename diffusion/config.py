@@ -88,7 +88,8 @@ class SamplerConfig(Strict):
     )
     height: int = Field(16, ge=1, description="height of a sample in pixels")
     width: int = Field(48, ge=1, description="width of a sample in pixels")
-    frames: int = Field(1, ge=1, description="frames of a clip, of video policies; 1 = a picture")
+    frames: int = Field(1, ge=1, description="frames of a clip, of video policies; of others 1: a picture")
+    fps: float = Field(16.0, gt=0, le=240, description="frames a second of clips: what rewards and players are told (Wan, Cosmos-Predict2.5: 16)")
     max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine, at most; less where memory does not hold it")
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.attention import constants
+from diffusion.codecs import to_pixels
 from diffusion.families.wan.tiles import stitched
 
 CLASS_NAME = "AutoencoderKLWan"
@@ -144,7 +145,7 @@ class ClipCodec:
             start = 0
             for part in self._decoded(raw):
                 end = start + part.shape[1]
-                clip[start:end] = _pixels(part)
+                clip[start:end] = to_pixels(part[None])[0]
                 start = end
             return clip
 
@@ -152,7 +153,7 @@ class ClipCodec:
             return torch.cat(list(self._decoded(raw[..., rows, columns])), 1)
 
         for top, band in stitched(run, latent.shape[2], latent.shape[3], tile, stride, self.factor):
-            clip[:, top : top + band.shape[-2]] = _pixels(band)
+            clip[:, top : top + band.shape[-2]] = to_pixels(band[None])[0]
         return clip
 
     def _decoded(self, raw: Tensor) -> Iterator[Tensor]:
@@ -165,9 +166,3 @@ class ClipCodec:
             part = vae.decoder(ready[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0)
             yield self._patches("unpatchify", part)[0].float().clamp(-1, 1).cpu()
         vae.clear_cache()
-
-
-def _pixels(part: Tensor) -> np.ndarray:
-    """`[3, F, H, W]` in [-1, 1] to uint8 `[F, H, W, 3]`, rounded to the nearest level."""
-    array: np.ndarray = ((part + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
-    return array

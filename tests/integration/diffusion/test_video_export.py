@@ -46,11 +46,10 @@ def theirs(network: Any, x: dict[str, Tensor]) -> Tensor:
     if type(network).__name__ == "CosmosTransformer3DModel":
         mask, padding = torch.zeros(1, 1, *latents.shape[2:]), torch.zeros(1, 1, *latents.shape[3:])
         found: Tensor = network(latents, T, text, condition_mask=mask, padding_mask=padding).sample
-        return found
-    if "condition" in x:
+    elif "condition" in x:
         found = network(torch.cat([latents, x["condition"]], 1), 1000 * T, text, x["image_embeds"]).sample
-        return found
-    found = network(latents, 1000 * T, text).sample
+    else:
+        found = network(latents, 1000 * T, text).sample
     return found
 
 

@@ -57,10 +57,7 @@ def counted(config: Config, shape: tuple[int, ...], prompt: int) -> int:
     """Operations of a forward pass of one request on the meta device, where attention is counted as a product."""
     with torch.device("meta"):
         model = network(config)
-        if isinstance(config, SD3Config):
-            text = config.joint_attention_dim
-        else:
-            text = config.text_dim if isinstance(config, WanConfig) else config.prompt_channels
+        text = int(getattr(config, {SD3Config: "joint_attention_dim", WanConfig: "text_dim"}.get(type(config), "prompt_channels")))
         inputs = [torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, prompt, text), *extra(config, shape)]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*inputs)
@@ -91,9 +88,7 @@ def test_wan(frames: int, rows: int, columns: int, prompt: int, layers: int) -> 
     assert forward_flops(config, shape, prompt) == counted(config, shape, prompt)
 
 
-@given(
-    frames=st.integers(1, 3), rows=st.integers(1, 4), columns=st.integers(1, 4), prompt=st.integers(1, 9), layers=st.integers(1, 3), projected=st.booleans()
-)
+@given(frames=st.integers(1, 3), rows=st.integers(1, 4), columns=st.integers(1, 4), prompt=st.integers(1, 9), layers=st.integers(1, 3), projected=st.booleans())
 @settings(max_examples=15)
 def test_cosmos(frames: int, rows: int, columns: int, prompt: int, layers: int, projected: bool) -> None:
     config = CosmosConfig.from_dict({**TINY_COSMOS, "num_layers": layers, "use_crossattn_projection": projected})
