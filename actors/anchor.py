@@ -61,7 +61,8 @@ class AnchorFeeder:
         captions = tuple(caption for caption, _ in rows)
         if self.spec.encoder is not None:
             self.spec.encoder.prefetch(captions)
-        return DataPayload(captions, clean_latents([example for _, example in rows], self.codec, sampler.height, sampler.width))
+        x0 = clean_latents([example for _, example in rows], self.codec, sampler.height, sampler.width, sampler.frames)
+        return DataPayload(captions, x0)
 
     def run(self) -> int:
         """Feed until stopped; returns how many batches were committed."""

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.clips import playing_sheet, strip, write_clip
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
+from actors.groups import fps_of
 from actors.judgement import EvaluationFailed, Judgement, Scores, judged
 from actors.parcels import Silence, each
 from actors.pictures import caption, contact_sheet
@@ -91,7 +93,7 @@ class Evaluator:
         for number, texts, images in self._samples(weights, prompts, 1, draw):
             scenes[number] = len(images), scene_statistics(images)
             if rewards.names:
-                scores[number] = self.client.score_all(rewards.names, texts, images, rewards.fleet.timeout_s)
+                scores[number] = self.client.score_all(rewards.names, texts, images, rewards.fleet.timeout_s, fps_of(images, self.spec.sampler))
         return judged(rewards, [scores[n] for n in sorted(scores)], revisions), _over_all([scenes[n] for n in sorted(scenes)])
 
     def _diversity(self, weights: View | Exported | None, prompts: list[str], draw: str) -> NDArray[np.float64]:
@@ -111,8 +113,9 @@ class Evaluator:
         """Digest of what an evaluation is made on: numbers of two runs are paired only where it is the same."""
         sampler, settings = self.spec.sampler, self.spec.evaluation
         sizes = [sampler.eval_steps, sampler.height, sampler.width, settings.diversity_prompts, settings.diversity_samples]
+        clips = [sampler.frames, sampler.fps] if sampler.frames > 1 else []
         prepared = [self.data.manifest.digest] if isinstance(self.data, PreparedSource) else []  # other latents may have the same captions
-        drawn = [split, list(prompts), list(captions), *sizes, *prepared]
+        drawn = [split, list(prompts), list(captions), *sizes, *clips, *prepared]
         return hashlib.blake2b(json.dumps(drawn).encode(), digest_size=8).hexdigest()
 
     def evaluate(self, weights: View | Exported | None, split: str, step: int, kind: str = "raw", full: bool = True) -> dict[str, Any]:
@@ -153,12 +156,16 @@ class Evaluator:
         return record
 
     def grid(self, weights: View | Exported | None, name: str) -> str:
-        """Captioned sample grid of fixed test prompts and fixed noise, `samples/<name>.png`; returns its path."""
+        """Captioned sample grid of fixed test prompts and fixed noise, `samples/<name>.png`; returns its path. Of clips strips of frames,
+        and `samples/<name>.mp4`, where all play in step."""
         prompts = held_out_prompts(self.prompts, "test", self.spec.evaluation.grid_prompts)
         found = {number: images for number, _, images in self._samples(weights, prompts, 1, "grid")}
         path = self.run_dir / "samples" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(np.concatenate([found[n] for n in sorted(found)]), [caption(p) for p in prompts]).save(path)
+        samples, captions = np.concatenate([found[n] for n in sorted(found)]), [caption(p) for p in prompts]
+        if samples.ndim == 5:
+            write_clip(path.with_suffix(".mp4"), playing_sheet(samples, captions), self.spec.sampler.fps)
+        contact_sheet([strip(clip) for clip in samples] if samples.ndim == 5 else samples, captions).save(path)
         return str(path)
 
 

@@ -136,6 +136,11 @@ def group_request(
     )
 
 
+def fps_of(samples: np.ndarray, sampler: SamplerConfig) -> float | None:
+    """What rewards are told of samples' frames a second: nothing of pictures `[n, H, W, 3]`."""
+    return sampler.fps if samples.ndim == 5 else None
+
+
 def group_payload(trajectories: Sequence[Trajectory], text: str, x0: Tensor | None = None) -> GroupPayload:
     """Stack the members' trained transitions. `x0`: clean latent `[C, h, w]` of the group's own example, where that is its anchor datum."""
     previous = [t.previous for t in trajectories if t.previous is not None]

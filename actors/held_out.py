@@ -89,7 +89,7 @@ class HeldOut:
         return self._name
 
     def sample(self, weights: View | Exported | None, draw: str, prompts: list[str], first: int, repeats: int) -> NDArray[np.uint8]:
-        """Pixels `[len(prompts) · repeats, H, W, 3]`, prompt-major: ODE samples without guidance.
+        """Pixels `[len(prompts) · repeats, H, W, 3]` (clips: `[…, F, H, W, 3]`), prompt-major: ODE samples without guidance.
 
         Args:
             weights: version; None = the policy that the run started from.
@@ -101,7 +101,7 @@ class HeldOut:
         """
         torch.set_num_threads(self._spec.rollout.threads)
         codec, sampler = self._policy.codec, self._spec.sampler
-        shape = (codec.channels, *codec.latent_size(sampler.height, sampler.width))
+        shape = codec.latent_shape(sampler.height, sampler.width, sampler.frames)
         seed = key("evaluation", draw)
         # every family of policies has DDIM's deterministic step, which for a flow is Euler's
         requests = [
@@ -124,7 +124,8 @@ class HeldOut:
         part = slice(first, first + count)
         captions, examples = map(list, zip(*held_out_rows(self._data, split, points)[part], strict=True))
         network, process, dtype = self._policy.transformer, self._policy.process, self._spec.model.dtype
-        x0 = clean_latents(examples, self._policy.codec, self._spec.sampler.height, self._spec.sampler.width).cpu()
+        sampler = self._spec.sampler
+        x0 = clean_latents(examples, self._policy.codec, sampler.height, sampler.width, sampler.frames).cpu()
         texts = stacked(self._text.get(captions))
         g = generator("evaluation", "loss", split)
         t = (torch.arange(points) + torch.rand(points, generator=g)) / points

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from actors.config import DataConfig, PromptConfig, RolloutConfig
 from actors.connect import Target
 from actors.encoding import EncoderUnavailable
-from actors.groups import group_payload, group_request, judge
+from actors.groups import fps_of, group_payload, group_request, judge
 from actors.held_out import HeldOut
 from actors.payload import encode
 from actors.rewards import RunRewards
@@ -120,7 +120,7 @@ class RolloutGenerator:
         device = resolve_device("cuda" if spec.rollout.gpus > 0 else "cpu", f"rollout.gpus={spec.rollout.gpus:g}")
         self.policy = load_policy(spec.model, device, spec.seed, spec.encoder)
         sampler = spec.sampler
-        self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(sampler.height, sampler.width))
+        self.shape = self.policy.codec.latent_shape(sampler.height, sampler.width, sampler.frames)
         merge = spec.model.lora.rank > 0 and spec.model.lora.merge
         engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge, side=True)
         self.text = PromptCache(self.policy.text_encoder, device)
@@ -274,7 +274,7 @@ class RolloutGenerator:
             stage = "scoring"
             if not self.revisions:
                 self.revisions = {name: info.revision for name, info in self.client.info(rewards.trained_names).items()}
-            scores = self.client.score_all(rewards.trained_names, [text] * len(images), images, rewards.fleet.timeout_s)
+            scores = self.client.score_all(rewards.trained_names, [text] * len(images), images, rewards.fleet.timeout_s, fps_of(images, self.spec.sampler))
             judged = judge(scores, rewards.trained, len(images), rollout.enough_members, rewards.fill_mean)
             meta: dict[str, float | int | str] = {"prompt": text, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
             if judged.failures:
@@ -297,7 +297,7 @@ class RolloutGenerator:
         if not self.spec.own_data:
             return None
         sampler = self.spec.sampler
-        return clean_latents([example], self.policy.codec, sampler.height, sampler.width)[0]
+        return clean_latents([example], self.policy.codec, sampler.height, sampler.width, sampler.frames)[0]
 
 
 def _reason(stage: str, error: Exception) -> str:

@@ -86,7 +86,7 @@ class BareLoop:
         self.policy = load_policy(config.model, seed=config.seed)
         self.learner = BareLearner(config, torch.device("cpu"))
         self.engine = Engine(self.learner.model, self.policy.process, config.sampler.max_tokens, config.model.dtype)
-        self.shape = (self.policy.codec.channels, *self.policy.codec.latent_size(config.sampler.height, config.sampler.width))
+        self.shape = self.policy.codec.latent_shape(config.sampler.height, config.sampler.width)
         self.rewards = run_rewards(config)
         (self.reward,) = self.rewards.trained_names  # one is what this loop knows
         self.scorers = [build_scorer(self.rewards.fleet.rewards[self.reward]) for _ in range(threads)]

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from diffusion.attention import Provider, resolve_provider
-from diffusion.codecs import Codec, IdentityCodec, VAECodec
+from diffusion.codecs import Codec, IdentityCodec
 from diffusion.config import ModelConfig
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
-from diffusion.families.registry import FAMILIES, SIGNATURES, TEXT_ENCODERS, Family, Signature
+from diffusion.families.registry import CODECS, FAMILIES, SIGNATURES, TEXT_ENCODERS, Family, Signature
 from diffusion.lora import add_lora, fresh_adapters, merged_weight, trained_weights
 from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
@@ -60,6 +60,11 @@ def _network_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     if name not in FAMILIES:
         raise CheckpointError(f"{folder}/transformer is a {name}; this build knows {', '.join(FAMILIES)}")
     return FAMILIES[name], values
+
+
+def samples_clips(config: ModelConfig) -> bool:
+    """Whether a policy makes clips instead of pictures. Raises CheckpointError for a missing or unreadable folder, or an unknown network."""
+    return _network_config(locate(config.path, config.revision).folder)[0].video
 
 
 def build_network(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[PackedModel, Provider]:
@@ -161,10 +166,14 @@ def build_codec(folder: Path) -> Codec:
         CheckpointError: a VAE of another class.
     """
     if not has_codec(folder):
-        return IdentityCodec()
+        return IdentityCodec(_network_config(folder)[0].video)
+    values = read_json(folder / "vae" / "config.json")
+    name = values.get("_class_name")
     try:
+        if name not in CODECS:
+            raise ValueError(f"a {name}; this build knows {', '.join(CODECS)}")
         with torch.device("meta"):
-            return VAECodec.build(read_json(folder / "vae" / "config.json"))
+            return CODECS[name](values)
     except ValueError as error:
         raise CheckpointError(f"{folder}/vae/config.json: {error}") from None
 
@@ -176,8 +185,9 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> Codec:
         CheckpointError: a VAE of another class, or weights that do not fit.
     """
     codec = build_codec(folder)
-    if isinstance(codec, VAECodec):
-        load_weights(codec.vae, folder / "vae", torch.float32, device)
+    vae: torch.nn.Module | None = getattr(codec, "vae", None)
+    if vae is not None:
+        load_weights(vae, folder / "vae", torch.float32, device)
     return codec
 
 
@@ -227,23 +237,21 @@ def open_policy(config: ModelConfig, device: torch.device | str = "cpu") -> Skel
 
     Raises:
         CheckpointError: what `build_network` and `build_codec` raise, components that do not fit each other or are not there, and parts
-            this build does not have: video codecs, other text encoders.
+            this build does not have: other text encoders.
     """
     source = locate(config.path, config.revision)
     folder = source.folder
-    family, values = _network_config(folder)
-    if family.video:
-        raise CheckpointError(
-            f"{folder}/transformer is a {values['_class_name']}, which samples video; this build has its network (diffusion.checkpoint.load_network) "
-            "but no video codec and no T5 encoder, so that it cannot be trained"
-        )
     encoder_class = _encoder_class(folder)
     if encoder_class not in TEXT_ENCODERS:
         raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {', '.join(TEXT_ENCODERS)}")
     model, provider = build_network(config.model_copy(update={"path": str(folder), "revision": None}), device)
     codec = build_codec(folder)
-    if codec.channels != model.config.in_channels:
-        raise CheckpointError(f"{folder}: the network takes latents of {model.config.in_channels} channels, its codec makes {codec.channels}")
+    family, _ = _network_config(folder)
+    if codec.video != family.video:
+        kinds = ("pictures", "clips")
+        raise CheckpointError(f"{folder}: the network takes {kinds[family.video]}, its codec makes {kinds[codec.video]}")
+    if codec.channels != model.latent_channels:
+        raise CheckpointError(f"{folder}: the network takes latents of {model.latent_channels} channels, its codec makes {codec.channels}")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     try:
         process = process_from_scheduler(scheduler, config.grid)

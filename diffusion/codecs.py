@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 
 class Codec(Protocol):
-    """Pixels are uint8 RGB `[B, H, W, 3]`; latents fp32 `[B, C, h, w]` on the CPU."""
+    """Pixels are uint8 RGB, pictures `[B, H, W, 3]` or clips `[B, F, H, W, 3]`; latents fp32 `[B, C, h, w]` or `[B, C, f, h, w]`."""
 
     channels: int
+    video: bool
+    """Clips instead of pictures."""
 
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Latent height and width of an image. Raises ValueError for a size that has no latent."""
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """Shape of a picture's or a clip's latent. Raises ValueError for a size that has none."""
         ...
 
     def encode(self, pixels: np.ndarray) -> Tensor: ...
@@ -26,24 +28,36 @@ class Codec(Protocol):
 
 
 def to_unit(pixels: np.ndarray) -> Tensor:
-    """uint8 `[B, H, W, 3]` to fp32 `[B, 3, H, W]` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """uint8 `[B, …, H, W, 3]` to fp32 `[B, 3, …, H, W]` in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, 1).float() / 127.5 - 1
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """`[B, 3, H, W]` to uint8 `[B, H, W, 3]`: clamps to [-1, 1] and rounds to the nearest of 256 levels."""
+    """`[B, 3, …, H, W]` to uint8 `[B, …, H, W, 3]`: clamps to [-1, 1] and rounds to the nearest of 256 levels."""
     unit = (images.float().clamp(-1, 1) + 1) * 127.5
-    array: np.ndarray = unit.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    array: np.ndarray = unit.round().to(torch.uint8).movedim(1, -1).contiguous().cpu().numpy()
     return array
 
 
+def refuse_frames(frames: int) -> None:
+    """Raises ValueError for a clip."""
+    if frames != 1:
+        raise ValueError(f"this policy samples pictures, not clips of {frames} frames; set frames to 1")
+
+
 class IdentityCodec:
-    """Pixel space: latents are pixels scaled to [-1, 1]."""
+    """Pixel space: latents are pixels scaled to [-1, 1]; with `video` those of clips."""
 
     channels = 3
 
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        return height, width
+    def __init__(self, video: bool = False) -> None:
+        self.video = video
+
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        if self.video:
+            return self.channels, frames, height, width
+        refuse_frames(frames)
+        return self.channels, height, width
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         return to_unit(pixels)
@@ -62,6 +76,7 @@ class VAECodec:
     """
 
     vae: Any
+    video = False
 
     def __init__(self, vae: nn.Module, tile_above: int = 1024, max_pixels: int = 1024 * 1024) -> None:
         self.vae = vae.eval().requires_grad_(False)
@@ -75,26 +90,20 @@ class VAECodec:
 
     @classmethod
     def build(cls, values: dict[str, Any]) -> VAECodec:
-        """Codec with undefined weights from a config.json.
-
-        Raises:
-            ValueError: another class than AutoencoderKL, or a key it does not know.
-        """
+        """Codec with undefined weights from a config.json. Raises ValueError for a key that AutoencoderKL does not know."""
         from diffusers import AutoencoderKL
 
-        name = values.get("_class_name")
-        if name != "AutoencoderKL":
-            raise ValueError(f"a {name}; this build decodes AutoencoderKL latents")
         extra = {k for k in values if not k.startswith("_")} - set(inspect.signature(AutoencoderKL.__init__).parameters)
         if extra:
             raise ValueError(f"keys AutoencoderKL does not know: {', '.join(sorted(extra))}")
         autoencoder: Any = AutoencoderKL
         return cls(autoencoder.from_config(values))
 
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+    def latent_shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        refuse_frames(frames)
         if height < 1 or width < 1 or height % self.factor or width % self.factor:
             raise ValueError(f"{height}x{width} pixels is not a multiple of {self.factor}, by which this policy's VAE shrinks images")
-        return height // self.factor, width // self.factor
+        return self.channels, height // self.factor, width // self.factor
 
     def _batches(self, items: Tensor, pixels_each: int) -> Iterator[Tensor]:
         parameter = next(self.vae.parameters())
@@ -104,7 +113,7 @@ class VAECodec:
     @torch.no_grad()
     def encode(self, pixels: np.ndarray) -> Tensor:
         height, width = pixels.shape[1:3]
-        self.latent_size(height, width)
+        self.latent_shape(height, width)
         means = [self.vae.encode(part).latent_dist.mean.float().cpu() for part in self._batches(to_unit(pixels), height * width)]
         return (torch.cat(means) - self.shift) * self.scale
 

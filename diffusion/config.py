@@ -47,8 +47,8 @@ class ModelConfig(Strict):
     )
     grid: Literal["even", "diffusers"] = Field(
         "even",
-        description="times of a flow's steps, before the shift: even = N even steps from 1 to 0; diffusers = as its FlowMatchEulerDiscreteScheduler "
-        "(Flow-GRPO), whose last but one time is near 0",
+        description="times of a flow's steps, before the shift: even = N even steps from 1 to 0; diffusers = as the policy's scheduler makes them: "
+        "FlowMatchEulerDiscreteScheduler (Flow-GRPO), whose last but one time is near 0, or UniPCMultistepScheduler",
     )
     text_dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen CLIP and T5 text encoders (T5-XXL: 19 or 9.5 GB)")
     map_weights: bool = Field(
@@ -88,6 +88,8 @@ class SamplerConfig(Strict):
     )
     height: int = Field(16, ge=1, description="height of a sample in pixels")
     width: int = Field(48, ge=1, description="width of a sample in pixels")
+    frames: int = Field(1, ge=1, description="frames of a clip, of video policies; of others 1: a picture")
+    fps: float = Field(16.0, gt=0, le=240, description="frames a second of clips: what rewards and players are told (Wan, Cosmos-Predict2.5: 16)")
     max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine, at most; less where memory does not hold it")
 
     @model_validator(mode="after")

@@ -38,12 +38,16 @@ def rung(tokens: int, per_octave: int) -> int:
 
 
 def spread(values: Tensor, owner: Tensor | None) -> Tensor:
-    """Per-request values `[R, dim]` in a shape that broadcasts over a stream's tokens.
+    """Rows of values `[R, dim]`, of requests or of parts of them, in a shape that broadcasts over a stream's tokens.
 
     Args:
-        owner: request of each token `[T]`, or None where requests stand as rows.
+        owner: row of each token, `[T]` or `[rows, T]` of the stream, or None where requests stand as rows and have one row of values each.
     """
-    return values[:, None] if owner is None else values.index_select(0, owner)[None]
+    if owner is None:
+        return values[:, None]
+    if owner.dim() == 1:
+        return values.index_select(0, owner)[None]
+    return values.index_select(0, owner.flatten()).unflatten(0, owner.shape)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Stream:
     lens: tuple[int, ...]
     padding: int | None = None
     _owners: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _parts: dict[tuple[torch.device, tuple[int, ...]], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def even(self) -> bool:
@@ -91,6 +96,17 @@ class Stream:
                 lens = torch.tensor([*self.lens, self.padding or 0])
                 self._owners[device] = torch.arange(len(lens)).repeat_interleave(lens).to(device)
         return self._owners[device]
+
+    def parts(self, first: tuple[int, ...], device: torch.device) -> Tensor:
+        """Part of each token, shaped as the stream: the first `first[i]` tokens of request i are part 2i, the others part 2i + 1, padding
+        is part 2 len(lens)."""
+        if (device, first) not in self._parts:
+            counts = [n for a, length in zip(first, self.lens, strict=True) for n in (a, length - a)]
+            with constants():
+                lens = torch.tensor([*counts, self.padding or 0])
+                numbers = torch.arange(len(lens)).repeat_interleave(lens)
+                self._parts[device, first] = numbers.view(len(self.lens) if self.even else 1, -1).to(device)
+        return self._parts[device, first]
 
     def per_token(self, values: Tensor) -> Tensor:
         """Per-request values `[B, dim]` (one row more where there is padding) in a shape that broadcasts over the stream's tokens."""

@@ -153,12 +153,16 @@ def check_weights(
     """Compare the names and shapes in `folder` with those of `model`, from the files' headers; arguments as of `load_weights`.
 
     Returns:
-        `shapes_of` the folder.
+        `shapes_of` the folder, without what the model says it has no use for (`PackedModel.unused`).
 
     Raises:
         CheckpointError: as `load_weights`.
     """
-    files = shapes_of(folder, remedy)
+    unused: Collection[str] = getattr(model, "unused", ())
+    files = {
+        path: {name: shape for name, shape in tensors.items() if not any(part in name for part in unused)}
+        for path, tensors in shapes_of(folder, remedy).items()
+    }
     stored = {name: shape for tensors in files.values() for name, shape in tensors.items()}
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in made}
     missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())

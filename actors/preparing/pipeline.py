@@ -86,7 +86,7 @@ class ShardWriter:
     def write(self, number: int, pixels: NDArray[np.uint8], rows: list[Row], broken: list[Broken]) -> int:
         """Write shard `number`; returns how many inputs are broken. A latent that is not finite makes its input one."""
         p = self.preparation
-        shape = (0, self.codec.channels, *self.codec.latent_size(p.height, p.width))
+        shape = (0, *self.codec.latent_shape(p.height, p.width))
         x0 = self.codec.encode(pixels).numpy() if len(pixels) else np.empty(shape, np.float32)
         finite = [bool(np.isfinite(latent).all()) for latent in x0]
         broken = broken + [Broken(row.name, "the codec makes a latent of it that is not finite") for row, good in zip(rows, finite, strict=True) if not good]
@@ -134,7 +134,7 @@ def begun(p: Preparation) -> Work:
     """
     codec = load_codec(p.model)
     try:
-        latent = (codec.channels, *codec.latent_size(p.height, p.width))
+        latent = codec.latent_shape(p.height, p.width)
     except ValueError as error:
         raise SourceError(str(error)) from None
     reader = make_reader(p.source, p.columns)

@@ -94,7 +94,7 @@ def presample(p: Presampling, policy: Policy, progress: Callable[[int, int], Non
         SamplingFailed, StepFailed, PresamplingFailed: a sample could not be drawn.
     """
     folder, s = policy.source.folder, p.sampler
-    latent = (policy.codec.channels, *policy.codec.latent_size(s.height, s.width))
+    latent = policy.codec.latent_shape(s.height, s.width, s.frames)
     codec = codec_digest(folder)
     shards = -(-len(p.examples) // p.shard_prompts)
     prompts = hashlib.blake2b(json.dumps([(example.id, example.text) for example in p.examples]).encode(), digest_size=16).hexdigest()
@@ -110,7 +110,7 @@ def presample(p: Presampling, policy: Policy, progress: Callable[[int, int], Non
     return finish(p.out, shards, [], codec=codec, model=str(folder.resolve()), height=s.height, width=s.width, latent=latent)
 
 
-def _draw(p: Presampling, engine: Engine, number: int, shape: tuple[int, int, int]) -> None:
+def _draw(p: Presampling, engine: Engine, number: int, shape: tuple[int, ...]) -> None:
     """Draw and write one shard."""
     first = number * p.shard_prompts
     requests = [

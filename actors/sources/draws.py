@@ -101,13 +101,30 @@ def held_out_batch(source: Source, split: str, rows: int, height: int, width: in
     return _pictured(held_out_rows(source, split, rows), height, width)
 
 
-def pixels_of(examples: Sequence[Example], height: int, width: int) -> NDArray[np.uint8]:
-    """Their pictures, uint8 `[rows, H, W, 3]` (clips: `[rows, T, H, W, 3]`). Raises SourceError."""
+def pixels_of(examples: Sequence[Example], height: int, width: int, frames: int | None = None) -> NDArray[np.uint8]:
+    """Their pictures, uint8 `[rows, H, W, 3]`, or clips `[rows, T, H, W, 3]`.
+
+    Args:
+        frames: the first so many of clips; None = all of them, or pictures.
+    Raises:
+        SourceError: media of unequal shapes, pictures where clips are asked for, or a clip that is too short.
+    """
     pixels = [example.pixels(height, width) for example in examples]
+    if frames is not None:
+        pixels = [_first(example, clip, frames) for example, clip in zip(examples, pixels, strict=True)]
     shapes = sorted({picture.shape for picture in pixels})
     if len(shapes) > 1:
         raise SourceError(f"anchor media of different shapes {shapes} stand in one batch; give clips of equal length, or pictures only")
     return np.stack(pixels)
+
+
+def _first(example: Example, clip: NDArray[np.uint8], frames: int) -> NDArray[np.uint8]:
+    if clip.ndim == 3 and frames == 1:
+        return clip[None]
+    if clip.ndim == 3 or len(clip) < frames:
+        found = "a picture" if clip.ndim == 3 else f"a clip of {len(clip)} frames"
+        raise SourceError(f"example {example.id!r} is {found}, sampler.frames is {frames}; lower it, or leave the example out")
+    return clip[:frames]
 
 
 def _pictured(rows: Sequence[Row], height: int, width: int) -> Batch:

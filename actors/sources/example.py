@@ -51,7 +51,7 @@ class Example:
         return split_of(self.id)
 
     def pixels(self, height: int, width: int) -> NDArray[np.uint8]:
-        """Its picture or clip in this size. Raises SourceError when there is none."""
+        """Its picture, or clip with all its frames, in this size. Raises SourceError when there is none."""
         if self.media is None and self.latent is not None:
             raise SourceError(f"example {self.id!r} is of a prepared set, which holds latents and no pictures")
         if self.media is None:

@@ -41,7 +41,7 @@ def glyph_group() -> bytes:
     model = config.model.model_copy(update={"path": str(RECIPE.parent.parent / config.model.path)})
     policy = load_policy(model, "cpu", config.seed)
     engine = Engine(policy.transformer, policy.process, config.sampler.max_tokens, model.dtype)
-    shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
+    shape = policy.codec.latent_shape(config.sampler.height, config.sampler.width)
     prompt = training_example(prompt_source(config.prompts, config.data), config.seed, 0).text
     request = group_request(config.sampler, config.rollout, config.seed, 0, policy.text_encoder.encode([prompt])[0], None, shape)
     return b"".join(encode(group_payload(engine.run([request]), prompt)))

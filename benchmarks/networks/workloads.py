@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from diffusion.families.base import PackedModel
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
-from diffusion.families.wan.network import WanConfig, WanTransformer
+from diffusion.families.wan.config import WanConfig
+from diffusion.families.wan.network import WanTransformer
 
 SD35_MEDIUM = SD3Config(
     sample_size=128,

@@ -96,7 +96,7 @@ class Engine:
         and the engine no text encoder."""
         conditioning = self._conditioning(request.prompt, request.conditioning)
         negative = self._conditioning(request.negative_prompt, request.negative) if request.guided else None
-        tokens = self.runner.packed_tokens(request.shape, [c.tokens for c in (conditioning, negative) if c is not None])
+        tokens = self.runner.packed_tokens(request.shape, [c for c in (conditioning, negative) if c is not None])
         context = Context(request, self._path(request), conditioning, negative, tokens)
         ranges = [request.members] if request.shared_steps else [range(m, m + 1) for m in request.members]
         for members in ranges:

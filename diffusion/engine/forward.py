@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion.engine.sequence import Path, Sequence
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import Conditioning, gathered
+from diffusion.families.given import completed
 from diffusion.precision import autocast
 
 
@@ -68,12 +69,13 @@ def rows_of(sequences: list[Sequence], device: torch.device) -> list[Rows]:
 def predict(model: PackedModel, rows: list[Rows], dtype: str) -> list[Tensor]:
     """Prediction of each of `rows`, `[B, *shape]`, from one call of the network."""
     inputs = [r.inputs() for r in rows]
-    texts = [c for _, _, conditioning in inputs for c in conditioning]
+    documents = [x for batch, _, _ in inputs for x in batch]
+    texts = completed([c for _, _, conditioning in inputs for c in conditioning], documents)
     t = torch.cat([times for _, times, _ in inputs])
     even = len({x.shape[1:] for x, _, _ in inputs}) == 1
     with autocast(dtype, t.device):
         out = model(
-            torch.cat([x for x, _, _ in inputs]) if even else [one for x, _, _ in inputs for one in x],
+            torch.cat([x for x, _, _ in inputs]) if even else documents,
             t,
             **gathered(texts),
         )

@@ -29,6 +29,7 @@ class SamplingParams:
 
     Attributes:
         height, width: size in pixels.
+        frames: of a clip; 1 = a picture.
         steps: denoising steps.
         n: samples of the prompt.
         seed: with the prompt's position in the call and the sample's number, the name of every noise.
@@ -49,6 +50,7 @@ class SamplingParams:
     noise_level: float = 0.7
     stochastic: str = "none"
     priority: int = 0
+    frames: int = 1
 
     def __post_init__(self) -> None:
         if self.stochastic not in ("none", "all"):
@@ -57,7 +59,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A finished picture. `image` is uint8 RGB `[H, W, 3]`; `number` counts the prompt's samples."""
+    """A finished sample. `image` is uint8 RGB `[H, W, 3]`, of a video policy a clip `[F, H, W, 3]`; `number` counts the prompt's samples."""
 
     prompt: str
     params: SamplingParams
@@ -92,7 +94,7 @@ class DiffusionEngine:
         codec = self.policy.codec
         noisy = range(stochastic_steps(params.kernel, params.steps)) if params.stochastic == "all" else ()
         return SampleRequest(
-            shape=(codec.channels, *codec.latent_size(params.height, params.width)),
+            shape=codec.latent_shape(params.height, params.width, params.frames),
             steps=params.steps,
             prompt=prompt,
             n=params.n,

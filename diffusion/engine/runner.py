@@ -19,6 +19,8 @@ from diffusion.engine.incoming import Incoming
 from diffusion.engine.memory import keep_freed_memory, out_of_memory, plan_memory
 from diffusion.engine.sequence import Sequence
 from diffusion.families.base import PackedModel
+from diffusion.families.conditioning import Conditioning
+from diffusion.families.given import whole_shape
 from diffusion.lora import merge_lora, trained_weights
 from diffusion.precision import itemsize
 
@@ -69,9 +71,10 @@ class Runner:
         padded = "" if self.model.buckets is None else f", token counts in {self.model.buckets} buckets an octave"
         return f"{self.dtype} on {self.device}{padded}"
 
-    def packed_tokens(self, shape: tuple[int, ...], prompt_tokens: list[int]) -> int:
-        """Tokens of one sample: a document of `shape` for each prompt. Raises ValueError when it fits neither model nor budget."""
-        tokens = sum(self.model.packed_tokens(shape, n) for n in prompt_tokens)
+    def packed_tokens(self, shape: tuple[int, ...], documents: list[Conditioning]) -> int:
+        """Tokens of one sample: a document of `shape`, and of the frames that are given, for each. Raises ValueError when it fits neither
+        model nor budget."""
+        tokens = sum(self.model.packed_tokens(whole_shape(shape, c), c.tokens) for c in documents)
         if tokens > self.plan.tokens:
             raise ValueError(f"one sample of {shape} needs {tokens} tokens, more than the budget: {self.plan}")
         return tokens

@@ -90,6 +90,8 @@ class PackedModel(nn.Module, ABC):
     """Name of the block list in the checkpoint."""
     patch: tuple[int, ...]
     """Patch edges of (h, w) or (f, h, w)."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Parts of names of tensors that published files hold and no network reads."""
 
     @property
     @abstractmethod
@@ -104,6 +106,11 @@ class PackedModel(nn.Module, ABC):
         return cast(nn.ModuleList, blocks)
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of what is sampled; the network's input has more where conditioning stands beside it."""
+        return self.config.in_channels
+
+    @property
     @abstractmethod
     def longest_edge(self) -> tuple[int, str]:
         """Most patches along an axis that have positions, and the config key that says so."""
@@ -116,9 +123,9 @@ class PackedModel(nn.Module, ABC):
                 table of positions.
         """
         channels, *sizes = shape
-        if len(sizes) != len(self.patch) or channels != self.config.in_channels:
+        if len(sizes) != len(self.patch) or channels != self.latent_channels:
             axes = ", ".join(["frames", "height", "width"][-len(self.patch) :])
-            raise ValueError(f"latent shape {tuple(shape)} does not fit: this model takes ({self.config.in_channels} channels, {axes})")
+            raise ValueError(f"latent shape {tuple(shape)} does not fit: this model takes ({self.latent_channels} channels, {axes})")
         if any(n < 1 or n % p for n, p in zip(sizes, self.patch, strict=True)):
             size, patch = ("x".join(map(str, x)) for x in (sizes, self.patch))
             raise ValueError(f"latent size {size} is not a multiple of the patch size {patch}")

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def time_features(t: Tensor, channels: int = 256) -> Tensor:
-    """Sinusoidal features of 1000 t, `[B]` to fp32 `[B, channels]`: cosines first, frequencies 10000^(-i / (channels / 2))."""
+def time_features(t: Tensor, channels: int = 256, scale: float = 1000.0) -> Tensor:
+    """Sinusoidal features of `scale` t, `[B]` to fp32 `[B, channels]`: cosines first, frequencies 10000^(-i / (channels / 2))."""
     half = channels // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angle = 1000 * t.float()[:, None] * frequency
+    angle = scale * t.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
@@ -38,20 +38,27 @@ def norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """GELU (tanh) MLP; parameter names net.0.proj and net.2."""
+    """GELU MLP; parameter names net.0.proj and net.2.
+
+    Args:
+        dim, inner, out: channels; out = dim unless given.
+        approximate: GELU by tanh, as most networks here, or `none`: exact.
+        bias: of both layers.
+    """
 
     class _Proj(nn.Module):
-        def __init__(self, dim: int, inner: int) -> None:
+        def __init__(self, dim: int, inner: int, approximate: str, bias: bool) -> None:
             super().__init__()
-            self.proj = nn.Linear(dim, inner)
+            self.approximate = approximate
+            self.proj = nn.Linear(dim, inner, bias)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.gelu(self.proj(x), approximate="tanh")
+            return F.gelu(self.proj(x), approximate=self.approximate)
 
-    def __init__(self, dim: int, inner: int) -> None:
+    def __init__(self, dim: int, inner: int, out: int | None = None, approximate: str = "tanh", bias: bool = True) -> None:
         super().__init__()
-        self.net = nn.Sequential(self._Proj(dim, inner), nn.Identity(), nn.Linear(inner, dim))
+        self.net = nn.Sequential(self._Proj(dim, inner, approximate, bias), nn.Identity(), nn.Linear(inner, out or dim, bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
+        found: Tensor = self.net(x)
+        return found

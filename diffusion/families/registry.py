@@ -9,14 +9,21 @@ from typing import Any
 
 import torch
 
+from diffusion.codecs import Codec, VAECodec
 from diffusion.config import ModelConfig
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
+from diffusion.families.cosmos.config import CosmosConfig
+from diffusion.families.cosmos.network import CosmosTransformer
+from diffusion.families.cosmos.text import REASON_CLASS, CosmosTextEncoder, CosmosTokens
 from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
 from diffusion.families.sd3.text import CLIP_CLASS, SD3TextEncoder, SD3Tokens
 from diffusion.families.sd3.tiny import write_like
-from diffusion.families.wan.network import WanConfig, WanTransformer
+from diffusion.families.wan import codec as clips
+from diffusion.families.wan.config import WanConfig
+from diffusion.families.wan.network import WanTransformer
+from diffusion.families.wan.text import UMT5_CLASS, WanTextEncoder, WanTokens
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,14 @@ class Family:
 
 
 FAMILIES = {
+    "CosmosTransformer3DModel": Family(lambda values, provider: CosmosTransformer(CosmosConfig.from_dict(values), provider), video=True),
     "SD3Transformer2DModel": Family(lambda values, provider: SD3Transformer(SD3Config.from_dict(values), provider), video=False),
     "WanTransformer3DModel": Family(lambda values, provider: WanTransformer(WanConfig.from_dict(values), provider), video=True),
 }
+
+
+CODECS: dict[str, Callable[[dict[str, Any]], Codec]] = {"AutoencoderKL": VAECodec.build, clips.CLASS_NAME: clips.ClipCodec.build}
+"""A codec with undefined weights from the keys of a `vae`'s config.json, by its class. Raises ValueError on keys it does not know."""
 
 
 def _sd3_text(folder: Path, config: ModelConfig, device: torch.device) -> TextEncoder:
@@ -46,6 +58,8 @@ def _sd3_text(folder: Path, config: ModelConfig, device: torch.device) -> TextEn
 TEXT_ENCODERS: dict[str, Callable[[Path, ModelConfig, torch.device], TextEncoder]] = {
     CLASS_NAME: lambda folder, config, device: GlyphTextEncoder.load(folder / "text_encoder"),
     CLIP_CLASS: _sd3_text,
+    REASON_CLASS: lambda folder, config, device: CosmosTextEncoder.load(folder, getattr(torch, config.text_dtype), device, config.lora.rank > 0),
+    UMT5_CLASS: lambda folder, config, device: WanTextEncoder.load(folder, getattr(torch, config.text_dtype), device),
 }
 """Reads the encoder of a policy's folder, by the class of its `text_encoder`. Raises ValueError for a config it does not know, and what
 reading files raises."""
@@ -54,6 +68,8 @@ Signature = Callable[[str], bytes]
 SIGNATURES: dict[str, Callable[[Path, ModelConfig], Signature]] = {
     CLASS_NAME: lambda folder, config: GlyphTextEncoder.load(folder / "text_encoder").signature,
     CLIP_CLASS: lambda folder, config: SD3Tokens.load(folder, config.t5_tokens).signature,
+    REASON_CLASS: lambda folder, config: CosmosTokens.load(folder).signature,
+    UMT5_CLASS: lambda folder, config: WanTokens.load(folder).signature,
 }
 """`TextEncoder.signature` of the encoders of a policy's folder, without their weights. Raises as `TEXT_ENCODERS`."""
 

@@ -71,8 +71,7 @@ class StepKernel(ABC):
 
     def start(self, noise: Tensor) -> Tensor:
         """First state from unit Gaussian noise `[…]`, fp32: the noise at its share of the grid's first time."""
-        _, share = self.process.coefficients(self.time_grid(self.steps)[:1])
-        return float(share) * noise.float()
+        return self.process.start_share(float(self.time_grid(self.steps)[0])) * noise.float()
 
     @abstractmethod
     def moments(self, prediction: Tensor, x: Tensor, t: Tensor, t_next: Tensor, previous: Previous | None = None) -> tuple[Tensor, Tensor]:

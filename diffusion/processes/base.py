@@ -48,6 +48,10 @@ class ForwardProcess(ABC):
     def time_grid(self, steps: int) -> Tensor:
         """`steps + 1` decreasing times, `[steps + 1]` fp32; the last is 0."""
 
+    def start_share(self, t: float) -> float:
+        """How much of unit noise a sample starts from at the first time `t` of its grid: the share that noise has there."""
+        return float(self.coefficients(torch.tensor([t]))[1])
+
     def on_grid(self, times: Sequence[float]) -> Self:
         """This process with a given sampling grid: decreasing times in its own unit, the last 0. Raises ValueError."""
         grid = torch.tensor(times, dtype=torch.float32)

@@ -70,7 +70,7 @@ def sample(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)] = None,
     tiny: TinyFlag = False,
 ) -> None:
-    """Draw pictures: every mix of sizes and steps in one packed batch. Writes PNG files, samples.jsonl and grid.png."""
+    """Draw pictures or clips: every mix of sizes and steps in one packed batch. Writes PNG (mp4) files, samples.jsonl and grid.png."""
     try:
         policy = policy_source(source, set_ or [], ema, tiny)
         config = policy.config
@@ -103,7 +103,7 @@ def _draw(
     try:
         texts = prompt_lines(str(file))
         choices = [
-            SamplingParams(h, w, c, 1, seed, s.guidance, s.negative_prompt, s.kernel, s.noise_level, "all" if noise else "none")
+            SamplingParams(h, w, c, 1, seed, s.guidance, s.negative_prompt, s.kernel, s.noise_level, "all" if noise else "none", frames=s.frames)
             for h, w in sizes
             for c in counts
         ]
@@ -122,7 +122,7 @@ def _draw(
     except (CheckpointError, ValueError) as error:
         fail(str(error), 2)
     pictures = [one for samples in done for one in samples]
-    _write(folder, pictures, seed, source)
+    _write(folder, pictures, seed, source, s.fps)
     typer.echo(
         f"{len(pictures)} samples in {seconds:.1f} s: {len(pictures) / seconds:.1f} samples/s, {stats.tokens / seconds:.0f} tokens/s, "
         f"{stats.forwards} forward passes, {stats.occupancy:.0%} of the token budget used"
@@ -142,20 +142,26 @@ def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
         yield lambda finished, _: bar.update(task, completed=finished)
 
 
-def _write(folder: Path, samples: list[Sample], seed: int, source: PolicySource) -> None:
-    """Pictures `0000.png …`, what each is in samples.jsonl, and the grid."""
+def _write(folder: Path, samples: list[Sample], seed: int, source: PolicySource, fps: float) -> None:
+    """Pictures `0000.png …` or clips `0000.mp4 …`, what each is in samples.jsonl, and the grid."""
     from PIL import Image
 
+    from actors.clips import strip, write_clip
     from actors.pictures import caption, contact_sheet
 
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for i, one in enumerate(samples):
-        name = f"{i:04d}.png"
-        Image.fromarray(one.image).save(folder / name)
-        p = one.params
+        p, clip = one.params, one.image.ndim == 4
+        name = f"{i:04d}.{'mp4' if clip else 'png'}"
+        if clip:
+            write_clip(folder / name, one.image, fps)
+        else:
+            Image.fromarray(one.image).save(folder / name)
         origin = {"policy": source.path, "step_of_policy": source.step, "weights": source.weights}
-        lines.append({"file": name, "prompt": one.prompt, "height": p.height, "width": p.width, "steps": p.steps, "seed": seed, "group": i, **origin})
+        size = {"height": p.height, "width": p.width} | ({"frames": p.frames, "fps": fps} if clip else {})
+        lines.append({"file": name, "prompt": one.prompt, **size, "steps": p.steps, "seed": seed, "group": i, **origin})
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = samples[:GRID_SAMPLES]
-    contact_sheet([s.image for s in shown], [f"{caption(s.prompt)} · {s.params.steps}" for s in shown], columns=8).save(folder / "grid.png")
+    images = [strip(s.image) if s.image.ndim == 4 else s.image for s in shown]
+    contact_sheet(images, [f"{caption(s.prompt)} · {s.params.steps}" for s in shown], columns=8).save(folder / "grid.png")

@@ -101,7 +101,7 @@ class Learner:
         if config.uses_policy:
             self.guidance = guidance_of(config, self.encode, device)
             self.probe = self.encode([training_example(prompt_source(config.prompts, config.data), config.seed, 0).text])[0]
-        self.shape = (policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width))
+        self.shape = policy.codec.latent_shape(config.sampler.height, config.sampler.width, config.sampler.frames)
         self.model = self._filled(policy.transformer).train()
         self.reference = self._reference()
         o = config.optimizer

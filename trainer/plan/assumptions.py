@@ -23,7 +23,6 @@ class Assumptions(Strict):
     host_gb_s: float = Field(10.0, gt=0, description="GB/s of host memory that one rank's threads reach in the optimiser's step; used by learner.offload")
     link_gbit_s: float = Field(10.0, gt=0, description="Gbit/s of the network between two machines")
     prompt_tokens: int | None = Field(None, ge=1, description="tokens of an encoded prompt, padding included; null = as the pipeline pads it")
-    frames: int = Field(1, ge=1, description="frames of a clip, for networks that sample video")
 
 
 def parse_assumptions(items: list[str]) -> Assumptions:

@@ -147,7 +147,7 @@ def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
     )
     vae, vae_config = _vae(parts)
     encoders = tuple(Component(name, encoder_parameters(parts[name])) for name in ENCODERS if name in parts)
-    shape = _latent(config, assumptions, vae_config, network.config.in_channels, video)
+    shape = _latent(config, vae_config, network.latent_channels, video)
     try:
         network.tokens(shape)
     except ValueError as error:
@@ -213,7 +213,7 @@ def build_vae(values: dict[str, Any]) -> Any:
         return getattr(diffusers, name).from_config(values).eval().requires_grad_(False)
 
 
-def _latent(config: RunConfig, assumptions: Assumptions, vae: dict[str, Any], channels: int, video: bool) -> tuple[int, ...]:
+def _latent(config: RunConfig, vae: dict[str, Any], channels: int, video: bool) -> tuple[int, ...]:
     """Latent of one sample. Raises ConfigError for a size that is no multiple of the VAE's factor."""
     space = 2 ** (len(vae["block_out_channels"]) - 1) if "block_out_channels" in vae else vae.get("scale_factor_spatial", 8 if vae else 1)
     height, width = config.sampler.height, config.sampler.width
@@ -222,7 +222,8 @@ def _latent(config: RunConfig, assumptions: Assumptions, vae: dict[str, Any], ch
     size = (height // space, width // space)
     if not video:
         return (channels, *size)
-    return (channels, 1 + (assumptions.frames - 1) // vae.get("scale_factor_temporal", 4), *size)
+    frames = config.sampler.frames
+    return (channels, 1 + (frames - 1) // int(vae.get("scale_factor_temporal", 4)) if vae else frames, *size)
 
 
 def prompt_tokens(values: dict[str, Any], t5: int) -> int:

@@ -1,11 +1,13 @@
 """``write_report``: the report page of one run, or of several runs beside each other.
 
-The page is one file without scripts, and a content policy inside it forbids the browser to fetch anything:
-styles, drawings and sample grids are all inlined. It can be written again at any time, also while the run is
-going on; the file is replaced in one move, so a reader never sees half a page.
+The page is one file, and a content policy inside it forbids the browser to fetch anything: styles, drawings, sample grids
+and clips are all inlined. Where there are clips, one script keeps them in step; the policy allows none but it. The page can
+be written again at any time, also while the run is going on; the file is replaced in one move, so a reader never sees half
+a page.
 """
 
 import base64
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,9 +74,14 @@ def render(runs: Sequence[RunRecord]) -> str:
     charts = Charts(named)
     compared = compare([(one.name, summary_of(one.run)[0]) for one in named]) if len(named) > 1 else []
     template = _environment().get_template("report.html.j2")
+    views = [_view(one, charts) for one in named]
+    plays = any(grid is not None and grid.clip for view in views for grid in (view.before, view.after, *view.between))
+    script = (_TEMPLATES / "clips.js").read_text(encoding="utf-8") if plays else ""
     return template.render(
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         title=" · ".join(one.name for one in named),
-        views=[_view(one, charts) for one in named],
+        views=views,
         compared=compared,
         trade=charts.trade(compared, shared_reward(compared)) if compared else None,
         reward_names=list(dict.fromkeys(reward for row in compared for reward in row.gains)),
@@ -96,7 +103,7 @@ def _environment() -> Environment:
     environment.globals.update(
         fixed=wording.fixed, general=wording.general, signed=wording.signed, percent=wording.percent,
         interval=wording.interval, count=wording.count, ABSENT=wording.ABSENT, VERDICTS=VERDICTS,
-        embed=_embed,
+        embed=_embed, embed_clip=_embed_clip,
     )  # fmt: skip
     return environment
 
@@ -109,7 +116,16 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _embed(grid: Grid) -> str:
-    return "data:image/png;base64," + base64.b64encode(grid.path.read_bytes()).decode("ascii")
+    return _inline("image/png", grid.path)
+
+
+def _embed_clip(grid: Grid) -> str:
+    assert grid.clip is not None  # the template asks
+    return _inline("video/mp4", grid.clip)
+
+
+def _inline(kind: str, path: Path) -> str:
+    return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _view(named: Named, charts: Charts) -> RunView:

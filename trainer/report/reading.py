@@ -202,7 +202,8 @@ def _read_grid(path: Path, label: str, step: int | None, problems: list[str]) ->
     if size is None:
         problems.append(f"samples/{path.name} is cut off or not a PNG; left out.")
         return None
-    return Grid(label, step, path, *size)
+    clip = path.with_suffix(".mp4")
+    return Grid(label, step, path, *size, clip if clip.is_file() else None)
 
 
 def _png_size(data: bytes) -> tuple[int, int] | None:

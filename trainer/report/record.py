@@ -54,13 +54,14 @@ class EvalPoint:
 
 @dataclass(frozen=True)
 class Grid:
-    """A sample grid on fixed prompts and fixed noise; ``width`` and ``height`` in pixels."""
+    """A sample grid on fixed prompts and fixed noise; ``width`` and ``height`` in pixels. ``clip``: where its samples play, of clips."""
 
     label: str
     step: int | None
     path: Path
     width: int
     height: int
+    clip: Path | None = None
 
 
 @dataclass(frozen=True)

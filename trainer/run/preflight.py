@@ -45,7 +45,7 @@ def check_policy(config: RunConfig) -> None:
         policy = open_policy(config.model)
         check_network(policy.transformer, config.model)
         signature = load_signature(policy.source.folder, config.model)
-        policy.transformer.tokens((policy.codec.channels, *policy.codec.latent_size(config.sampler.height, config.sampler.width)))
+        policy.transformer.tokens(policy.codec.latent_shape(config.sampler.height, config.sampler.width, config.sampler.frames))
     except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
         raise ConfigError(f"model: {error}") from None
     try:
@@ -119,10 +119,12 @@ def _check_prompts(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig, folder: Path | None) -> None:
-    from actors.sources.draws import data_source, held_out_rows, training_rows
+    from actors.sources.draws import data_source, held_out_rows, pixels_of, training_rows
     from actors.sources.prepared import PreparedSource
+    from diffusion.checkpoint import samples_clips
 
     size = config.sampler.height, config.sampler.width
+    frames = config.sampler.frames if samples_clips(config.model) else None
     try:
         source = data_source(config.data)
         if isinstance(source, PreparedSource) and folder is not None:
@@ -131,7 +133,7 @@ def _check_data(config: RunConfig, folder: Path | None) -> None:
         for split in ["test"] + ["dev"] * (config.evaluation.every > 0):
             rows += held_out_rows(source, split, 1)
         for _, example in rows:
-            _ = example.latent.load() if example.latent else example.pixels(*size)
+            _ = example.latent.load() if example.latent else pixels_of([example], *size, frames)
     except ValueError as error:
         raise ConfigError(f"data: {error}") from None
     if config.data.kind == "prepared":

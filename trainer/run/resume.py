@@ -72,7 +72,7 @@ def finished_updates(folder: Path) -> int:
 
 def forget_after(folder: Path, step: int) -> None:
     """Remove evaluations, grids and evaluation lines of steps > `step`."""
-    for file in [*folder.glob("eval/*-*-*.json"), *folder.glob("samples/step-*.png")]:
+    for file in [*folder.glob("eval/*-*-*.json"), *folder.glob("samples/step-*.png"), *folder.glob("samples/step-*.mp4")]:
         number = file.stem.split("-")[1]
         if number.isdecimal() and int(number) > step:
             file.unlink()

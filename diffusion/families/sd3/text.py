@@ -21,50 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.families.conditioning import Conditioning, stacked
+from diffusion.families.frozen import frozen_model, load_tokenizer, padded_ids
 
 CLIP_CLASS, T5_CLASS = "CLIPTextModelWithProjection", "T5EncoderModel"
-COMPUTED = ("embeddings.position_ids",)
-"""Buffers that old files store and today's models compute."""
-
-
-def _library() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("CLIP and T5 need transformers: pip install 'ddrl[models]'") from None
-    return transformers
-
-
-def _model(folder: Path, name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """The class `name` of transformers from the safetensors of `folder`, frozen. Raises ValueError unless every tensor finds its place."""
-    transformers = _library()
-    loading = transformers.utils.logging
-    verbosity = loading.get_verbosity()
-    loading.set_verbosity_error()  # what a load leaves out is refused below, in one line
-    loading.disable_progress_bar()
-    options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        model, found = getattr(transformers, name).from_pretrained(folder, **options)
-    except Exception as error:  # each kind of damage has its own class, of several libraries
-        raise ValueError(f"{folder} cannot be loaded as a {name}: {error}") from None
-    finally:
-        loading.set_verbosity(verbosity)
-    unexpected = [key for key in found["unexpected_keys"] if not key.endswith(COMPUTED)]
-    wrong = {"missing": found["missing_keys"], "unexpected": unexpected, "of another shape": found["mismatched_keys"]}
-    lists = [f"{len(keys)} {what} ({', '.join(sorted(map(str, keys))[:3])})" for what, keys in wrong.items() if keys]
-    if lists:
-        raise ValueError(f"weights of {folder} do not fit a {name}: {'; '.join(lists)}")
-    return model.eval().requires_grad_(False).to(device)
-
-
-def _tokenizer(folder: Path, name: str) -> Any:
-    transformers = _library()
-    if not (folder / "tokenizer_config.json").exists():
-        raise ValueError(f"{folder} holds no tokenizer_config.json; download the folder again")
-    try:
-        return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"{folder} cannot be loaded as a {name}: {error}") from None
 
 
 class SD3Tokens:
@@ -84,30 +43,25 @@ class SD3Tokens:
     @classmethod
     def load(cls, folder: Path, t5_tokens: int) -> Self:
         """From a pipeline's folder. Raises ValueError with the tokenizer's folder named."""
-        large, giant = (_tokenizer(folder / f"tokenizer{n}", "CLIPTokenizer") for n in ("", "_2"))
-        t5 = _tokenizer(folder / "tokenizer_3", "T5Tokenizer") if (folder / "text_encoder_3").is_dir() else None
+        large, giant = (load_tokenizer(folder / f"tokenizer{n}", "CLIPTokenizer") for n in ("", "_2"))
+        t5 = load_tokenizer(folder / "tokenizer_3", "T5Tokenizer") if (folder / "text_encoder_3").is_dir() else None
         return cls((large, giant), t5, t5_tokens)
 
     def clip(self, prompts: list[str]) -> list[Tensor]:
         """Ids `[B, 77]` for CLIP-L and for CLIP-G."""
-        return [_ids(tokenizer, prompts, length) for tokenizer, length in self._clips]
+        return [padded_ids(tokenizer, prompts, length) for tokenizer, length in self._clips]
 
     def t5(self, prompts: list[str]) -> Tensor:
         """Ids `[B, t5_tokens]` for T5, where there is one."""
         [(tokenizer, length)] = self._t5
-        return _ids(tokenizer, prompts, length)
+        return padded_ids(tokenizer, prompts, length)
 
     def signature(self, prompt: str) -> bytes:
         """See `TextEncoder.signature`: the token ids, which need no forward pass."""
         digest = hashlib.blake2b(digest_size=16)
         for tokenizer, length in self._clips + self._t5:
-            digest.update(_ids(tokenizer, [prompt], length).numpy().tobytes())
+            digest.update(padded_ids(tokenizer, [prompt], length).numpy().tobytes())
         return digest.digest()
-
-
-def _ids(tokenizer: Any, prompts: list[str], length: int) -> Tensor:
-    ids: Tensor = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    return ids
 
 
 class SD3TextEncoder:
@@ -141,8 +95,8 @@ class SD3TextEncoder:
         """
         config = json.loads((folder / "transformer" / "config.json").read_text())
         tokens = SD3Tokens.load(folder, t5_tokens)
-        large, giant = (_model(folder / f"text_encoder{n}", CLIP_CLASS, dtype, device) for n in ("", "_2"))
-        t5 = _model(folder / "text_encoder_3", T5_CLASS, dtype, device) if (folder / "text_encoder_3").is_dir() else None
+        large, giant = (frozen_model(folder / f"text_encoder{n}", CLIP_CLASS, dtype, device) for n in ("", "_2"))
+        t5 = frozen_model(folder / "text_encoder_3", T5_CLASS, dtype, device) if (folder / "text_encoder_3").is_dir() else None
         encoder = cls(tokens, (large, giant), t5, config["joint_attention_dim"], t5_tokens)
         if encoder.pooled_width != config["pooled_projection_dim"]:
             pooled = config["pooled_projection_dim"]

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+
+from diffusion.families.tiny import WORDS, stirred, t5_tokenizer
 
 Style = Literal["sd3", "sd35", "sd35-large"]
 
-WORDS = ["a", "an", "the", "of", "on", "in", "and", "red", "green", "blue", "black", "white", "small", "large", "circle", "square", "sign", "cat"]
-"""Words that are one token to CLIP and one piece to T5; all others go letter by letter."""
 WIDTH = 96
 """Channels of the joined embeddings: more than both CLIPs have together, so that some are zeros."""
 
@@ -37,30 +36,6 @@ def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
     pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
     make: Any = CLIPTokenizer
     return make(vocab={piece: i for i, piece in enumerate(pieces)}, merges=list(merges), pad_token=pad, model_max_length=77)
-
-
-def t5_tokenizer() -> Any:
-    """A `T5Tokenizer`: padding, end and unknown first as in the published one, then printable ASCII and the words."""
-    from transformers import T5Tokenizer
-
-    pieces: list[tuple[str, float]] = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", 0.0),
-        ("▁", -4.0),
-        *((chr(c), -6.0) for c in range(33, 127)),
-        *(("▁" + w, -3.0) for w in WORDS),
-    ]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
-
-
-def _stirred(module: nn.Module) -> Any:
-    """`module` with gains and biases moved away from one and zero, so that none of them can be left out unnoticed."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return module.eval()
 
 
 def write_like(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -137,14 +112,14 @@ def _pipeline(style: Style, t5: bool) -> Any:
     )
     tokens_3 = t5_tokenizer() if t5 else None
     shape = {"d_model": WIDTH, "d_kv": 12, "d_ff": 64, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
-    text_encoder_3 = _stirred(transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(tokens_3), **shape))) if tokens_3 else None
+    text_encoder_3 = stirred(transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(tokens_3), **shape))) if tokens_3 else None
     return diffusers.StableDiffusion3Pipeline(
-        transformer=_stirred(transformer),
+        transformer=stirred(transformer),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_stirred(vae),
-        text_encoder=_stirred(transformers.CLIPTextModelWithProjection(clip)),
+        vae=stirred(vae),
+        text_encoder=stirred(transformers.CLIPTextModelWithProjection(clip)),
         tokenizer=tokens,
-        text_encoder_2=_stirred(transformers.CLIPTextModelWithProjection(clip_2)),
+        text_encoder_2=stirred(transformers.CLIPTextModelWithProjection(clip_2)),
         tokenizer_2=tokens_2,
         text_encoder_3=text_encoder_3,
         tokenizer_3=tokens_3,

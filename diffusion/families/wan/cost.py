@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 from diffusion.families.base import Saved
 
 if TYPE_CHECKING:
-    from diffusion.families.wan.network import WanConfig
+    from diffusion.families.wan.config import WanConfig
 
 
 def forward_flops(c: WanConfig, shape: Sequence[int], text: int) -> int:
     """See `PackedModel.forward_flops`."""
     dim, patch = c.inner_dim, prod(c.patch_size)
-    video = prod(shape[1:]) // patch
-    out = c.in_channels if c.out_channels is None else c.out_channels
+    video, image = prod(shape[1:]) // patch, c.image_tokens
     square = 2 * dim * dim
-    ends = 2 * dim * video * patch * (c.in_channels + out) + 2 * dim * text * c.text_dim + square * text
+    ends = 2 * dim * video * patch * (c.in_channels + c.latent_channels) + 2 * dim * text * c.text_dim + square * text
+    ends += 2 * image * (c.image_dim or 0) * ((c.image_dim or 0) + dim)
     per_request = 2 * dim * c.freq_dim + square + 6 * square
-    layer = square * video * (4 + 2) + square * text * 2 + 4 * video**2 * dim + 4 * video * text * dim + 4 * video * dim * c.ffn_dim
+    layer = square * video * (4 + 2) + square * (text + image) * 2 + 4 * video**2 * dim + 4 * video * (text + image) * dim + 4 * video * dim * c.ffn_dim
     return ends + per_request + c.num_layers * layer
 
 
@@ -38,13 +38,17 @@ def saved(c: WanConfig, shape: Sequence[int], text: int, size: int, adapted: boo
     """
     dim, e, full = c.inner_dim, size, not adapted
     video = prod(shape[1:]) // prod(c.patch_size)
+    image = c.image_tokens  # their keys and values are kept as the text's are; of the video, an output of attention of their own, and the sum
     # video: 3 layer norms, 3 query and key norms; q, k, v, out of self-attention, q and out of cross-attention; two inputs of projections
     per_token = 6 * 4 + 6 * e + 2 * e + full * (2 * 4 + 3 * 4 + 4 + e)
     feed_forward = c.ffn_dim * e * (1 + full)
     words = 4 + 2 * e + 4 * full
     # 4 sums of the softmax a head, and the modulation's vectors of a request
-    block = video * (dim * per_token + feed_forward + 8 * c.num_attention_heads) + text * dim * words + 12 * dim * 4
+    if image:
+        per_token += 2 * e
+    block = video * (dim * per_token + feed_forward + 8 * c.num_attention_heads) + (text + image) * dim * words + 12 * dim * 4
     head = video * dim * (4 + (4 + e) * full) + text * (c.text_dim * e * full + dim * e * 2)
+    head += image * ((c.image_dim or 0) * (4 + 2 * e) * full + dim * (e + 4 * full))
     gradients = video * (2 * c.ffn_dim * e + 2 * dim * 4)
     weights = (6 + 2 * full) * dim * dim + 2 * dim * c.ffn_dim  # an adapter's gradient does not reach the text
     return Saved((block,) * c.num_layers, (video * dim * e,) * c.num_layers, head, gradients, (weights,) * c.num_layers)

@@ -1,198 +1,49 @@
-"""Wan 2.1 text-to-video transformer on packed sequences (arXiv 2503.20314), with diffusers' config keys and parameter names.
+"""Wan 2.1 and 2.2 transformers on packed sequences (arXiv 2503.20314), with diffusers' config keys and parameter names.
 
 A state dict of `diffusers.WanTransformer3DModel` loads here unchanged and back. Clips of any mix of frame counts and
 sizes share one forward: video tokens form one stream (`diffusion.packing`), rotary positions follow each clip's own
 grid, modulation is per request, and each clip attends to itself and to its own text.
+
+    text-to-video         prompt_embeds [L, D]
+    image-to-video 2.1    also condition [4 + C, f, h, w], channels of the input beside the C that are sampled: mask and encoded image;
+                          and image_embeds [257, image_dim], CLIP's features of the image (of first and last: [514, image_dim])
+    image-to-video A14B   condition alone
+    TI2V-5B               given [C, k, h, w], clean frames in front of the sampled ones, at time 0
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.attention import constants, varlen_attention
-from diffusion.families.base import Block, PackedModel, Saved, by_shape, feed_forward_bytes, known_keys
+from diffusion.families.base import PackedModel, Saved, by_shape, feed_forward_bytes
+from diffusion.families.given import Batch, free_part, given_times, joined
 from diffusion.families.layers import FeedForward, TwoLayer, norm, time_features
+from diffusion.families.rotary import Rotary
 from diffusion.families.wan import cost
-from diffusion.packing import Layout, Stream, spread
+from diffusion.families.wan.blocks import Features, LayerNorm32, WanBlock
+from diffusion.families.wan.config import WanConfig
+from diffusion.packing import Stream, spread
 
 
-@dataclass(frozen=True)
-class WanConfig:
-    """The keys of a diffusers `WanTransformer3DModel` config.json; same defaults."""
-
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    num_attention_heads: int = 40
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int | None = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    ffn_dim: int = 13824
-    num_layers: int = 40
-    cross_attn_norm: bool = True
-    qk_norm: str | None = "rms_norm_across_heads"
-    eps: float = 1e-6
-    image_dim: int | None = None
-    added_kv_proj_dim: int | None = None
-    rope_max_seq_len: int = 1024
-    pos_embed_seq_len: int | None = None
-
-    @property
-    def inner_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> WanConfig:
-        """From a config.json. Raises ValueError on a key or value this implementation does not know."""
-        config = cls(**known_keys(cls, values, "Wan"))
-        for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
-            if getattr(config, key) is not None:
-                raise ValueError(f"{key}={getattr(config, key)} belongs to image-to-video; this model is text-to-video only")
-        if config.qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"qk_norm={config.qk_norm!r} is not known; Wan 2.1 uses 'rms_norm_across_heads'")
-        if len(config.patch_size) != 3:
-            raise ValueError(f"patch_size={config.patch_size} must have three edges: frames, height, width")
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-
-class Rotary:
-    """Rotary positions of a patch grid: channel pairs are shared out to the frame, row and column axis.
-
-    A third of the pairs (rounded down) goes to rows and to columns each, the rest to frames; frequencies theta^(-2i/dim)
-    with theta 10000, computed in fp64.
-    """
-
-    def __init__(self, head_dim: int, length: int) -> None:
-        side = 2 * (head_dim // 6)
-        self.dims = (head_dim - 2 * side, side, side)
-        self.length = length
-        self._tables: dict[torch.device, list[Tensor]] = {}
-
-    def _angles(self, device: torch.device) -> list[Tensor]:
-        """Angle of each position along each axis, `[length, dim / 2]` fp64."""
-        if device not in self._tables:
-            with constants():
-                position = torch.arange(self.length, dtype=torch.float64)
-                angles = [position[:, None] / 10000.0 ** (torch.arange(0, d, 2, dtype=torch.float64) / d) for d in self.dims]
-                self._tables[device] = [a.to(device) for a in angles]
-        return self._tables[device]
-
-    def __call__(self, grid: tuple[int, ...], device: torch.device) -> Tensor:
-        """`[tokens, 2, head_dim / 2]`: cosine and sine of each token of a grid, no axis of which is longer than `length`."""
-        frames, rows, columns = grid
-        f, r, c = (table[:n] for table, n in zip(self._angles(device), grid, strict=True))
-        parts = f[:, None, None].expand(-1, rows, columns, -1), r[None, :, None].expand(frames, -1, columns, -1), c[None, None].expand(frames, rows, -1, -1)
-        angle = torch.cat(parts, -1).flatten(0, 2)
-        return torch.stack([angle.cos(), angle.sin()], 1).float()
-
-
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of `x` `[rows, tokens, heads, d]` by `positions` `[1, tokens, 2, d / 2]`."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = (p[:, :, None] for p in positions.unbind(2))
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Projections of one attention; queries and keys are normed across all heads."""
+class ImageEmbedder(nn.Module):
+    """An image's features at the network's width."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        dim = config.inner_dim
-        self.heads = config.num_attention_heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=config.eps) for _ in range(2))
+        assert config.image_dim is not None
+        self.norm1, self.norm2 = LayerNorm32(config.image_dim), LayerNorm32(config.inner_dim)
+        self.ff = FeedForward(config.image_dim, config.image_dim, config.inner_dim, approximate="none")
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.pos_embed_seq_len, config.image_dim)) if config.pos_embed_seq_len is not None else None
 
-    def _heads(self, x: Tensor, rms: nn.Module | None) -> Tensor:
-        x = x if rms is None else rms(x).to(x.dtype)  # autocast on a GPU computes the norm in fp32
-        return x.unflatten(-1, (self.heads, -1))
-
-    def queries(self, x: Tensor) -> Tensor:
-        """`[rows, tokens, dim]` to `[rows, tokens, heads, head_dim]`."""
-        return self._heads(self.to_q(x), self.norm_q)
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._heads(self.to_k(x), self.norm_k), self._heads(self.to_v(x), None)
-
-
-class LayerNorm32(nn.LayerNorm):
-    """Layer norm computed in fp32 whatever the type of its input and weights, which the output keeps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (None if a is None else a.float() for a in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
-class WanBlock(Block):
-    """Self-attention, cross-attention to the text, feed-forward; the first and the last are modulated."""
-
-    regions = ("before", "between", "after")
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        dim = config.inner_dim
-        self.eps = config.eps
-        self.attn1, self.attn2 = Attention(config), Attention(config)
-        self.norm2 = LayerNorm32(dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
-        self.ffn = FeedForward(dim, config.ffn_dim)
-        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim))
-
-    def _vector(self, vectors: Tensor, index: int, owner: Tensor | None) -> Tensor:
-        return spread(self.scale_shift_table[:, index].float() + vectors[:, index].float(), owner)
-
-    def _normed(self, x: Tensor, vectors: Tensor, first: int, owner: Tensor | None) -> Tensor:
-        shift, scale = (self._vector(vectors, i, owner) for i in (first, first + 1))
-        return (norm(x.float(), self.eps) * (1 + scale) + shift).to(x.dtype)
-
-    def before(self, x: Tensor, vectors: Tensor, positions: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the self-attention."""
-        normed = self._normed(x, vectors, 0, owner)
-        k, v = self.attn1.keys_values(normed)
-        return rotate(self.attn1.queries(normed), positions), rotate(k, positions), v
-
-    def between(self, x: Tensor, attended: Tensor, text: Tensor, vectors: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The stream behind the self-attention; queries, keys and values of the cross-attention."""
-        x = (x.float() + self.attn1.to_out[0](attended) * self._vector(vectors, 2, owner)).to(x.dtype)
-        return x, self.attn2.queries(self.norm2(x)), *self.attn2.keys_values(text)
-
-    def after(self, x: Tensor, attended: Tensor, vectors: Tensor, owner: Tensor | None) -> Tensor:
-        """The stream behind the cross-attention and the feed-forward."""
-        x = x + self.attn2.to_out[0](attended)
-        return (x.float() + self.ffn(self._normed(x, vectors, 3, owner)).float() * self._vector(vectors, 5, owner)).to(x.dtype)
-
-    def _self_attention(self, x: Tensor, vectors: Tensor, positions: Tensor, layout: Layout, provider: str) -> Tensor:
-        q, k, v = (layout.image.flat(a) for a in self.before(x, vectors, positions, layout.image.owner(x.device)))
-        return layout.image.unflat(varlen_attention(q, k, v, layout.own, provider).flatten(-2))
-
-    def _cross_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, provider: str) -> Tensor:
-        q, k, v = layout.image.flat(q), layout.text.flat(k), layout.text.flat(v)
-        return layout.image.unflat(varlen_attention(q, k, v, layout.cross, provider).flatten(-2))
-
-    def forward(self, x: Tensor, text: Tensor, vectors: Tensor, positions: Tensor, layout: Layout, provider: str) -> Tensor:
-        """Video stream to video stream.
-
-        Args:
-            x: video stream.
-            text: text stream, `dim` wide.
-            vectors: modulation of each request `[R, 6, dim]`.
-            positions: `[1, tokens, 2, head_dim / 2]`.
-        """
-        owner = layout.image.owner(x.device)
-        attended = self._self_attention(x, vectors, positions, layout, provider)
-        x, q, k, v = self.between(x, attended, text, vectors, owner)
-        attended = self._cross_attention(q, k, v, layout, provider)
-        del q, k, v  # the feed-forward is where memory peaks
-        return self.after(x, attended, vectors, owner)
+    def forward(self, features: Tensor) -> Tensor:
+        """`[B, n, image_dim]` to `[B, n, dim]`."""
+        out: Tensor = self.norm2(self.ff(self.norm1(features if self.pos_embed is None else features + self.pos_embed)))
+        return out
 
 
 class ConditionEmbedder(nn.Module):
@@ -205,6 +56,7 @@ class ConditionEmbedder(nn.Module):
         self.time_embedder = TwoLayer(config.freq_dim, dim)
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = TwoLayer(config.text_dim, dim, gelu=True)
+        self.image_embedder = ImageEmbedder(config) if config.image_dim is not None else None
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """`t` `[B]` to `[B, dim]` and `[B, 6, dim]`."""
@@ -213,7 +65,7 @@ class ConditionEmbedder(nn.Module):
 
 
 class WanTransformer(PackedModel):
-    """Velocity network of Wan 2.1 text-to-video.
+    """Velocity network of Wan 2.1 and 2.2.
 
     Args:
         config: architecture.
@@ -221,12 +73,13 @@ class WanTransformer(PackedModel):
     """
 
     block_list = "blocks"
+    unused = ("norm_added_q",)
 
     def __init__(self, config: WanConfig, provider: str = "sdpa") -> None:
         super().__init__()
         self._config, self.provider = config, provider
         self.patch = config.patch_size
-        self.out_channels = config.in_channels if config.out_channels is None else config.out_channels
+        self.out_channels = config.latent_channels
         dim = config.inner_dim
         self.rotary = Rotary(config.attention_head_dim, config.rope_max_seq_len)
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
@@ -255,6 +108,10 @@ class WanTransformer(PackedModel):
         nn.init.zeros_(self.proj_out.weight)
 
     @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
     def longest_edge(self) -> tuple[int, str]:
         return self.config.rope_max_seq_len, "rope_max_seq_len"
 
@@ -271,7 +128,7 @@ class WanTransformer(PackedModel):
         tokens: Tensor = self.patch_embedding(latents).flatten(2).transpose(1, 2)
         return tokens
 
-    def _positions(self, latents: Tensor | list[Tensor], stream: Stream) -> Tensor:
+    def _positions(self, latents: Batch, stream: Stream) -> Tensor:
         """Rotary positions of a stream `[1, tokens, 2, head_dim / 2]`; each grid's are computed once."""
         grids = [self.grid(x.shape) for x in latents]
         tables = {grid: self.rotary(grid, latents[0].device) for grid in set(grids)}
@@ -280,23 +137,45 @@ class WanTransformer(PackedModel):
         each = [tables[grid].flatten(1) for grid in grids]
         return stream.pack(each).unflatten(-1, (2, -1))
 
+    def _features(self, image_embeds: Batch | None, latents: Batch) -> Features | None:
+        embedder = self.condition_embedder.image_embedder
+        if embedder is None or image_embeds is None:
+            if (embedder is None) != (image_embeds is None):
+                raise ValueError("image_embeds and a network with image_dim belong together")
+            return None
+        tokens = embedder(image_embeds if isinstance(image_embeds, Tensor) else torch.stack(image_embeds))
+        layout = self._layout(latents, tokens)
+        return Features(layout.text.pack(tokens), layout)
+
     def forward_flops(self, shape: Sequence[int], prompt_tokens: int) -> int:
         return cost.forward_flops(self.config, shape, prompt_tokens)
 
     def saved(self, shape: Sequence[int], prompt_tokens: int, itemsize: int, adapted: bool) -> Saved:
         return cost.saved(self.config, shape, prompt_tokens, itemsize, adapted)
 
-    def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Velocities of a batch of clips (see `PackedModel.forward`); latents are `[C, f, h, w]` each."""
-        layout = self._layout(latents, prompt_embeds)
-        x = layout.image.pack(self._embed(latents) if isinstance(latents, Tensor) else by_shape(latents, self._embed)).contiguous()
-        positions = self._positions(latents, layout.image)
+    def forward(
+        self,
+        latents: Batch,
+        t: Tensor,
+        prompt_embeds: Batch,
+        image_embeds: Batch | None = None,
+        condition: Batch | None = None,
+        given: Batch | None = None,
+    ) -> Batch:
+        """Velocities of a batch of clips (see `PackedModel.forward`); latents are `[C, f, h, w]` each, conditioning as the module says."""
+        whole = latents if given is None else joined([given, latents], 1)
+        layout = self._layout(whole, prompt_embeds)
+        inputs = whole if condition is None else joined([whole, condition], 0)
+        x = layout.image.pack(self._embed(inputs) if isinstance(inputs, Tensor) else by_shape(inputs, self._embed)).contiguous()
+        positions, features = self._positions(whole, layout.image), self._features(image_embeds, whole)
         text = self.condition_embedder.text_embedder(layout.text.pack(prompt_embeds))
-        temb, vectors = self.condition_embedder(t)
+        first = (0,) * len(latents) if given is None else tuple(g[0].numel() // prod(self.patch) for g in given)
+        owner = layout.image.owner(x.device) if not any(first) else layout.image.parts(first, x.device)
+        temb, vectors = self.condition_embedder(given_times(t, 0.0) if any(first) else t)
         temb, vectors = self._per_request(temb), self._per_request(vectors.flatten(1)).unflatten(1, (6, -1))
         for block in self.blocks:
-            x = block(x, text, vectors, positions, layout, self.provider)
+            x = block(x, text, vectors, positions, owner, layout, self.provider, features)
         shift, scale = (self.scale_shift_table.float() + temb.float()[:, None]).unbind(1)
-        owner = layout.image.owner(x.device)
         out = (norm(x.float(), self.config.eps) * (1 + spread(scale, owner)) + spread(shift, owner)).to(x.dtype)
-        return self._unpack(self.proj_out(out), latents, layout.image)
+        velocities = self._unpack(self.proj_out(out), whole, layout.image)
+        return velocities if given is None else free_part(velocities, given)

@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 
 from diffusion.families.base import PackedModel
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
-from diffusion.families.wan.network import WanConfig, WanTransformer
+from diffusion.families.wan.config import WanConfig
+from diffusion.families.wan.network import WanTransformer
 
 SD3 = SD3Config(
     sample_size=16,

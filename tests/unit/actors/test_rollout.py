@@ -166,7 +166,9 @@ class Scorer:
     def info(self, names: list[str]) -> dict[str, Info]:
         return {name: Info(f"{name}-1") for name in names}
 
-    def score_all(self, names: list[str], prompts: list[str], images: np.ndarray, timeout_s: float) -> dict[str, list[ItemScore | ScoreFailure]]:
+    def score_all(
+        self, names: list[str], prompts: list[str], images: np.ndarray, timeout_s: float, fps: float | None = None
+    ) -> dict[str, list[ItemScore | ScoreFailure]]:
         return {name: self.score(prompts, images) for name in names}
 
     def score(self, prompts: list[str], images: np.ndarray) -> list[ItemScore | ScoreFailure]:

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from actors.config import DataConfig, PromptConfig
-from actors.sources.draws import data_source, held_out_batch, held_out_prompts, make_source, prompt_source, training_batch, training_example
-from actors.sources.example import Source, SourceError, split_of
+from actors.sources.draws import data_source, held_out_batch, held_out_prompts, make_source, pixels_of, prompt_source, training_batch, training_example
+from actors.sources.example import Example, Source, SourceError, split_of
 from actors.sources.folder import FolderSource
 from actors.sources.glyph import GlyphSource
+from actors.sources.latents import clean_latents
 from actors.sources.text import TextSource
+from diffusion.codecs import IdentityCodec
 from diffusion.families.glyph import signs
 
 GLYPHS = SIGNS = GlyphSource()
@@ -298,3 +301,24 @@ def test_clips_of_a_folder_keep_their_frames(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no clip")
     with pytest.raises(SourceError, match=r"anchor clip .*a\.mp4 cannot be read"):
         training_batch(FolderSource(str(tmp_path)), 0.0, 0, 0, 1, 8, 16)
+
+
+def test_clips_are_cut_to_the_frames_that_are_sampled() -> None:
+    class Frames:
+        def load(self, height: int, width: int) -> NDArray[np.uint8]:
+            return np.arange(7, dtype=np.uint8)[:, None, None, None].repeat(height, 1).repeat(width, 2).repeat(3, 3)
+
+    class Still:
+        def load(self, height: int, width: int) -> NDArray[np.uint8]:
+            return np.zeros((height, width, 3), np.uint8)
+
+    clip, still = Example("c", "a clip", Frames()), Example("p", "a picture", Still())
+    assert pixels_of([clip], 4, 6, 5)[0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert pixels_of([clip], 4, 6).shape == (1, 7, 4, 6, 3)
+    assert pixels_of([still, clip], 4, 6, 1).shape == (2, 1, 4, 6, 3)
+    with pytest.raises(SourceError, match=r"example 'c' is a clip of 7 frames, sampler.frames is 9; lower it"):
+        pixels_of([clip], 4, 6, 9)
+    with pytest.raises(SourceError, match=r"example 'p' is a picture, sampler.frames is 5"):
+        pixels_of([clip, still], 4, 6, 5)
+    video = IdentityCodec(video=True)
+    assert clean_latents([clip], video, 4, 6, 5).shape == (1, *video.latent_shape(4, 6, 5)) == (1, 3, 5, 4, 6)

@@ -104,7 +104,7 @@ def test_codec_round_trip_is_exact_for_all_levels() -> None:
     assert latents.shape == (1, 3, 16, 16)
     assert (latents.dtype, float(latents.min()), float(latents.max())) == (torch.float32, -1.0, 1.0)
     np.testing.assert_array_equal(codec.decode(latents), pixels)
-    assert codec.latent_size(16, 48) == (16, 48)
+    assert codec.latent_shape(16, 48) == (3, 16, 48)
 
 
 def test_codec_clamps_what_lies_outside() -> None:

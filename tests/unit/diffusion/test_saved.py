@@ -12,8 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.config import LoRAConfig
 from diffusion.families.base import PackedModel
+from diffusion.families.cosmos.config import CosmosConfig
+from diffusion.families.cosmos.network import CosmosTransformer
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
-from diffusion.families.wan.network import WanConfig, WanTransformer
+from diffusion.families.wan.config import WanConfig
+from diffusion.families.wan.network import WanTransformer
 from diffusion.lora import add_lora
 from diffusion.precision import autocast, itemsize
 
@@ -31,14 +34,39 @@ SD3 = SD3Config(
 )
 SD35 = replace(SD3, qk_norm="rms_norm", dual_attention_layers=(0, 1))
 WAN = WanConfig(num_attention_heads=6, attention_head_dim=32, in_channels=4, out_channels=4, text_dim=40, ffn_dim=500, num_layers=3)
+WAN_I2V = replace(WAN, in_channels=8, image_dim=40, added_kv_proj_dim=192)
+COSMOS = CosmosConfig(
+    in_channels=5,
+    out_channels=4,
+    num_attention_heads=6,
+    attention_head_dim=32,
+    num_layers=3,
+    mlp_ratio=2.5,
+    text_embed_dim=72,
+    adaln_lora_dim=24,
+    extra_pos_embed_type=None,
+    use_crossattn_projection=True,
+    crossattn_proj_in_channels=40,
+    encoder_hidden_states_channels=72,
+)
 ROWS, TEXT = 2, 23
+Config = SD3Config | WanConfig | CosmosConfig
+
+
+def network(config: Config) -> PackedModel:
+    if isinstance(config, SD3Config):
+        return SD3Transformer(config)
+    return WanTransformer(config) if isinstance(config, WanConfig) else CosmosTransformer(config)
 
 
 def inputs(model: PackedModel) -> tuple[torch.Tensor, ...]:
-    video = isinstance(model, WanTransformer)
-    shape = (4, 2, 14, 18) if video else (4, 20, 22)
+    shape = (4, 20, 22) if isinstance(model, SD3Transformer) else (4, 2, 14, 18)
     given = torch.randn(ROWS, *shape), torch.rand(ROWS), torch.randn(ROWS, TEXT, 40)
-    return given if video else (*given, torch.randn(ROWS, 40))
+    if isinstance(model, SD3Transformer):
+        return (*given, torch.randn(ROWS, 40))
+    if isinstance(model, WanTransformer) and model.config.image_tokens:
+        return (*given, torch.randn(ROWS, model.config.image_tokens, 40), torch.randn(ROWS, *shape))
+    return given
 
 
 def kept(model: PackedModel, given: tuple[torch.Tensor, ...], dtype: str) -> tuple[int, int]:
@@ -65,9 +93,9 @@ def kept(model: PackedModel, given: tuple[torch.Tensor, ...], dtype: str) -> tup
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "adapter"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("config", [SD3, SD35, WAN], ids=["sd3", "sd3.5", "wan"])
-def test_what_is_kept_without_recomputing(config: SD3Config | WanConfig, dtype: str, rank: int) -> None:
-    model: PackedModel = SD3Transformer(config) if isinstance(config, SD3Config) else WanTransformer(config)
+@pytest.mark.parametrize("config", [SD3, SD35, WAN, WAN_I2V, COSMOS], ids=["sd3", "sd3.5", "wan", "wan i2v", "cosmos"])
+def test_what_is_kept_without_recomputing(config: Config, dtype: str, rank: int) -> None:
+    model = network(config)
     if rank:
         add_lora(model, LoRAConfig(rank=rank), torch.Generator())
     given = inputs(model)
@@ -90,9 +118,9 @@ class Recomputed(nn.Module):
         return checkpoint(self.block, *given, use_reentrant=False)
 
 
-@pytest.mark.parametrize("config", [SD35, WAN], ids=["sd3.5", "wan"])
-def test_what_is_kept_when_blocks_are_recomputed(config: SD3Config | WanConfig) -> None:
-    model: PackedModel = SD3Transformer(config) if isinstance(config, SD3Config) else WanTransformer(config)
+@pytest.mark.parametrize("config", [SD35, WAN, COSMOS], ids=["sd3.5", "wan", "cosmos"])
+def test_what_is_kept_when_blocks_are_recomputed(config: Config) -> None:
+    model = network(config)
     given = inputs(model)
     saved = model.saved(given[0].shape[1:], TEXT, 4, False)
     for i, block in enumerate(model.blocks):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion.families.wan.network import WanConfig, WanTransformer
+from diffusion.families.wan.config import WanConfig
+from diffusion.families.wan.network import WanTransformer
 from tests.unit.diffusion.peak import PeakBytes
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -37,7 +38,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         "patch_size": draw(st.sampled_from([(1, 2, 2), (1, 1, 1), (2, 1, 2)])),
         "num_attention_heads": draw(st.integers(1, 3)),
         "attention_head_dim": draw(st.sampled_from([8, 12, 14])),
-        "in_channels": draw(st.integers(1, 4)),
+        "in_channels": draw(st.integers(2, 4)),
         "out_channels": draw(st.sampled_from([None, 2])),
         "num_layers": draw(st.integers(1, 3)),
         "cross_attn_norm": draw(st.booleans()),
@@ -64,7 +65,7 @@ def wan(seed: int = 0, **keys: Any) -> WanTransformer:
 def requests(config: WanConfig, clips: list[tuple[int, ...]], lengths: list[int], seed: int = 1) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Clips of these sizes with unequal times and texts."""
     g = torch.Generator().manual_seed(seed)
-    latents = [torch.randn(config.in_channels, *clip, generator=g) for clip in clips]
+    latents = [torch.randn(config.latent_channels, *clip, generator=g) for clip in clips]
     return latents, torch.rand(len(clips), generator=g), [torch.randn(n, config.text_dim, generator=g) for n in lengths]
 
 
@@ -84,8 +85,9 @@ def test_velocities_and_state_dicts_are_diffusers(architecture: dict[str, Any], 
 
     size = tuple(n * p for n, p in zip(grid, config.patch_size, strict=True))
     latents, t, embeds = requests(config, [size] * 3, [4] * 3, seed)
-    expected = back.eval()(torch.stack(latents), 1000 * t, torch.stack(embeds)).sample
-    torch.testing.assert_close(ours(torch.stack(latents), t, torch.stack(embeds)), expected, **CLOSE)
+    condition = torch.randn(3, config.condition_channels, *size)
+    expected = back.eval()(torch.cat([torch.stack(latents), condition], 1), 1000 * t, torch.stack(embeds)).sample
+    torch.testing.assert_close(ours(torch.stack(latents), t, torch.stack(embeds), condition=condition), expected, **CLOSE)
 
 
 @torch.no_grad()
@@ -123,6 +125,88 @@ def test_gradients_are_diffusers() -> None:
     expected = {n: p.grad for n, p in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-4)
+
+
+# -- image-to-video -------------------------------------------------------------------------------------------------
+
+I2V: dict[str, Any] = {"in_channels": 12, "image_dim": 6, "added_kv_proj_dim": 24}
+"""4 sampled channels, and a condition of 4 + 4: mask and encoded image."""
+
+
+def images(clips: list[tuple[int, ...]], tokens: int = 257, seed: int = 2) -> tuple[list[Tensor], list[Tensor]]:
+    """Features and conditions."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(tokens, 6, generator=g) for _ in clips], [torch.randn(8, *clip, generator=g) for clip in clips]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("buckets", [None, 8])
+@pytest.mark.parametrize("clips", [CLIPS, [(3, 4, 4)] * 4], ids=["mixed", "even"])
+def test_an_image_conditions_as_in_diffusers(clips: list[tuple[int, ...]], buckets: int | None) -> None:
+    ours, theirs = wan(**I2V), diffusers_model({**TINY, **I2V})
+    ours.buckets = buckets
+    latents, t, embeds = requests(ours.config, clips, [512] * 4)  # the split of text and image inside diffusers' attention is at 512
+    features, conditions = images(clips)
+    even = len(set(clips)) == 1
+    found = ours(torch.stack(latents) if even else latents, t, torch.stack(embeds), torch.stack(features), torch.stack(conditions) if even else conditions)
+    for i, (x, e) in enumerate(zip(latents, embeds, strict=True)):
+        alone = theirs(torch.cat([x, conditions[i]])[None], 1000 * t[i : i + 1], e[None], features[i][None]).sample[0]
+        torch.testing.assert_close(found[i], alone, **CLOSE)
+    other = ours(latents, t, embeds, features[::-1], conditions)
+    assert not torch.allclose(other[0], found[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_first_and_last_image_have_positions() -> None:
+    keys = {**I2V, "pos_embed_seq_len": 514}
+    theirs = diffusers_model({**TINY, **keys})
+    torch.nn.init.normal_(theirs.condition_embedder.image_embedder.pos_embed)
+    ours = WanTransformer(WanConfig(**{**TINY, **keys})).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    latents, t, embeds = requests(ours.config, [(3, 4, 4)], [512])
+    features, conditions = images([(3, 4, 4)], tokens=514)
+    # diffusers takes the two images as two rows of a batch
+    expected = theirs(torch.cat([latents[0], conditions[0]])[None], 1000 * t, embeds[0][None], features[0].unflatten(0, (2, 257))).sample
+    torch.testing.assert_close(ours(latents, t, embeds, features, conditions)[0], expected[0], **CLOSE)
+
+
+def test_gradients_with_an_image_are_diffusers() -> None:
+    ours, theirs = wan(**I2V), diffusers_model({**TINY, **I2V})
+    latents, t, embeds = requests(ours.config, [(3, 4, 4)] * 2, [512] * 2)
+    features, conditions = images([(3, 4, 4)] * 2)
+    ours(latents, t, embeds, features, conditions)[0].square().sum().backward()
+    theirs(torch.cat([latents[0], conditions[0]])[None], 1000 * t[:1], embeds[0][None], features[0][None]).sample.square().sum().backward()
+    expected = {n: p.grad for n, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("buckets", [None, 8])
+@pytest.mark.parametrize(("clips", "frames"), [(CLIPS, [0, 1, 2, 0]), ([(3, 4, 4)] * 4, [1] * 4)], ids=["mixed", "even"])
+def test_given_frames_have_a_time_of_their_own(clips: list[tuple[int, ...]], frames: list[int], buckets: int | None) -> None:
+    """As diffusers' TI2V-5B, which is given the time of every token."""
+    ours, theirs = wan(), diffusers_model(TINY)
+    ours.buckets = buckets
+    latents, t, embeds = requests(ours.config, clips, LENGTHS)
+    fixed, free = [x[:, :k] for x, k in zip(latents, frames, strict=True)], [x[:, k:] for x, k in zip(latents, frames, strict=True)]
+    even = len(set(frames)) == 1
+    found = ours(torch.stack(free) if even else free, t, embeds, given=torch.stack(fixed) if even else fixed)
+    for i, (x, e) in enumerate(zip(latents, embeds, strict=True)):
+        times = 1000 * t[i] * torch.ones(x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
+        times[: frames[i]] = 0
+        alone = theirs(x[None], times.flatten()[None], e[None]).sample[0]
+        torch.testing.assert_close(found[i], alone[:, frames[i] :], **CLOSE)
+
+
+def test_features_and_a_network_for_them_belong_together() -> None:
+    ours, plain = wan(**I2V), wan()
+    latents, t, embeds = requests(ours.config, [(3, 4, 4)], [4])
+    features, conditions = images([(3, 4, 4)])
+    with pytest.raises(ValueError, match="belong together"):
+        ours(latents, t, embeds, condition=conditions)
+    with pytest.raises(ValueError, match="belong together"):
+        plain(latents, t, embeds, features)
 
 
 # -- packing --------------------------------------------------------------------------------------------------------
@@ -222,8 +306,10 @@ def test_config_defaults_are_diffusers() -> None:
     ("change", "message"),
     [
         ({"window_size": [-1, -1]}, "keys this model does not know: window_size"),
-        ({"added_kv_proj_dim": 5}, "added_kv_proj_dim=5 belongs to image-to-video; this model is text-to-video only"),
-        ({"image_dim": 1280}, "image_dim=1280 belongs to image-to-video"),
+        ({"added_kv_proj_dim": 24}, "image_dim=None and added_kv_proj_dim=24 belong together"),
+        ({"image_dim": 1280}, "image_dim=1280 and added_kv_proj_dim=None belong together"),
+        ({"image_dim": 1280, "added_kv_proj_dim": 5}, "added_kv_proj_dim=5 must be the network's width, 24"),
+        ({"out_channels": 5}, "out_channels=5 exceeds in_channels=4"),
         ({"qk_norm": None}, "qk_norm=None is not known"),
         ({"patch_size": [2, 2]}, "must have three edges"),
     ],

@@ -106,8 +106,8 @@ def test_a_video_network_has_frames(tmp_path: Path) -> None:
     }.items():
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(values))
-    tree = {"model": {"path": str(tmp_path)}, "sampler": {"height": 240, "width": 416}}
-    found = sizes_of(parse_config(tree), Assumptions(frames=33))
+    tree = {"model": {"path": str(tmp_path)}, "sampler": {"height": 240, "width": 416, "frames": 33}}
+    found = sizes_of(parse_config(tree), Assumptions())
     assert (found.transformer.parameters, found.shape, found.tokens) == (1_418_996_800, (16, 9, 30, 52), 3510)
     assert found.encoders[0].parameters == 5_680_910_336
     assert found.prompt == (512, 4096, 0)
@@ -128,7 +128,7 @@ def test_mistakes_are_said(path: str, side: int, message: str) -> None:
 
 
 def test_assumptions_name_the_nearest_key() -> None:
-    assert parse_assumptions(["usable=0.8", "frames=5"]) == Assumptions(usable=0.8, frames=5)
+    assert parse_assumptions(["usable=0.8", "prompt_tokens=5"]) == Assumptions(usable=0.8, prompt_tokens=5)
     with pytest.raises(ConfigError, match="did you mean 'usable'"):
         parse_assumptions(["usabel=0.8"])
     with pytest.raises(ConfigError, match="--assume usable"):

@@ -1,7 +1,9 @@
 """The run report, on synthetic run folders. All numbers and images here are test data, not results."""
 
+import base64
 import fcntl
 import functools
+import hashlib
 import html.parser
 import json
 import math
@@ -11,8 +13,10 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from actors.clips import write_clip
 from trainer.report.figures import Line, Scale, limits, line_chart
 from trainer.report.outcome import compare, intervals_apart, measures, provisional_summary
 from trainer.report.page import render, write_report
@@ -566,3 +570,19 @@ def test_warnings_failures_and_dead_groups_are_shown_with_their_first_reason(tmp
         "Evaluation test at 4, ema passed its deadline and is missing.",
     ):
         assert words in page.text, words
+
+
+def test_clips_play_in_the_page_and_in_step(tmp_path: Path) -> None:
+    """Inlined as everything else; the one script that keeps them in step is the only one that the policy allows."""
+    folder = make_run(tmp_path / "run")
+    before = render([load_run(folder)])
+    assert "<video" not in before
+    assert "<script" not in before
+    for name in ("before", "after"):
+        write_clip(folder / "samples" / f"{name}.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8.0)
+    page = render([load_run(folder)])
+    assert page.count('<video src="data:video/mp4;base64,') == 2
+    script = re.search(r"<script>(.*?)</script>", page, re.S)
+    assert script is not None
+    allowed = base64.b64encode(hashlib.sha256(script.group(1).encode()).digest()).decode()
+    assert f"media-src data:; script-src 'sha256-{allowed}'" in page

@@ -1,0 +1,46 @@
+"""Clips as people see them: strips of frames in grids, and mp4 files. One encoder setting for everything that is shown; rewards never see an
+encoded clip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.pictures import contact_sheet
+
+STRIP = 4
+"""Frames of a clip that stand in a grid, the first and the last among them."""
+QUALITY = {"crf": "18", "preset": "medium", "movflags": "+faststart"}
+"""x264: visually lossless for most eyes; a player may begin before it has the whole file."""
+
+
+def strip(clip: NDArray[np.uint8], frames: int = STRIP) -> NDArray[np.uint8]:
+    """Some frames of a clip `[F, H, W, 3]`, evenly spread, side by side: `[H, frames · W, 3]`."""
+    places = np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)
+    return np.concatenate([clip[i] for i in places], 1)
+
+
+def playing_sheet(clips: NDArray[np.uint8], captions: Sequence[str], columns: int = 4) -> NDArray[np.uint8]:
+    """`contact_sheet` of clips `[n, F, H, W, 3]`, frame by frame: `[F, h, w, 3]`."""
+    return np.stack([np.asarray(contact_sheet(clips[:, i], captions, columns)) for i in range(clips.shape[1])])
+
+
+def write_clip(path: Path, clip: NDArray[np.uint8], fps: float) -> None:
+    """Write a clip uint8 `[F, H, W, 3]` as mp4 (H.264, 4:2:0, plays in every browser); an odd size gets a black row or column. Visible only
+    when complete (rename)."""
+    import av
+
+    _, height, width, _ = clip.shape
+    even = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    partial = path.with_suffix(".partial")
+    with av.open(str(partial), "w", format="mp4", options={"movflags": QUALITY["movflags"]}) as file:
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={k: v for k, v in QUALITY.items() if k != "movflags"})
+        stream.width, stream.height, stream.pix_fmt = even.shape[2], even.shape[1], "yuv420p"
+        for picture in even:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        file.mux(stream.encode())
+    partial.rename(path)

@@ -1,0 +1,165 @@
+"""A whole Wan folder here and in diffusers: prompts to clips without noise.
+
+The folder is `write_tiny`'s: every component of the published ones, with tiny random weights. diffusers goes along its flow with Euler
+steps instead of UniPC, which is a solver of its own; the grid is UniPC's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+
+from diffusion.checkpoint import load_codec, load_policy
+from diffusion.config import ModelConfig
+from diffusion.engine.engine import Engine
+from diffusion.engine.generate import DiffusionEngine, SamplingParams
+from diffusion.engine.request import SampleRequest, Trajectory
+from diffusion.families.conditioning import Conditioning
+from diffusion.families.wan.codec import ClipCodec
+from diffusion.families.wan.image import WanImageEncoder
+from diffusion.families.wan.tiny import write_tiny
+from diffusion.processes import process_from_scheduler
+from diffusion.seeds import INITIAL, step_noise
+
+SIZES = [(5, 32, 48), (1, 48, 16), (9, 32, 32)]
+"""Frames, height, width: multiples of 16, one patch of latents; 5 frames are 2 latent ones, odd numbers of patches among them."""
+PROMPTS = ["a small red circle", "", 'A sign "407", on the blue SQUARE']
+
+
+@pytest.fixture(scope="module", params=["t2v", "ti2v"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("whole") / str(request.param)
+    write_tiny(path, request.param)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> WanPipeline:
+    opened = WanPipeline.from_pretrained(folder)
+    opened.set_progress_bar_config(disable=True)
+    return opened
+
+
+@contextmanager
+def on_grid(pipeline: Any, steps: int) -> Iterator[None]:
+    """The pipeline takes Euler's steps on its UniPC's grid meanwhile."""
+    unipc = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    unipc.set_timesteps(steps)
+
+    class Euler(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, *arguments: Any, **options: Any) -> None:
+            super().set_timesteps(sigmas=unipc.sigmas[:-1].numpy())
+
+    original, pipeline.scheduler = pipeline.scheduler, Euler(shift=1.0)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = original
+
+
+@torch.no_grad()
+def theirs(pipeline: WanPipeline, prompt: str, params: SamplingParams, shape: tuple[int, ...], group: int, member: int) -> torch.Tensor:
+    """Latent; Euler's steps on UniPC's grid."""
+    with on_grid(pipeline, params.steps):
+        latent: torch.Tensor = pipeline(
+            prompt,
+            height=params.height,
+            width=params.width,
+            num_frames=params.frames,
+            num_inference_steps=params.steps,
+            guidance_scale=params.guidance,
+            negative_prompt=params.negative_prompt or None,
+            latents=step_noise(params.seed, group, member, INITIAL, shape)[None],
+            output_type="latent",
+        ).frames[0]
+    return latent
+
+
+@pytest.mark.parametrize(("guidance", "negative"), [(1.0, ""), (5.0, "a white cat")])
+def test_prompts_become_the_pipelines_clips(guidance: float, negative: str, folder: Path, pipeline: WanPipeline) -> None:
+    """All in one batch of mixed sizes here, one picture beside clips; one by one there."""
+    step = pipeline.vae.config.scale_factor_spatial // 8
+    params = [SamplingParams(h * step, w * step, 4, n, 3, guidance, negative, frames=f) for n, (f, h, w) in zip((2, 1, 1), SIZES, strict=True)]
+    with DiffusionEngine.from_pretrained(str(folder), grid="diffusers") as engine:
+        samples = engine.generate(PROMPTS, params)
+    vae = pipeline.vae
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    for group, of_prompt in enumerate(samples):
+        for one in of_prompt:
+            latent = theirs(pipeline, one.prompt, one.params, one.trajectory.request.shape, group, one.number)
+            assert latent.abs().mean() > 0.1
+            torch.testing.assert_close(one.trajectory.latent, latent, atol=1e-4, rtol=1e-4)
+            with torch.no_grad():
+                clip = pipeline.video_processor.postprocess_video(vae.decode(latent[None] * std + mean).sample, output_type="np")[0]
+            assert one.image.shape == (one.params.frames, one.params.height, one.params.width, 3)
+            assert clip.std() > 1e-3
+            assert np.abs(one.image.astype(float) - 255 * clip).max() <= 1
+    first, second = (s.trajectory.latent for s in samples[0])
+    assert (first - second).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("steps", [4, 10, 50])
+def test_the_grid_is_the_schedulers(steps: int, pipeline: WanPipeline) -> None:
+    scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
+    found = process_from_scheduler(dict(scheduler.config), "diffusers").time_grid(steps)
+    torch.testing.assert_close(found, scheduler.sigmas, atol=1e-7, rtol=0)
+
+
+# -- image-to-video -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("style", ["i2v", "ti2v"])
+@torch.no_grad()
+def test_pictures_become_the_pipelines_clips(style: Literal["i2v", "ti2v"], guidance: float, tmp_path: Path) -> None:
+    """Wan 2.1 has the picture's features and latents beside the sampled frames, TI2V-5B has it as a given frame."""
+    path = tmp_path / style
+    write_tiny(path, style)
+    policy, pipeline = load_policy(ModelConfig(path=str(path), grid="diffusers")), WanImageToVideoPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    codec = policy.codec
+    assert isinstance(codec, ClipCodec)
+    height, width, frames = 6 * codec.factor, 4 * codec.factor, 9
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    extra = WanImageEncoder.load(path, codec).encode(picture, frames) if style == "i2v" else {"given": codec.encode(picture[None, None])[0]}
+    k = 1 if style == "ti2v" else 0
+    shape = (codec.channels, 3 - k, 6, 4)
+    texts = [policy.text_encoder.encode([text])[0].prompt_embeds for text in ("a red circle", "a white cat")]
+    prompt, negative = (Conditioning({"prompt_embeds": text, **extra}) for text in texts)
+    one = SampleRequest(shape, 4, conditioning=prompt, negative=negative, guidance=guidance, seed=3, kernel="ddim_eta")
+    (found,) = Engine(policy.transformer, policy.process, 4096).run([one])
+    assert isinstance(found, Trajectory)
+    noise = step_noise(3, 0, 0, INITIAL, shape)
+    with on_grid(pipeline, 4):
+        latent = pipeline(
+            Image.fromarray(picture),
+            "a red circle",
+            "a white cat",
+            height=height,
+            width=width,
+            num_frames=frames,
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            latents=torch.cat([torch.zeros(codec.channels, k, 6, 4), noise], 1)[None],
+            output_type="latent",
+        ).frames[0]
+    torch.testing.assert_close(found.latent, latent[:, k:], atol=1e-4, rtol=1e-4)
+    if k:
+        torch.testing.assert_close(latent[:, :1], extra["given"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_policy_is_read_whole(folder: Path) -> None:
+    policy = load_policy(ModelConfig(path=str(folder)))
+    codec = load_codec(folder)
+    assert codec.video
+    assert policy.transformer.latent_channels == codec.channels
+    assert policy.text_encoder.encode(["a cat"]).tokens == 512
