@@ -62,9 +62,9 @@ def _network_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     return FAMILIES[name], values
 
 
-def samples_clips(config: ModelConfig) -> bool:
-    """Whether a policy makes clips instead of pictures. Raises CheckpointError for a missing or unreadable folder, or an unknown network."""
-    return _network_config(locate(config.path, config.revision).folder)[0].video
+def samples_clips(folder: Path) -> bool:
+    """Whether the policy in `folder` makes clips instead of pictures. Raises CheckpointError for an unreadable folder or an unknown network."""
+    return _network_config(folder)[0].video
 
 
 def build_network(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[PackedModel, Provider]:

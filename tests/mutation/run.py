@@ -1,6 +1,6 @@
 """Break the ledger, the learner and the objective on purpose, one line at a time, and see whether the suite notices.
 
-    python -m tests.mutation.run [--section NAME …] [--only NAME …] [--json] [--record]
+    python -m tests.mutation.run [--section NAME …] [--only NAME …] [--workers N] [--json] [--record]
 
 For each mutant of `tests/mutation/mutants.yaml` the tree is copied to a temporary folder, changed there, and the tests the
 mutant names are run until the first failure. A mutant that no test notices survives: exit status 1. The same tests are
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -150,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--section", nargs="+", metavar="NAME", help=f"these sections only: {', '.join(TITLES)}")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants only")
+    parser.add_argument("--workers", type=int, default=2, help="mutants that are tried at a time [default: 2]")
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown tables")
     parser.add_argument("--record", action="store_true", help="write the tables into docs/mutations.md")
     options = parser.parse_args()
@@ -161,10 +163,10 @@ def main() -> None:
         raise SystemExit(f"the code has changed, adapt these mutants: {', '.join(late)}")
     baseline(chosen)
     outcomes = []
-    for number, mutant in enumerate(chosen, 1):
-        outcomes.append(attempt(mutant))
-        last = outcomes[-1]
-        print(f"{number}/{len(chosen)} {last.mutant}: {last.verdict} {last.by} ({last.seconds:.0f} s)", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(options.workers) as pool:
+        for number, last in enumerate(pool.map(attempt, chosen), 1):
+            outcomes.append(last)
+            print(f"{number}/{len(chosen)} {last.mutant}: {last.verdict} {last.by} ({last.seconds:.0f} s)", file=sys.stderr, flush=True)
     tables = {section: table([o for o in outcomes if o.section == section]) for section in TITLES if any(o.section == section for o in outcomes)}
     print(json.dumps([asdict(o) for o in outcomes], indent=1) if options.json else "\n\n".join(f"## {TITLES[s]}\n\n{t}" for s, t in tables.items()))
     if options.record:

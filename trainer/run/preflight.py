@@ -124,7 +124,8 @@ def _check_data(config: RunConfig, folder: Path | None) -> None:
     from diffusion.checkpoint import samples_clips
 
     size = config.sampler.height, config.sampler.width
-    frames = config.sampler.frames if samples_clips(config.model) else None
+    clips = samples_clips(folder) if folder is not None else config.sampler.frames > 1
+    frames = config.sampler.frames if clips else None
     try:
         source = data_source(config.data)
         if isinstance(source, PreparedSource) and folder is not None:

@@ -10,6 +10,7 @@ from actors.groups import Weighted, fps_of
 from actors.rewards import RunRewards
 from actors.sources.draws import held_out_prompts, prompt_source, training_example
 from diffusion.checkpoint import samples_clips
+from diffusion.source import locate
 from services.client.base import RewardError
 from services.config import fleet_of
 from services.contract import ScoreFailure
@@ -45,7 +46,8 @@ def check_rewards(config: RunConfig, rewards: RunRewards) -> dict[str, str]:
     prompts = [training_example(source, config.seed, group).text for group in range(PROBES)] if config.uses_policy else []
     prompts += held_out_prompts(source, "test", min(PROBES, config.evaluation.test_prompts))
     size = (config.sampler.height, config.sampler.width, 3)
-    blank = np.full((len(prompts), config.sampler.frames, *size) if samples_clips(config.model) else (len(prompts), *size), 255, np.uint8)
+    clips = samples_clips(locate(config.model.path, config.model.revision).folder)
+    blank = np.full((len(prompts), config.sampler.frames, *size) if clips else (len(prompts), *size), 255, np.uint8)
     try:
         revisions = {name: info.revision for name, info in client.info(rewards.names).items()}
         scores = client.score_all(rewards.names, prompts, blank, rewards.fleet.timeout_s, fps_of(blank, config.sampler))

@@ -263,8 +263,15 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda folder: AutoencoderKL(latent_channels=3, norm_num_groups=32).save_config(folder / "vae"),
         ["vae holds no", "download the folder again"],
     ),
-    "pixels for a video network": (
+    "pixels for a network of latents": (
         lambda folder: new_json(folder / "transformer" / "config.json", _class_name="WanTransformer3DModel", num_layers=1, num_attention_heads=1),
+        ["the network takes latents of 16 channels", "its codec makes 3"],
+    ),
+    "pictures for a video network": (
+        lambda folder: (
+            new_json(folder / "transformer" / "config.json", _class_name="WanTransformer3DModel", num_layers=1, num_attention_heads=1),
+            AutoencoderKL(latent_channels=16, norm_num_groups=32).save_config(folder / "vae"),
+        ),
         ["the network takes clips", "its codec makes pictures"],
     ),
     "no class name": (lambda folder: new_json(folder / "transformer" / "config.json", num_layers=1), ["transformer is a None", "SD3Transformer2DModel"]),
