@@ -64,7 +64,7 @@ test-chaos: setup-dev  ## a seeded storm of 50 kills over the whole pipeline, th
 test-fullsize: setup-dev  ## one update of SD3.5-medium's size with random weights (about 25 minutes on 2 cores, 22 GB of memory, 40 GB of disk)
 	@$(BIN)/python -m benchmarks.fullsize
 
-test-mutation: setup-dev  ## break ledger, learner and driver on purpose, one place at a time: the tests must notice (about an hour)
+test-mutation: setup-dev  ## break ledger, learner and driver on purpose, one place at a time: the tests must notice (about 20 minutes on 2 cores)
 	@$(BIN)/python -m tests.mutation.run
 
 benchmark-replay: setup-dev  ## the figures of docs/benchmarks.md (about 8 minutes on a quiet machine)
