@@ -105,10 +105,9 @@ def test_a_version_is_read_once_and_let_go_when_nobody_asks(policy_folder: Path,
     monkeypatch.setattr("actors.held_out.IDLE_S", 0.1)
     made.sample_held_out(weights, "dev", PROMPTS, 0, 1)
     deadline = time.monotonic() + WAIT_S
-    while held.holds is not None:
+    while held.holds is not None or made.engine._side.engine.runner._held:  # the name goes first, then what it names
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert made.engine._side.engine.runner._held == {}
     with pytest.raises(WeightsGone, match="weights of version 7 are gone"):
         made.sample_held_out(weights, "dev", PROMPTS, 0, 1)
     for file in files:
