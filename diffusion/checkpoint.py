@@ -257,7 +257,8 @@ def open_policy(config: ModelConfig, device: torch.device | str = "cpu") -> Skel
         process = process_from_scheduler(scheduler, config.grid)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/scheduler/scheduler_config.json: {error}") from None
-    _components(folder)  # what is not needed here is needed by an export
+    if "transformer_2" in _components(folder):  # what is not needed here is needed by an export
+        raise CheckpointError(f"{folder} has two networks that share a trajectory (transformer, transformer_2: Wan 2.2 A14B); this build knows policies of one")
     return Skeleton(model, codec, process, provider, source)
 
 

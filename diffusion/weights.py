@@ -77,12 +77,18 @@ def shapes_of(folder: Path, remedy: str = "download the folder again") -> dict[P
     return found
 
 
-def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in `folder`, by name, one at a time: the files themselves, mapped into memory. Raises as `shapes_of`."""
-    for path, names in shapes_of(folder).items():
+def tensors_of(folder: Path, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in `folder`, or those `wanted` of them, by name, one at a time: the files themselves, mapped into memory. Raises as
+    `shapes_of`, and CheckpointError for one that is wanted and not there."""
+    files = shapes_of(folder)
+    absent = sorted(set(wanted or ()) - {name for names in files.values() for name in names})
+    if absent:
+        raise CheckpointError(f"{folder} holds no {', '.join(absent)}; download the folder again")
+    for path, names in files.items():
         with _opened(path) as file:
             for name in names:
-                yield name, file.get_tensor(name)
+                if wanted is None or name in wanted:
+                    yield name, file.get_tensor(name)
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:

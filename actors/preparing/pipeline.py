@@ -133,6 +133,8 @@ def begun(p: Preparation) -> Work:
         CheckpointError: a policy folder without a codec that can be read.
     """
     codec = load_codec(p.model)
+    if codec.video:
+        raise SourceError(f"{p.model} makes clips, and prepared sets are of pictures; give the clips' folder as data.path of a run (data.kind=folder)")
     try:
         latent = codec.latent_shape(p.height, p.width)
     except ValueError as error:

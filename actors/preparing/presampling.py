@@ -94,6 +94,8 @@ def presample(p: Presampling, policy: Policy, progress: Callable[[int, int], Non
         SamplingFailed, StepFailed, PresamplingFailed: a sample could not be drawn.
     """
     folder, s = policy.source.folder, p.sampler
+    if policy.codec.video:
+        raise SourceError(f"{folder} makes clips, and prepared sets are of pictures")
     latent = policy.codec.latent_shape(s.height, s.width, s.frames)
     codec = codec_digest(folder)
     shards = -(-len(p.examples) // p.shard_prompts)

@@ -106,6 +106,11 @@ class PackedModel(nn.Module, ABC):
         return cast(nn.ModuleList, blocks)
 
     @property
+    def needs_picture(self) -> bool:
+        """Whether it cannot run without what is made of a picture (image-to-video)."""
+        return False
+
+    @property
     def latent_channels(self) -> int:
         """Channels of what is sampled; the network's input has more where conditioning stands beside it."""
         return self.config.in_channels
@@ -177,7 +182,7 @@ class PackedModel(nn.Module, ABC):
 
     Args:
         latents: `[B, C, …]`, or a list of `[C, …]` for mixed sizes.
-        t: times `[B]` in [0, 1]; the network sees 1000 t.
+        t: times `[B]` in [0, 1]; the network embeds 1000 t (Cosmos: t itself).
         conditioning: the tensors that the family declares by the names of its arguments (`diffusion.families.conditioning`):
             `prompt_embeds` `[B, L, D]`, or a list of `[L_i, D]`; of SD3 also `pooled` `[B, P]`.
     Returns:

@@ -15,7 +15,7 @@ from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
 from diffusion.families.cosmos.config import CosmosConfig
 from diffusion.families.cosmos.network import CosmosTransformer
-from diffusion.families.cosmos.text import REASON_CLASS, CosmosTextEncoder, CosmosTokens
+from diffusion.families.cosmos.text import REASON_CLASS, CosmosTextEncoder, CosmosTokens, frozen_projection
 from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
 from diffusion.families.sd3.text import CLIP_CLASS, SD3TextEncoder, SD3Tokens
@@ -58,7 +58,7 @@ def _sd3_text(folder: Path, config: ModelConfig, device: torch.device) -> TextEn
 TEXT_ENCODERS: dict[str, Callable[[Path, ModelConfig, torch.device], TextEncoder]] = {
     CLASS_NAME: lambda folder, config, device: GlyphTextEncoder.load(folder / "text_encoder"),
     CLIP_CLASS: _sd3_text,
-    REASON_CLASS: lambda folder, config, device: CosmosTextEncoder.load(folder, getattr(torch, config.text_dtype), device, config.lora.rank > 0),
+    REASON_CLASS: lambda folder, config, device: CosmosTextEncoder.load(folder, getattr(torch, config.text_dtype), device, frozen_projection(config)),
     UMT5_CLASS: lambda folder, config, device: WanTextEncoder.load(folder, getattr(torch, config.text_dtype), device),
 }
 """Reads the encoder of a policy's folder, by the class of its `text_encoder`. Raises ValueError for a config it does not know, and what

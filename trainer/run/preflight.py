@@ -43,6 +43,8 @@ def check_policy(config: RunConfig) -> None:
 
     try:
         policy = open_policy(config.model)
+        if policy.transformer.needs_picture:
+            raise ValueError(f"{policy.source.folder} is image-to-video, and a run has no pictures to give it yet; train a text-to-video policy")
         check_network(policy.transformer, config.model)
         signature = load_signature(policy.source.folder, config.model)
         policy.transformer.tokens(policy.codec.latent_shape(config.sampler.height, config.sampler.width, config.sampler.frames))

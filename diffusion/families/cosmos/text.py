@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion.config import ModelConfig
 from diffusion.families.conditioning import Conditioning, stacked
 from diffusion.families.cosmos.config import CosmosConfig
 from diffusion.families.frozen import frozen_model, load_tokenizer
@@ -30,6 +31,14 @@ TOKENS = 512
 SYSTEM = "You are a helpful assistant who will provide prompts to an image generator."
 """System message that the policies were trained with, to the letter (cosmos-predict2.5 50369b8, `text_encoder.py`)."""
 PROJECTION = "crossattn_proj.0"
+"""The network's projection of text features."""
+
+
+def frozen_projection(config: ModelConfig) -> bool:
+    """Whether the projection is the folder's for good: an adapter is trained, beside the folder's weights, and has no part in it."""
+    targets = () if isinstance(config.lora.targets, str) else config.lora.targets
+    adapted = any(target == PROJECTION or PROJECTION.endswith("." + target) for target in targets)
+    return config.lora.rank > 0 and not config.init and not adapted
 
 
 class CosmosTokens:
@@ -86,7 +95,7 @@ class CosmosTextEncoder:
         if not project or not config.use_crossattn_projection:
             return cls(tokens, model)
         wanted = (f"{PROJECTION}.weight", f"{PROJECTION}.bias")
-        found = {name: tensor.to(device, dtype) for name, tensor in tensors_of(folder / "transformer") if name in wanted}
+        found = {name: tensor.to(device, dtype) for name, tensor in tensors_of(folder / "transformer", wanted)}
         return cls(tokens, model, (found[wanted[0]], found[wanted[1]]))
 
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -108,6 +108,10 @@ class WanTransformer(PackedModel):
         nn.init.zeros_(self.proj_out.weight)
 
     @property
+    def needs_picture(self) -> bool:
+        return self.config.condition_channels > 0
+
+    @property
     def latent_channels(self) -> int:
         return self.config.latent_channels
 
@@ -164,6 +168,8 @@ class WanTransformer(PackedModel):
     ) -> Batch:
         """Velocities of a batch of clips (see `PackedModel.forward`); latents are `[C, f, h, w]` each, conditioning as the module says."""
         whole = latents if given is None else joined([given, latents], 1)
+        if (condition is None) == self.needs_picture:
+            raise ValueError(f"condition and a network with {self.config.condition_channels} channels for it beside the latents do not fit")
         layout = self._layout(whole, prompt_embeds)
         inputs = whole if condition is None else joined([whole, condition], 0)
         x = layout.image.pack(self._embed(inputs) if isinstance(inputs, Tensor) else by_shape(inputs, self._embed)).contiguous()

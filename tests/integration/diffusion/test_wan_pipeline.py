@@ -6,6 +6,8 @@ steps instead of UniPC, which is a solver of its own; the grid is UniPC's.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +19,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
+from actors.preparing.pipeline import Preparation, begun
+from actors.preparing.presampling import Presampling, presample
+from actors.sources.example import SourceError
 from diffusion.checkpoint import load_codec, load_policy
-from diffusion.config import ModelConfig
+from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.generate import DiffusionEngine, SamplingParams
 from diffusion.engine.request import SampleRequest, Trajectory
@@ -28,6 +33,10 @@ from diffusion.families.wan.image import WanImageEncoder
 from diffusion.families.wan.tiny import write_tiny
 from diffusion.processes import process_from_scheduler
 from diffusion.seeds import INITIAL, step_noise
+from diffusion.source import CheckpointError
+from trainer.config.errors import ConfigError
+from trainer.config.load import parse_config
+from trainer.run.preflight import check_policy
 
 SIZES = [(5, 32, 48), (1, 48, 16), (9, 32, 32)]
 """Frames, height, width: multiples of 16, one patch of latents; 5 frames are 2 latent ones, odd numbers of patches among them."""
@@ -155,6 +164,27 @@ def test_pictures_become_the_pipelines_clips(style: Literal["i2v", "ti2v"], guid
     torch.testing.assert_close(found.latent, latent[:, k:], atol=1e-4, rtol=1e-4)
     if k:
         torch.testing.assert_close(latent[:, :1], extra["given"], atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_run_cannot_do_with_a_folder_is_said_at_start(tmp_path: Path) -> None:
+    """A picture that nobody gives, a second network that nobody would train, prepared sets of clips."""
+    write_tiny(tmp_path / "i2v", "i2v")
+    with pytest.raises(ConfigError, match="i2v is image-to-video, and a run has no pictures to give it yet"):
+        check_policy(parse_config({"model": {"path": str(tmp_path / "i2v")}}))
+    write_tiny(tmp_path / "two")
+    shutil.copytree(tmp_path / "two" / "transformer", tmp_path / "two" / "transformer_2")
+    index = tmp_path / "two" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "transformer_2": ["diffusers", "WanTransformer3DModel"]}))
+    with pytest.raises(CheckpointError, match=r"two networks that share a trajectory \(transformer, transformer_2"):
+        load_policy(ModelConfig(path=str(tmp_path / "two")))
+    write_tiny(tmp_path / "t2v")
+    policy = load_policy(ModelConfig(path=str(tmp_path / "t2v")))
+    job = Presampling(tmp_path / "set", ModelConfig(path=str(tmp_path / "t2v")), SamplerConfig(frames=5), [], 1, 1, 2, 1.0, 0)
+    with pytest.raises(SourceError, match="makes clips, and prepared sets are of pictures"):
+        presample(job, policy, lambda *_: None)
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(SourceError, match="makes clips, and prepared sets are of pictures"):
+        begun(Preparation(tmp_path, tmp_path / "out", tmp_path / "t2v", 32, 32))
 
 
 def test_a_policy_is_read_whole(folder: Path) -> None:

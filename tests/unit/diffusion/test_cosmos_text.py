@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from diffusion.checkpoint import load_network, load_text_encoder
 from diffusion.config import LoRAConfig, ModelConfig
 from diffusion.families.conditioning import digest_of
 from diffusion.families.cosmos.network import CosmosTransformer
-from diffusion.families.cosmos.text import TOKENS, CosmosTextEncoder, CosmosTokens
+from diffusion.families.cosmos.text import TOKENS, CosmosTextEncoder, CosmosTokens, frozen_projection
 from diffusion.families.cosmos.tiny import HIDDEN, LAYERS, write_tiny
 from tests.unit.diffusion.cosmos import pipeline
 
@@ -54,6 +55,20 @@ def test_an_adapters_encoder_projects_as_the_network_would(folder: Path) -> None
     with torch.no_grad():
         expected = network.project(plain.encode(PROMPTS).prompt_embeds)
     torch.testing.assert_close(projecting.encode(PROMPTS).prompt_embeds, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "frozen"),
+    [
+        ({}, False),
+        ({"lora": LoRAConfig(rank=4)}, True),
+        ({"lora": LoRAConfig(rank=4), "init": True}, False),
+        ({"lora": LoRAConfig(rank=4, targets=("to_q", "crossattn_proj.0"))}, False),
+        ({"lora": LoRAConfig(rank=4, targets=("to_q", "to_out.0"))}, True),
+    ],
+)
+def test_the_projection_is_left_to_the_network_where_it_may_change(settings: dict[str, Any], frozen: bool) -> None:
+    assert frozen_projection(ModelConfig(**settings)) == frozen
 
 
 def test_what_a_prompt_becomes_does_not_depend_on_those_beside_it(folder: Path) -> None:

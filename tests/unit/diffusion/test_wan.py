@@ -85,8 +85,9 @@ def test_velocities_and_state_dicts_are_diffusers(architecture: dict[str, Any], 
 
     size = tuple(n * p for n, p in zip(grid, config.patch_size, strict=True))
     latents, t, embeds = requests(config, [size] * 3, [4] * 3, seed)
-    condition = torch.randn(3, config.condition_channels, *size)
-    expected = back.eval()(torch.cat([torch.stack(latents), condition], 1), 1000 * t, torch.stack(embeds)).sample
+    beside = torch.randn(3, config.condition_channels, *size)
+    expected = back.eval()(torch.cat([torch.stack(latents), beside], 1), 1000 * t, torch.stack(embeds)).sample
+    condition = beside if ours.needs_picture else None
     torch.testing.assert_close(ours(torch.stack(latents), t, torch.stack(embeds), condition=condition), expected, **CLOSE)
 
 
@@ -207,6 +208,9 @@ def test_features_and_a_network_for_them_belong_together() -> None:
         ours(latents, t, embeds, condition=conditions)
     with pytest.raises(ValueError, match="belong together"):
         plain(latents, t, embeds, features)
+    for network, condition in ((ours, None), (plain, conditions)):
+        with pytest.raises(ValueError, match="channels for it beside the latents do not fit"):
+            network(latents, t, embeds, condition=condition)
 
 
 # -- packing --------------------------------------------------------------------------------------------------------

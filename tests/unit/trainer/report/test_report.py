@@ -578,10 +578,12 @@ def test_clips_play_in_the_page_and_in_step(tmp_path: Path) -> None:
     before = render([load_run(folder)])
     assert "<video" not in before
     assert "<script" not in before
+    assert "runs no scripts." in before
     for name in ("before", "after"):
         write_clip(folder / "samples" / f"{name}.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8.0)
     page = render([load_run(folder)])
     assert page.count('<video src="data:video/mp4;base64,') == 2
+    assert "runs one script, which keeps its clips in step." in page
     script = re.search(r"<script>(.*?)</script>", page, re.S)
     assert script is not None
     allowed = base64.b64encode(hashlib.sha256(script.group(1).encode()).digest()).decode()
