@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion.config import LoRAConfig
+from diffusion.config import LoRAConfig, ModelConfig
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 UMT5_TOKENS = 512
+REASON_CLASS, REASON_TOKENS = "Qwen2_5_VLForConditionalGeneration", 512
+"""Text encoder of Cosmos-Predict2.5."""
 """Tokens that the diffusers pipeline of Wan pads a prompt to."""
 
 
@@ -153,7 +155,7 @@ def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
     except ValueError as error:
         raise ConfigError(f"sampler.height, sampler.width: {error}") from None
     values = parts["transformer"]
-    channels = int(values.get("joint_attention_dim") or values.get("text_dim") or 4096)
+    channels = prompt_channels(values, config.model)
     tokens: int = assumptions.prompt_tokens or sum(
         prompt_tokens(parts[name], config.model.t5_tokens) for name in ("text_encoder", "text_encoder_3") if name in parts
     )
@@ -230,12 +232,31 @@ def prompt_tokens(values: dict[str, Any], t5: int) -> int:
     """Tokens that an encoder of this configuration gives a prompt, padding included; `t5` of SD3's T5."""
     if "max_tokens" in values:  # the glyph encoder
         return int(values["max_tokens"])
-    known = {"T5EncoderModel": t5, "UMT5EncoderModel": UMT5_TOKENS}
+    known = {"T5EncoderModel": t5, "UMT5EncoderModel": UMT5_TOKENS, REASON_CLASS: REASON_TOKENS}
     return next((known[name] for name in values.get("architectures", ()) if name in known), values.get("max_position_embeddings", 0))
 
 
+def prompt_channels(values: dict[str, Any], model: ModelConfig) -> int:
+    """Channels of a prompt's embeddings as they are kept, of a network of this configuration."""
+    if values.get("use_crossattn_projection"):  # Cosmos
+        from diffusion.families.cosmos.text import frozen_projection
+
+        return int(values["text_embed_dim"] if frozen_projection(model) else values["crossattn_proj_in_channels"])
+    return int(values.get("joint_attention_dim") or values.get("text_dim") or values.get("text_embed_dim") or 4096)
+
+
+def _language_parameters(c: dict[str, Any]) -> int:
+    """Of a Qwen2.5 decoder without its head: grouped queries, biases on q, k and v, a gated feed-forward."""
+    h, kv, ff = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"] * c["num_key_value_heads"], c["intermediate_size"]
+    layer = 2 * h * h + h + 2 * (h * kv + kv) + 3 * h * ff + 2 * h
+    return int(c["vocab_size"] * h + c["num_hidden_layers"] * layer + h)
+
+
 def encoder_parameters(values: dict[str, Any]) -> int:
-    """Parameters of a CLIP text model with projection or of a T5 encoder; 0 for the glyph encoder, whose tables are 1 MB."""
+    """Parameters of a CLIP text model with projection, of a T5 encoder, or of the language model of Qwen2.5-VL, which is all that is kept of
+    it; 0 for the glyph encoder, whose tables are 1 MB."""
+    if class_of(values) == REASON_CLASS:
+        return _language_parameters(values.get("text_config", values))
     if "d_model" in values:
         d, inner, ff, layers = values["d_model"], values["num_heads"] * values["d_kv"], values["d_ff"], values["num_layers"]
         gated = 3 if str(values.get("feed_forward_proj", "relu")).startswith("gated") else 2

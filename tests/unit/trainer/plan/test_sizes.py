@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers
 
-from diffusion.checkpoint import load_policy
-from diffusion.config import ModelConfig
+from diffusion.checkpoint import load_policy, load_text_encoder
+from diffusion.config import LoRAConfig, ModelConfig
+from diffusion.families.cosmos.text import CosmosTextEncoder
+from diffusion.families.cosmos.tiny import write_tiny as write_cosmos
 from diffusion.lora import trained_weights
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_config
@@ -133,3 +135,31 @@ def test_assumptions_name_the_nearest_key() -> None:
         parse_assumptions(["usabel=0.8"])
     with pytest.raises(ConfigError, match="--assume usable"):
         parse_assumptions(["usable=2"])
+
+
+def test_the_language_model_of_cosmos() -> None:
+    """Of Cosmos-Reason1-7B, as published and as transformers 5 writes it; and of a tiny one, counted."""
+    language = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    name = {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+    assert encoder_parameters({**name, **language}) == encoder_parameters({**name, "text_config": language}) == 7_070_619_136
+    assert prompt_tokens({**name, "max_position_embeddings": 128000}, 256) == 512
+
+
+def test_a_cosmos_folder_is_planned_with_what_is_in_it(tmp_path: Path) -> None:
+    write_cosmos(tmp_path)
+    tree: dict[str, Any] = {"model": {"path": str(tmp_path)}, "sampler": {"height": 32, "width": 48, "frames": 9}}
+    whole, adapted = (sizes_of(parse_config({**tree, "model": {**tree["model"], **more}}), Assumptions()) for more in ({}, {"lora": {"rank": 4}}))
+    policy = load_policy(ModelConfig(path=str(tmp_path)))
+    assert isinstance(policy.text_encoder, CosmosTextEncoder)
+    assert whole.encoders[0].parameters == sum(p.numel() for p in policy.text_encoder.model.parameters())
+    assert whole.shape == policy.codec.latent_shape(32, 48, 9)
+    for sizes, more in ((whole, {}), (adapted, {"lora": LoRAConfig(rank=4)})):
+        encoded = load_text_encoder(tmp_path, ModelConfig(path=str(tmp_path), **more)).encode(["a cat"]).prompt_embeds
+        assert sizes.prompt[:2] == tuple(encoded.shape[1:])
