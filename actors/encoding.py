@@ -1,9 +1,10 @@
-"""Prompts encoded in one place: `Encoder` actors hold the text encoders, generators, feeder and ranks ask them.
+"""Prompts, and frames that are given, encoded in one place: `Encoder` actors hold the encoders, generators, feeder and ranks ask them.
 
     SharedTextEncoder (a `TextEncoder`) ── prompts, by digest ──► Encoder i ── cache, text encoders ──► embeddings, fp32
+    SharedFrames (a `FrameEncoder`) ── pixels, by digest ──► Encoder i ── codec, encoder of pictures ──► latents, features
 
-What an Encoder answers is a function of the policy folder and the prompt, so that it may be asked again, by anyone: a restart loses its
-cache alone. A prompt always goes to the same Encoder, so that no two keep it.
+What an Encoder answers is a function of the policy folder and of what it is asked, so that it may be asked again, by anyone: a restart loses
+its cache alone. A prompt always goes to the same Encoder, so that no two keep it.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.config import EncoderConfig
-from diffusion.checkpoint import load_text_encoder
+from diffusion.checkpoint import load_codec, load_frame_encoder, load_text_encoder, open_policy
 from diffusion.config import ModelConfig
 from diffusion.device import resolve_device
 from diffusion.engine.cache import PromptCache
 from diffusion.families.conditioning import Conditioning, stacked
+from diffusion.families.frames import FrameEncoder
 from diffusion.source import locate
 
 ENCODE_DEADLINE_S = 900.0
@@ -41,6 +46,7 @@ class Encoder:
         device = resolve_device("cuda" if settings.gpus > 0 else "cpu", f"encoder.gpus={settings.gpus:g}")
         self._encoder = load_text_encoder(locate(model.path, model.revision).folder, model, device)
         self._cache = PromptCache(self._encoder, "cpu", settings.cache_mb * 2**20)
+        self._frames = LoneFrames(model, device)
 
     def pid(self) -> int:
         return os.getpid()
@@ -58,6 +64,31 @@ class Encoder:
         """See `TextEncoder.signature`."""
         return self._encoder.signature(prompt)
 
+    def encode_frames(self, pixels: NDArray[np.uint8], frames: int) -> dict[str, Tensor]:
+        """See `FrameEncoder.encode`. Raises ValueError."""
+        return self._frames.encode(pixels, frames)
+
+
+class LoneFrames:
+    """A policy's `FrameEncoder` in this process, with the codec that it needs. Both are loaded when first asked: where a prepared set has the
+    latents they never are."""
+
+    def __init__(self, model: ModelConfig, device: torch.device | str = "cpu") -> None:
+        self._model, self._device = model, device
+
+    def encode(self, pixels: NDArray[np.uint8], frames: int) -> dict[str, Tensor]:
+        """See `FrameEncoder.encode`. Raises CheckpointError for files that do not fit, ValueError for a policy of pictures."""
+        return self._encoder.encode(pixels, frames)
+
+    @cached_property
+    def _encoder(self) -> FrameEncoder:
+        policy = open_policy(self._model)
+        folder = policy.source.folder
+        found = load_frame_encoder(folder, self._model, load_codec(folder, self._device), policy.transformer.needs_picture, self._device)
+        if found is None:
+            raise ValueError("a policy of pictures is given no frames; set sampler.given_frames to 0")
+        return found
+
 
 class SharedTextEncoder:
     """A `TextEncoder` that asks Encoder actors; it pickles.
@@ -73,7 +104,7 @@ class SharedTextEncoder:
     def encode(self, prompts: list[str]) -> Conditioning:
         """See `TextEncoder.encode`. Raises EncoderUnavailable."""
         shares = self._shares(prompts)
-        answers = self._asked([self._actors[i].encode.remote([prompts[row] for row in rows]) for i, rows in shares.items()])
+        answers = _answers([self._actors[i].encode.remote([prompts[row] for row in rows]) for i, rows in shares.items()], self._deadline_s)
         place = torch.tensor([row for rows in shares.values() for row in rows]).argsort()
         return Conditioning({name: torch.cat([answer[name] for answer in answers])[place] for name in answers[0]})
 
@@ -86,27 +117,50 @@ class SharedTextEncoder:
         """Places of the prompts that each actor keeps."""
         shares: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
-            owner = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest()) % len(self._actors)
-            shares.setdefault(owner, []).append(row)
+            shares.setdefault(_owner(prompt.encode(), len(self._actors)), []).append(row)
         return shares
 
     def signature(self, prompt: str) -> bytes:
         """See `TextEncoder.signature`."""
-        found: bytes = self._asked([self._actors[0].signature.remote(prompt)])[0]
+        found: bytes = _answers([self._actors[0].signature.remote(prompt)], self._deadline_s)[0]
         return found
 
-    def _asked(self, references: list[Any]) -> list[Any]:
-        import ray
 
-        try:
-            found: list[Any] = ray.get(references, timeout=self._deadline_s)
-            return found
-        except ray.exceptions.GetTimeoutError:
-            raise EncoderUnavailable(f"no answer of the Encoder actors within {self._deadline_s:.0f} s; add some (encoder.actors), or give them GPUs") from None
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, ValueError):
-                raise ValueError(str(cause)) from None
-            raise EncoderUnavailable(f"an Encoder failed: {type(cause).__name__}: {cause}") from error
-        except ray.exceptions.RayActorError as error:
-            raise EncoderUnavailable(f"an Encoder died: {error}") from error
+class SharedFrames:
+    """A `FrameEncoder` that asks Encoder actors; it pickles. Equal pixels always go to the same one.
+
+    Args:
+        actors, deadline_s: as of `SharedTextEncoder`.
+    """
+
+    def __init__(self, actors: Sequence[Any], deadline_s: float = ENCODE_DEADLINE_S) -> None:
+        self._actors, self._deadline_s = list(actors), deadline_s
+
+    def encode(self, pixels: NDArray[np.uint8], frames: int) -> dict[str, Tensor]:
+        """See `FrameEncoder.encode`. Raises EncoderUnavailable."""
+        actor = self._actors[_owner(pixels.tobytes(), len(self._actors))]
+        found: dict[str, Tensor] = _answers([actor.encode_frames.remote(pixels, frames)], self._deadline_s)[0]
+        return found
+
+
+def _owner(content: bytes, actors: int) -> int:
+    """Which of the actors keeps what is made of `content`."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) % actors
+
+
+def _answers(references: list[Any], deadline_s: float) -> list[Any]:
+    """What Encoder actors answer. Raises ValueError as they do, EncoderUnavailable."""
+    import ray
+
+    try:
+        found: list[Any] = ray.get(references, timeout=deadline_s)
+        return found
+    except ray.exceptions.GetTimeoutError:
+        raise EncoderUnavailable(f"no answer of the Encoder actors within {deadline_s:.0f} s; add some (encoder.actors), or give them GPUs") from None
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, ValueError):
+            raise ValueError(str(cause)) from None
+        raise EncoderUnavailable(f"an Encoder failed: {type(cause).__name__}: {cause}") from error
+    except ray.exceptions.RayActorError as error:
+        raise EncoderUnavailable(f"an Encoder died: {error}") from error

@@ -26,7 +26,8 @@ from actors.judgement import EvaluationFailed, Judgement, Scores, judged
 from actors.parcels import Silence, each
 from actors.pictures import caption, contact_sheet
 from actors.rewards import RunRewards
-from actors.sources.draws import data_source, held_out_prompts, held_out_rows, prompt_source
+from actors.sources.draws import data_source, held_out_examples, held_out_rows, prompt_source
+from actors.sources.example import Example
 from actors.sources.prepared import PreparedSource
 from diffusion.config import SamplerConfig
 from diffusion.pixels import pairwise_rms, scene_statistics
@@ -76,30 +77,30 @@ class Evaluator:
         except Silence as error:
             raise EvaluationFailed(f"the generators did not answer: {error}") from error
 
-    def _samples(self, weights: View | Exported | None, prompts: list[str], repeats: int, draw: str) -> Iterator[tuple[int, list[str], NDArray[np.uint8]]]:
+    def _samples(self, weights: View | Exported | None, examples: list[Example], repeats: int, draw: str) -> Iterator[tuple[int, list[str], NDArray[np.uint8]]]:
         """Parcel by parcel as they come: its number, its prompts, their pixels `[prompts · repeats, H, W, 3]`, prompt-major."""
-        cut = parcels(len(prompts), max(1, SAMPLES_A_PARCEL // repeats))
-        calls = [(weights, draw, prompts[first : first + n], first, repeats) for first, n in cut]
+        cut = parcels(len(examples), max(1, SAMPLES_A_PARCEL // repeats))
+        calls = [(weights, draw, examples[first : first + n], first, repeats) for first, n in cut]
         for number, images in self._asked("sample_held_out", calls):
             first, n = cut[number]
-            yield number, prompts[first : first + n], images
+            yield number, [example.text for example in examples[first : first + n]], images
 
-    def _judged(self, weights: View | Exported | None, prompts: list[str], draw: str) -> tuple[Judgement, Statistics]:
-        """What the rewards, and the scene's statistics, say of one sample of each prompt."""
+    def _judged(self, weights: View | Exported | None, examples: list[Example], draw: str) -> tuple[Judgement, Statistics]:
+        """What the rewards, and the scene's statistics, say of one sample of each example."""
         rewards = self.spec.rewards
         revisions = {name: info.revision for name, info in self.client.info(rewards.names).items()} if rewards.names else {}
         scores: dict[int, Scores] = {}
         scenes: dict[int, tuple[int, Statistics]] = {}
-        for number, texts, images in self._samples(weights, prompts, 1, draw):
+        for number, texts, images in self._samples(weights, examples, 1, draw):
             scenes[number] = len(images), scene_statistics(images)
             if rewards.names:
                 scores[number] = self.client.score_all(rewards.names, texts, images, rewards.fleet.timeout_s, fps_of(images, self.spec.sampler))
         return judged(rewards, [scores[n] for n in sorted(scores)], revisions), _over_all([scenes[n] for n in sorted(scenes)])
 
-    def _diversity(self, weights: View | Exported | None, prompts: list[str], draw: str) -> NDArray[np.float64]:
-        """Mean distance of the samples of each prompt."""
+    def _diversity(self, weights: View | Exported | None, examples: list[Example], draw: str) -> NDArray[np.float64]:
+        """Mean distance of the samples of each example."""
         repeats, found = self.spec.evaluation.diversity_samples, dict[int, NDArray[np.float64]]()
-        for number, texts, images in self._samples(weights, prompts, repeats, draw):
+        for number, texts, images in self._samples(weights, examples, repeats, draw):
             found[number] = pairwise_rms(images.reshape(len(texts), repeats, *images.shape[1:]))
         return np.concatenate([found[n] for n in sorted(found)])
 
@@ -114,6 +115,7 @@ class Evaluator:
         sampler, settings = self.spec.sampler, self.spec.evaluation
         sizes = [sampler.eval_steps, sampler.height, sampler.width, settings.diversity_prompts, settings.diversity_samples]
         clips = [sampler.frames, sampler.fps] if sampler.frames > 1 else []
+        clips += sampler.given_choices if any(sampler.given_choices) else ()
         prepared = [self.data.manifest.digest] if isinstance(self.data, PreparedSource) else []  # other latents may have the same captions
         drawn = [split, list(prompts), list(captions), *sizes, *clips, *prepared]
         return hashlib.blake2b(json.dumps(drawn).encode(), digest_size=8).hexdigest()
@@ -131,9 +133,10 @@ class Evaluator:
         settings = self.spec.evaluation
         shrink = 1 if full else 4
         points = max(2, settings.loss_points // shrink)
-        prompts = held_out_prompts(self.prompts, split, settings.test_prompts if full else settings.dev_prompts)
-        judgement, scene = self._judged(weights, prompts, split)
-        diversity = self._diversity(weights, prompts[: max(1, settings.diversity_prompts // shrink)], f"{split}-diversity")
+        examples = held_out_examples(self.prompts, split, settings.test_prompts if full else settings.dev_prompts)
+        prompts = [example.text for example in examples]
+        judgement, scene = self._judged(weights, examples, split)
+        diversity = self._diversity(weights, examples[: max(1, settings.diversity_prompts // shrink)], f"{split}-diversity")
         losses = self._losses(weights, split, points)
         record = {
             "kind": "evaluation",
@@ -158,11 +161,11 @@ class Evaluator:
     def grid(self, weights: View | Exported | None, name: str) -> str:
         """Captioned sample grid of fixed test prompts and fixed noise, `samples/<name>.png`; returns its path. Of clips strips of frames,
         and `samples/<name>.mp4`, where all play in step."""
-        prompts = held_out_prompts(self.prompts, "test", self.spec.evaluation.grid_prompts)
-        found = {number: images for number, _, images in self._samples(weights, prompts, 1, "grid")}
+        examples = held_out_examples(self.prompts, "test", self.spec.evaluation.grid_prompts)
+        found = {number: images for number, _, images in self._samples(weights, examples, 1, "grid")}
         path = self.run_dir / "samples" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        samples, captions = np.concatenate([found[n] for n in sorted(found)]), [caption(p) for p in prompts]
+        samples, captions = np.concatenate([found[n] for n in sorted(found)]), [caption(example.text) for example in examples]
         if samples.ndim == 5:
             write_clip(path.with_suffix(".mp4"), playing_sheet(samples, captions), self.spec.sampler.fps)
         contact_sheet([strip(clip) for clip in samples] if samples.ndim == 5 else samples, captions).save(path)

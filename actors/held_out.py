@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from actors.conditioning import Conditioner, Subjects
 from actors.sources.draws import data_source, held_out_rows
-from actors.sources.example import Source
+from actors.sources.example import Example, Source
 from actors.sources.latents import clean_latents
 from actors.weights.reading import Exported
 from actors.weights.store import View
 from diffusion.checkpoint import Policy, StartingWeights
 from diffusion.engine.aio import AsyncEngine, EngineClosed
-from diffusion.engine.cache import PromptCache
 from diffusion.engine.decode import Decoder
 from diffusion.engine.engine import StepFailed
 from diffusion.engine.request import SampleRequest, SamplingFailed
@@ -69,12 +69,14 @@ class HeldOut:
 
     Args:
         spec: the generator's settings.
-        engine: its engine; the policy in it; its encoded prompts; its codec's thread.
+        engine: its engine; the policy in it; what makes conditioning for it; its codec's thread.
         max_tokens: of one forward pass.
     """
 
-    def __init__(self, spec: RolloutSpec, engine: AsyncEngine, policy: Policy, text: PromptCache, decoder: Decoder, max_tokens: int) -> None:
-        self._spec, self._engine, self._policy, self._text, self._decoder, self._max_tokens = spec, engine, policy, text, decoder, max_tokens
+    def __init__(self, spec: RolloutSpec, engine: AsyncEngine, policy: Policy, conditioner: Conditioner, decoder: Decoder, max_tokens: int) -> None:
+        self._spec, self._engine, self._policy, self._conditioner = spec, engine, policy, conditioner
+        self._decoder, self._max_tokens = decoder, max_tokens
+        self._subjects = Subjects(spec.seed, spec.prompts, spec.data, spec.sampler)
         self._lock = threading.Lock()
         self._name: Name | None = None  # of the second set that the engine holds
         self._used = 0.0
@@ -88,13 +90,14 @@ class HeldOut:
         """Name of the second set that is held."""
         return self._name
 
-    def sample(self, weights: View | Exported | None, draw: str, prompts: list[str], first: int, repeats: int) -> NDArray[np.uint8]:
-        """Pixels `[len(prompts) · repeats, H, W, 3]` (clips: `[…, F, H, W, 3]`), prompt-major: ODE samples without guidance.
+    def sample(self, weights: View | Exported | None, draw: str, examples: list[Example], first: int, repeats: int) -> NDArray[np.uint8]:
+        """Pixels `[len(examples) · repeats, H, W, 3]` (clips: `[…, F, H, W, 3]`), example-major: ODE samples of their texts, and of the frames
+        that they give, without guidance.
 
         Args:
             weights: version; None = the policy that the run started from.
-            draw: names the noise, with the place of a prompt.
-            first: place of the first prompt.
+            draw: names the noise, with the place of an example.
+            first: place of the first example.
         Raises:
             WeightsGone, WeightsDamaged: its weights cannot be read.
             HeldOutFailed: a sample could not be finished.
@@ -102,16 +105,17 @@ class HeldOut:
         torch.set_num_threads(self._spec.rollout.threads)
         codec, sampler = self._policy.codec, self._spec.sampler
         shape = codec.latent_shape(sampler.height, sampler.width, sampler.frames)
-        seed = key("evaluation", draw)
+        seed, subjects = key("evaluation", draw), self._subjects.held_out(examples, first)
+        free = [self._policy.transformer.free_shape(shape, subject.given) for subject in subjects]
         # every family of policies has DDIM's deterministic step, which for a flow is Euler's
         requests = [
-            SampleRequest(shape, sampler.eval_steps, conditioning=text, n=repeats, seed=seed, group=first + i, kernel="ddim_eta")
-            for i, text in enumerate(self._text.get(prompts))
+            SampleRequest(free[i], sampler.eval_steps, conditioning=shown, n=repeats, seed=seed, group=first + i, kernel="ddim_eta")
+            for i, shown in enumerate(self._conditioner.get(subjects))
         ]
         with self._turn(weights):
             futures = self._engine.submit_side(requests)
             try:
-                latents = [t.latent for future in futures for t in self._waited(future)]
+                latents = [t.whole for future in futures for t in self._waited(future)]
             finally:
                 for future in futures:
                     future.cancel()
@@ -122,23 +126,27 @@ class HeldOut:
         spread evenly over the process's range. Raises WeightsGone, WeightsDamaged, SourceError, HeldOutFailed."""
         torch.set_num_threads(self._spec.rollout.threads)
         part = slice(first, first + count)
-        captions, examples = map(list, zip(*held_out_rows(self._data, split, points)[part], strict=True))
+        examples = [example for _, example in held_out_rows(self._data, split, points)[part]]
         network, process, dtype = self._policy.transformer, self._policy.process, self._spec.model.dtype
         sampler = self._spec.sampler
         x0 = clean_latents(examples, self._policy.codec, sampler.height, sampler.width, sampler.frames).cpu()
-        texts = stacked(self._text.get(captions))
+        subjects = self._subjects.held_out(examples, first, x0)
+        conditioning = self._conditioner.get(subjects)
         g = generator("evaluation", "loss", split)
         t = (torch.arange(points) + torch.rand(points, generator=g)) / points
         t = process.spread_times(t[torch.randperm(points, generator=g)])[part]
         eps = torch.randn((points, *x0.shape[1:]), generator=g)[part]
-        rows = max(1, self._max_tokens // network.packed_tokens(tuple(x0.shape[1:]), texts.tokens))
-        found: list[float] = []
+        rows = max(1, self._max_tokens // network.packed_tokens(tuple(x0.shape[1:]), conditioning[0].tokens))
+        found: dict[int, float] = {}
         with self._turn(weights):
-            for i in range(0, count, rows):
-                s = slice(i, i + rows)
-                work = partial(diffusion_losses, network, process, x0[s], eps[s], t[s], texts.rows(s), rows, dtype, texts.prompt_embeds.device)
-                found += self._waited(self._engine.call_side(work)).tolist()
-        return found
+            for given in sorted({subject.given for subject in subjects}):
+                places = [i for i, subject in enumerate(subjects) if subject.given == given]
+                free, noise = network.free_part(x0, given), network.free_part(eps, given)
+                for own in (places[i : i + rows] for i in range(0, len(places), rows)):
+                    shown = stacked([conditioning[i] for i in own])
+                    work = partial(diffusion_losses, network, process, free[own], noise[own], t[own], shown, rows, dtype, shown.prompt_embeds.device)
+                    found |= dict(zip(own, self._waited(self._engine.call_side(work)).tolist(), strict=True))
+        return [found[i] for i in range(count)]
 
     def _waited(self, future: Future[Any]) -> Any:
         try:

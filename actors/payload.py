@@ -14,7 +14,8 @@ Members N, trained steps K, latent shape C h w (or C f h w).
 
     group   head    trained           i64 [K]              trained step indices
                     times             f32 [steps + 1]      time grid that was sampled on
-                    x0                f32 [C, h, w]        clean latent of the group's own example; only with data.pairing: own
+                    x0                f32 [C, h, w]        clean latent of the group's own example; only with data.pairing: own. Of clips
+                                                           it has the frames that are given too, which states have not
             member  log_prob          f64 [K]              exact log-density (mean over entries) under the sampling weights
                     states            f32 [S, C, h, w]     states before and after each trained step (x, x_next), each once
                     previous          f32 [K, C, h, w]     prediction of x0 in the step before; only for kernels that use it
@@ -221,16 +222,23 @@ def decode_group(segments: Sequence[Buffer]) -> GroupPayload:
         tensors[name] = states[:, first : last + 1] if places == list(range(first, last + 1)) else states[:, places]
     group = GroupPayload(text=head.texts[0], **tensors)
     latents = {group.x.shape, group.x_next.shape} | ({group.previous.shape} if group.previous is not None else set())
-    strays = [group.log_prob.shape != group.x.shape[:2], len(group.trained) != group.x.shape[1], group.x0 is not None and group.x0.shape != group.x.shape[2:]]
+    strays = [group.log_prob.shape != group.x.shape[:2], len(group.trained) != group.x.shape[1], not _belongs(group.x0, group.x.shape[2:])]
     if len(latents) > 1 or any(strays):
         raise PayloadError("group payload has tensors of clashing shapes")
     return group
 
 
-def decode_data(segments: Sequence[Buffer], rows: range) -> DataPayload:
+def _belongs(x0: Tensor | None, shape: Sequence[int]) -> bool:
+    """Whether an example's own latent is of the size of states of this shape, but for frames in front that are given."""
+    if x0 is None or x0.shape == shape:
+        return True
+    return len(shape) == 4 and x0.dim() == 4 and x0.shape[1] >= shape[1] and (x0.shape[0], *x0.shape[2:]) == (shape[0], *shape[2:])
+
+
+def decode_data(segments: Sequence[Buffer], rows: Sequence[int]) -> DataPayload:
     """The head of a data batch and the segments of these of its rows. Raises PayloadError."""
     head = _open(segments[0])
     tensors: dict[str, Any] = _decode(DataPayload, head, segments[1:])
-    if len(head.texts) != head.count or rows.stop > head.count or len(rows) != len(segments) - 1:
-        raise PayloadError(f"a data batch of {head.count} rows with {len(head.texts)} captions was read as {len(segments) - 1} rows of {rows}")
-    return DataPayload(texts=tuple(head.texts[rows.start : rows.stop]), **tensors)
+    if len(head.texts) != head.count or max(rows, default=0) >= head.count or len(rows) != len(segments) - 1:
+        raise PayloadError(f"a data batch of {head.count} rows with {len(head.texts)} captions was read as {len(segments) - 1} of its rows: {list(rows)}")
+    return DataPayload(texts=tuple(head.texts[row] for row in rows), **tensors)

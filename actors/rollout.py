@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ import redis
 import torch
 from numpy.typing import NDArray
 
+from actors.conditioning import Conditioner, Subject, Subjects
 from actors.config import DataConfig, PromptConfig, RolloutConfig
 from actors.connect import Target
 from actors.encoding import EncoderUnavailable
@@ -32,7 +33,6 @@ from actors.groups import fps_of, group_payload, group_request, judge
 from actors.held_out import HeldOut
 from actors.payload import encode
 from actors.rewards import RunRewards
-from actors.sources.draws import prompt_source, training_example
 from actors.sources.example import Example
 from actors.sources.latents import clean_latents
 from actors.weights.reading import Exported, pull
@@ -48,6 +48,7 @@ from diffusion.engine.engine import Engine
 from diffusion.engine.request import Trajectory
 from diffusion.engine.runner import compile_for_batches
 from diffusion.families.conditioning import TextEncoder
+from diffusion.families.frames import FrameEncoder
 from replay.buffer import Lease
 from replay.errors import ReplayError
 from services.client.base import RewardUnavailable
@@ -66,7 +67,7 @@ class RolloutSpec:
     Attributes:
         own_data: each group brings its example's own datum.
         store_dtype: type that states are stored in.
-        encoder: of its prompts; None = the policy's own, loaded here.
+        encoder, frames: of its prompts, and of frames that are given; None = the policy's own, loaded here.
     """
 
     seed: int
@@ -80,6 +81,7 @@ class RolloutSpec:
     own_data: bool = False
     store_dtype: str = "float32"
     encoder: TextEncoder | None = None
+    frames: FrameEncoder | None = None
 
 
 class LineageChanged(Exception):
@@ -99,7 +101,7 @@ class _Group:
     """A group in the engine."""
 
     lease: Lease
-    example: Example
+    subject: Subject
     lineage: int
     started: float
     mixed: bool = False  # whether weights of another lineage may have taken part
@@ -121,10 +123,12 @@ class RolloutGenerator:
         self.policy = load_policy(spec.model, device, spec.seed, spec.encoder)
         sampler = spec.sampler
         self.shape = self.policy.codec.latent_shape(sampler.height, sampler.width, sampler.frames)
+        self.subjects = Subjects(spec.seed, spec.prompts, spec.data, sampler)
         merge = spec.model.lora.rank > 0 and spec.model.lora.merge
         engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge, side=True)
         self.text = PromptCache(self.policy.text_encoder, device)
-        self.source = prompt_source(spec.prompts, spec.data)
+        picture = self.policy.transformer.needs_picture
+        self.conditioner = Conditioner(self.text, spec.frames or self.policy.frames, self.policy.codec, sampler, picture)
         if spec.model.compile:
             compile_for_batches(self.policy.transformer)
         self._description = {
@@ -137,7 +141,7 @@ class RolloutGenerator:
         }
         self.engine = AsyncEngine(engine)
         self.decoder = Decoder(self.policy.codec, device)
-        self._held_out = HeldOut(spec, self.engine, self.policy, self.text, self.decoder, engine.runner.plan.tokens)
+        self._held_out = HeldOut(spec, self.engine, self.policy, self.conditioner, self.decoder, engine.runner.plan.tokens)
         self.held: tuple[int, int] | None = None  # (lineage, version) of the newest weights that the engine was given
         self.buffer = spec.target.buffer()
         self.client = spec.rewards.connect()
@@ -184,9 +188,9 @@ class RolloutGenerator:
                 scoring.append(self._scorer.submit(self._score_and_commit, group, future, time.monotonic() - group.started))
         return committed + sum(f.result() for f in scoring)
 
-    def sample_held_out(self, weights: View | Exported | None, draw: str, prompts: list[str], first: int, repeats: int) -> NDArray[np.uint8]:
+    def sample_held_out(self, weights: View | Exported | None, draw: str, examples: list[Example], first: int, repeats: int) -> NDArray[np.uint8]:
         """See `HeldOut.sample`."""
-        return self._held_out.sample(weights, draw, prompts, first, repeats)
+        return self._held_out.sample(weights, draw, examples, first, repeats)
 
     def held_out_losses(self, weights: View | Exported | None, split: str, points: int, first: int, count: int) -> list[float]:
         """See `HeldOut.losses`."""
@@ -199,11 +203,14 @@ class RolloutGenerator:
             self._refresh(lease.min_version)
             assert self.held is not None  # _refresh returned
             sampler = self.spec.sampler
-            example = training_example(self.source, self.spec.seed, lease.group)
-            text = self.text.get([example.text])[0]
-            negative = self.text.get([sampler.negative_prompt])[0] if sampler.guidance != 1 else None
-            request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, text, negative, self.shape, self.spec.store_dtype)
-            group = _Group(lease, example, self.held[0], time.monotonic())
+            subject = self.subjects.group(lease.group)
+            if subject.given:  # of the latent that the group brings, so that a rank finds the same frames in it
+                subject = replace(subject, x0=self._own_datum(subject))
+            guided = [replace(subject, text=sampler.negative_prompt)] if sampler.guidance != 1 else []
+            shown, *negative = self.conditioner.get([subject, *guided])
+            shape = self.policy.transformer.free_shape(self.shape, subject.given)
+            request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, shown, next(iter(negative), None), shape, self.spec.store_dtype)
+            group = _Group(lease, subject, self.held[0], time.monotonic())
             return self.engine.submit(request), group
         except Exception as error:  # the group goes back with its reason; the ledger counts attempts
             self._give_back(lease, "sampling", error)
@@ -263,14 +270,14 @@ class RolloutGenerator:
         self.held = fresh.name
 
     def _score_and_commit(self, group: _Group, sampled: Future[list[Trajectory]], sampling_s: float) -> bool:
-        lease, stage, start, text = group.lease, "sampling", time.monotonic(), group.example.text
+        lease, stage, start, text = group.lease, "sampling", time.monotonic(), group.subject.text
         rewards, rollout = self.spec.rewards, self.spec.rollout
         try:
             trajectories = sampled.result()
             if group.mixed:
                 raise LineageChanged("the learner went back to a checkpoint while the group was sampled")
             stage = "decoding"
-            images = np.stack(self.decoder.decode([t.latent for t in trajectories], DECODE_DEADLINE_S))
+            images = np.stack(self.decoder.decode([t.whole for t in trajectories], DECODE_DEADLINE_S))
             stage = "scoring"
             if not self.revisions:
                 self.revisions = {name: info.revision for name, info in self.client.info(rewards.trained_names).items()}
@@ -281,7 +288,7 @@ class RolloutGenerator:
                 meta["failed_members"] = len(trajectories) - len(judged.members)
                 meta["failed_scores"] = judged.failures
             kept = [trajectories[member] for member in judged.members]
-            payload = encode(group_payload(kept, text, self._own_datum(group.example)), getattr(torch, self.spec.store_dtype))
+            payload = encode(group_payload(kept, text, self._own_datum(group.subject)), getattr(torch, self.spec.store_dtype))
             version = min(t.version for t in trajectories)
             committed = self.buffer.commit(
                 lease, payload, judged.totals, version, meta, group.lineage, self.spec.target.wait_s, scores=judged.values, revisions=self.revisions
@@ -292,12 +299,12 @@ class RolloutGenerator:
         self._leases.pop(lease.group, None)
         return committed
 
-    def _own_datum(self, example: Example) -> torch.Tensor | None:
-        """Clean latent of the group's own example, where that is its anchor datum."""
-        if not self.spec.own_data:
-            return None
+    def _own_datum(self, subject: Subject) -> torch.Tensor | None:
+        """Clean latent of a group's own example, where that is its anchor datum."""
+        if not self.spec.own_data or subject.example is None or subject.x0 is not None:
+            return subject.x0
         sampler = self.spec.sampler
-        return clean_latents([example], self.policy.codec, sampler.height, sampler.width, sampler.frames)[0]
+        return clean_latents([subject.example], self.policy.codec, sampler.height, sampler.width, sampler.frames)[0]
 
 
 def _reason(stage: str, error: Exception) -> str:

@@ -36,7 +36,7 @@ from services.media.base import Media
 from services.scorers.registry import build_scorer
 from trainer.config.load import load_config
 from trainer.config.run import RunConfig
-from trainer.learn.batch import StepBatch, step_batch
+from trainer.learn.batch import StepBatch
 from trainer.learn.learner import BY_STEP, SUMS, Learner, learning_rate
 from trainer.run.rewards import run_rewards
 
@@ -47,8 +47,8 @@ class BareLearner(Learner):
     def _spread(self, model: PackedModel) -> None:
         """Nothing is sharded."""
 
-    def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
-        sums = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64)
+    def update(self, batches: Sequence[StepBatch], step: int) -> dict[str, Any]:
+        sums, (batch,) = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64), batches
         for compute in self._losses(batch, sums):
             compute().backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip))
@@ -63,7 +63,7 @@ class BareLearner(Learner):
 
 
 class Held:
-    """Payloads in this process: what `step_batch` reads."""
+    """Payloads in this process: what `step_batches` reads."""
 
     def __init__(self) -> None:
         self.payloads: dict[str, list[bytearray]] = {}
@@ -119,11 +119,9 @@ class BareLoop:
         if config.uses_data:
             held.payloads["data"] = encode(self._anchors(step - 1))
             data = [ClaimedData(step - 1, "data", "")]
-        batch = step_batch(
-            config, self.learner.process, self.learner.kernel, cast(ReplayBuffer, held), Claim(step, 0, claimed, data), 0, 1, self.learner.encode
-        )
+        batches = self.learner.batches(cast(ReplayBuffer, held), Claim(step, 0, claimed, data), 0, 1)
         clock.append(time.monotonic())
-        stats = self.learner.update(batch, step)
+        stats = self.learner.update(batches, step)
         clock.append(time.monotonic())
         seconds = dict(zip(("sample", "score", "batch", "train"), (b - a for a, b in itertools.pairwise(clock)), strict=True))
         record = {"kind": "update", "time": time.time(), "step": step, "trained_groups": list(groups), "failed_members": 0}

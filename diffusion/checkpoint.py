@@ -26,6 +26,7 @@ from diffusion.codecs import Codec, IdentityCodec
 from diffusion.config import ModelConfig
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
+from diffusion.families.frames import FrameEncoder, GivenFrames
 from diffusion.families.registry import CODECS, FAMILIES, SIGNATURES, TEXT_ENCODERS, Family, Signature
 from diffusion.lora import add_lora, fresh_adapters, merged_weight, trained_weights
 from diffusion.processes import ForwardProcess, process_from_scheduler
@@ -42,7 +43,8 @@ REMEDY = "set model.init=true to start from random weights"
 class Policy:
     """A policy with everything around it: network, frozen text encoder, latent codec, forward process.
 
-    `attention` is the provider in use, with a line for the log that says why; `source` says which files it was read from.
+    `frames` encodes the frames that a clip is given, None of pictures, and where others do it. `attention` is the provider in use, with a line
+    for the log that says why; `source` says which files it was read from.
     """
 
     transformer: PackedModel
@@ -51,6 +53,7 @@ class Policy:
     process: ForwardProcess
     attention: Provider
     source: Source
+    frames: FrameEncoder | None = None
 
 
 def _network_config(folder: Path) -> tuple[Family, dict[str, Any]]:
@@ -85,6 +88,8 @@ def build_network(config: ModelConfig, device: torch.device | str = "cpu") -> tu
             model = family.build(values, provider.name).to(getattr(torch, config.base_dtype))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}/transformer/config.json: {error}") from None
+    if config.given_time != "family":
+        model.given_time = None if config.given_time == "free" else config.given_time
     if config.lora.rank:
         try:
             add_lora(model, config.lora, None)
@@ -213,6 +218,26 @@ def load_signature(folder: Path, config: ModelConfig) -> Signature:
         raise CheckpointError(f"tokenizers of {folder} cannot be used: {error}") from None
 
 
+def load_frame_encoder(folder: Path, config: ModelConfig, codec: Codec, picture: bool, device: torch.device | str = "cpu") -> FrameEncoder | None:
+    """What makes conditioning of the frames that a clip is given; None for a policy of pictures.
+
+    Args:
+        codec: the policy's, with its weights.
+        picture: whether the network needs a picture (`PackedModel.needs_picture`).
+    Raises:
+        CheckpointError: a missing or unusable encoder of pictures.
+    """
+    if not codec.video:
+        return None
+    read = _network_config(folder)[0].picture
+    if not picture or read is None:
+        return GivenFrames(codec)
+    try:
+        return read(folder, codec, config, torch.device(device))
+    except Exception as error:  # safetensors raises its own class for every kind of damage
+        raise CheckpointError(f"the encoder of pictures of {folder} (image_encoder, image_processor) cannot be used: {error}") from None
+
+
 def check_network(model: PackedModel, config: ModelConfig) -> None:
     """Whether `fill_network` will find what it needs in the folder, from the headers of its files. Raises CheckpointError."""
     if not config.init:
@@ -275,7 +300,8 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu", seed: i
     folder = found.source.folder
     fill_network(found.transformer, config.model_copy(update={"path": str(folder), "revision": None}), device, seed)
     codec = load_codec(folder, device)
-    return Policy(found.transformer, encoder or load_text_encoder(folder, config, device), codec, found.process, found.attention, found.source)
+    frames = load_frame_encoder(folder, config, codec, found.transformer.needs_picture, device) if encoder is None else None
+    return Policy(found.transformer, encoder or load_text_encoder(folder, config, device), codec, found.process, found.attention, found.source, frames)
 
 
 def _components(folder: Path) -> set[str]:

@@ -22,6 +22,10 @@ class Codec(Protocol):
         """Shape of a picture's or a clip's latent. Raises ValueError for a size that has none."""
         ...
 
+    def pixel_frames(self, frames: int) -> int:
+        """How many frames of a clip its first `frames` latent frames are made of."""
+        ...
+
     def encode(self, pixels: np.ndarray) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> np.ndarray: ...
@@ -58,6 +62,9 @@ class IdentityCodec:
             return self.channels, frames, height, width
         refuse_frames(frames)
         return self.channels, height, width
+
+    def pixel_frames(self, frames: int) -> int:
+        return frames
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         return to_unit(pixels)
@@ -104,6 +111,9 @@ class VAECodec:
         if height < 1 or width < 1 or height % self.factor or width % self.factor:
             raise ValueError(f"{height}x{width} pixels is not a multiple of {self.factor}, by which this policy's VAE shrinks images")
         return self.channels, height // self.factor, width // self.factor
+
+    def pixel_frames(self, frames: int) -> int:
+        return frames
 
     def _batches(self, items: Tensor, pixels_each: int) -> Iterator[Tensor]:
         parameter = next(self.vae.parameters())

@@ -50,7 +50,14 @@ class ModelConfig(Strict):
         description="times of a flow's steps, before the shift: even = N even steps from 1 to 0; diffusers = as the policy's scheduler makes them: "
         "FlowMatchEulerDiscreteScheduler (Flow-GRPO), whose last but one time is near 0, or UniPCMultistepScheduler",
     )
-    text_dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the frozen CLIP and T5 text encoders (T5-XXL: 19 or 9.5 GB)")
+    text_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the frozen text encoders (T5-XXL: 19 or 9.5 GB) and of Wan's encoder of pictures"
+    )
+    given_time: Annotated[float, Field(ge=0, le=1)] | Literal["family", "free"] = Field(
+        "family",
+        description="time that given frames are shown at: family = 0 of Wan, 0.0001 of Cosmos (the post-trained 2B, diffusers); free = that of the sampled "
+        "frames (Cosmos' pre-trained networks); or a number",
+    )
     map_weights: bool = Field(
         False,
         description="frozen weights that lie on a CPU in their files' type stay those files, mapped into memory: a host's processes share them. The files "
@@ -90,7 +97,17 @@ class SamplerConfig(Strict):
     width: int = Field(48, ge=1, description="width of a sample in pixels")
     frames: int = Field(1, ge=1, description="frames of a clip, of video policies; of others 1: a picture")
     fps: float = Field(16.0, gt=0, le=240, description="frames a second of clips: what rewards and players are told (Wan, Cosmos-Predict2.5: 16)")
+    given_frames: Annotated[int, Field(ge=0)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = Field(
+        0,
+        description="latent frames of its example's own clip that a rollout is given (0 = text-to-video, 1 = image-to-video, 2 = video-to-video of Cosmos); "
+        "of a list each group is given one number, equally often each (public DDRL code: [0, 1])",
+    )
     max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine, at most; less where memory does not hold it")
+
+    @property
+    def given_choices(self) -> tuple[int, ...]:
+        """Numbers of given frames that groups are given."""
+        return (self.given_frames,) if isinstance(self.given_frames, int) else self.given_frames
 
     @model_validator(mode="after")
     def _noise_level_fits(self) -> SamplerConfig:

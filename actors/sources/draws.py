@@ -73,16 +73,17 @@ def held_out_prompts(source: Source, split: str, n: int) -> list[str]:
     return [example.text for example in held_out_examples(source, split, n)]
 
 
+def training_row(source: Source, dropout: float, seed: int, batch: int, row: int) -> Row:
+    """Row `row` of anchor batch `batch` of the run `seed`, from the train split; a share `dropout` of the captions is empty."""
+    rng = np.random.default_rng(key(seed, "anchor", batch, row))
+    dropped = rng.uniform() < dropout
+    example = draw_of(source, "train", rng)
+    return "" if dropped else example.text, example
+
+
 def training_rows(source: Source, dropout: float, seed: int, batch: int, rows: int) -> list[Row]:
-    """Rows of anchor batch `batch` of the run `seed`, from the train split; a share `dropout` of the captions is empty."""
-
-    def draw(row: int) -> Row:
-        rng = np.random.default_rng(key(seed, "anchor", batch, row))
-        dropped = rng.uniform() < dropout
-        example = draw_of(source, "train", rng)
-        return "" if dropped else example.text, example
-
-    return [draw(row) for row in range(rows)]
+    """The first `rows` rows of an anchor batch, see `training_row`."""
+    return [training_row(source, dropout, seed, batch, row) for row in range(rows)]
 
 
 def held_out_rows(source: Source, split: str, rows: int) -> list[Row]:
@@ -109,7 +110,7 @@ def pixels_of(examples: Sequence[Example], height: int, width: int, frames: int 
     Raises:
         SourceError: media of unequal shapes, pictures where clips are asked for, or a clip that is too short.
     """
-    pixels = [example.pixels(height, width) for example in examples]
+    pixels = [example.pixels(height, width, frames) for example in examples]
     if frames is not None:
         pixels = [_first(example, clip, frames) for example, clip in zip(examples, pixels, strict=True)]
     shapes = sorted({picture.shape for picture in pixels})

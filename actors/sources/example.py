@@ -24,8 +24,8 @@ class SourceError(ValueError):
 class Media(Protocol):
     """A picture or clip that can be had in any size; equal pixels every time."""
 
-    def load(self, height: int, width: int) -> NDArray[np.uint8]:
-        """uint8 RGB `[H, W, 3]`, or `[T, H, W, 3]` of a clip. Raises SourceError."""
+    def load(self, height: int, width: int, frames: int | None = None) -> NDArray[np.uint8]:
+        """uint8 RGB `[H, W, 3]`, or `[T, H, W, 3]` of a clip: its first `frames` frames at most, None = all. Raises SourceError."""
         ...
 
 
@@ -50,13 +50,13 @@ class Example:
     def split(self) -> str:
         return split_of(self.id)
 
-    def pixels(self, height: int, width: int) -> NDArray[np.uint8]:
-        """Its picture, or clip with all its frames, in this size. Raises SourceError when there is none."""
+    def pixels(self, height: int, width: int, frames: int | None = None) -> NDArray[np.uint8]:
+        """Its picture, or the first `frames` frames of its clip at most (None = all), in this size. Raises SourceError when there is none."""
         if self.media is None and self.latent is not None:
             raise SourceError(f"example {self.id!r} is of a prepared set, which holds latents and no pictures")
         if self.media is None:
             raise SourceError(f"example {self.id!r} has a text only, and anchor data needs pictures; set data.kind to glyph, folder or prepared")
-        return self.media.load(height, width)
+        return self.media.load(height, width, frames)
 
 
 class Source(Protocol):

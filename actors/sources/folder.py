@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ class Picture:
 
     file: Path
 
-    def load(self, height: int, width: int) -> NDArray[np.uint8]:
+    def load(self, height: int, width: int, frames: int | None = None) -> NDArray[np.uint8]:
         try:
             with Image.open(self.file) as image:
                 return _resized(image, height, width)
@@ -36,21 +37,27 @@ class Picture:
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file; every frame."""
+    """A video file."""
 
     file: Path
 
-    def load(self, height: int, width: int) -> NDArray[np.uint8]:
+    def load(self, height: int, width: int, frames: int | None = None) -> NDArray[np.uint8]:
         import av
 
         try:
             with av.open(str(self.file)) as container:
-                frames = [_resized(Image.fromarray(frame.to_ndarray(format="rgb24")), height, width) for frame in container.decode(video=0)]
+                read = islice(container.decode(video=0), frames)
+                found = [_resized(Image.fromarray(frame.to_ndarray(format="rgb24")), height, width) for frame in read]
         except (OSError, ValueError, IndexError, av.FFmpegError) as error:
             raise SourceError(f"anchor clip {self.file} cannot be read: {error}") from None
-        if not frames:
+        if not found:
             raise SourceError(f"anchor clip {self.file} holds no frames")
-        return np.stack(frames)
+        return np.stack(found)
+
+
+def media_of(file: Path) -> Picture | Clip:
+    """The picture or clip in a file, by its name's end."""
+    return Clip(file) if file.suffix.lower() in CLIPS else Picture(file)
 
 
 @lru_cache(maxsize=4)
@@ -64,7 +71,7 @@ def folder_examples(path: str) -> tuple[Example, ...]:
         raise SourceError(f"anchor folder {path} needs a metadata.jsonl with file_name and text on each line: {error}") from None
     if not files:
         raise SourceError(f"anchor folder {path} lists no pictures")
-    return tuple(Example(name, text, Clip(file) if file.suffix.lower() in CLIPS else Picture(file)) for file, text, name in files)
+    return tuple(Example(name, text, media_of(file)) for file, text, name in files)
 
 
 class FolderSource:

@@ -19,7 +19,7 @@ class Sign:
     target: str
     rng: np.random.Generator
 
-    def load(self, height: int, width: int) -> NDArray[np.uint8]:
+    def load(self, height: int, width: int, frames: int | None = None) -> NDArray[np.uint8]:
         return signs.render_sign(self.target, copy.deepcopy(self.rng), height, width)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
 from diffusion.checkpoint import Policy, load_policy
 from diffusion.config import ModelConfig
@@ -16,6 +17,7 @@ from diffusion.engine.decode import Decoder, collect
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.engine.stats import EngineStats
+from diffusion.families.conditioning import Conditioning
 from diffusion.kernel_names import stochastic_steps
 
 MAX_TOKENS = 16384
@@ -30,6 +32,7 @@ class SamplingParams:
     Attributes:
         height, width: size in pixels.
         frames: of a clip; 1 = a picture.
+        given: frames that the clip begins with, uint8 `[p, H, W, 3]` of this size; None = text-to-video, or a picture.
         steps: denoising steps.
         n: samples of the prompt.
         seed: with the prompt's position in the call and the sample's number, the name of every noise.
@@ -51,6 +54,7 @@ class SamplingParams:
     stochastic: str = "none"
     priority: int = 0
     frames: int = 1
+    given: np.ndarray | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.stochastic not in ("none", "all"):
@@ -90,13 +94,16 @@ class DiffusionEngine:
         return cls(load_policy(ModelConfig(path=path, revision=revision, **settings), device), max_tokens, dtype)
 
     def request(self, prompt: str, params: SamplingParams, group: int) -> SampleRequest:
-        """The request that draws `params.n` samples of a prompt. Raises ValueError for a size the codec cannot make."""
+        """The request that draws `params.n` samples of a prompt. Raises ValueError for a size the codec cannot make, and for frames that
+        cannot be given."""
         codec = self.policy.codec
+        shape, given = codec.latent_shape(params.height, params.width, params.frames), self._given(params)
+        conditioning, negative = self._conditioning(prompt, given), self._conditioning(params.negative_prompt, given) if params.guidance != 1 else None
         noisy = range(stochastic_steps(params.kernel, params.steps)) if params.stochastic == "all" else ()
         return SampleRequest(
-            shape=codec.latent_shape(params.height, params.width, params.frames),
+            shape=self.policy.transformer.free_shape(shape, self._latent_frames(params)),
             steps=params.steps,
-            prompt=prompt,
+            conditioning=conditioning,
             n=params.n,
             seed=params.seed,
             group=group,
@@ -104,10 +111,35 @@ class DiffusionEngine:
             noise_level=params.noise_level,
             stochastic=frozenset(noisy),
             guidance=params.guidance,
-            negative_prompt=params.negative_prompt,
+            negative=negative,
             priority=params.priority,
             id=prompt,
         )
+
+    def _latent_frames(self, params: SamplingParams) -> int:
+        """Latent frames that are given: as many as the pixels of `given` make. Raises ValueError for a number that makes none."""
+        if params.given is None:
+            return 0
+        pixels, latent = len(params.given), 1
+        while self.policy.codec.pixel_frames(latent) < pixels:
+            latent += 1
+        if self.policy.codec.pixel_frames(latent) != pixels:
+            raise ValueError(f"{pixels} given frames make no whole latent frames of this policy; give {self.policy.codec.pixel_frames(latent)}")
+        return latent
+
+    def _given(self, params: SamplingParams) -> dict[str, Tensor]:
+        """What is made of the frames that are given."""
+        if params.given is None:
+            return {}
+        if self.policy.frames is None:
+            raise ValueError("a policy of pictures is given no frames")
+        if params.given.shape[1:] != (params.height, params.width, 3):
+            raise ValueError(f"given frames are {params.given.shape[1:]}, the clip's are {(params.height, params.width, 3)}")
+        return self.policy.frames.encode(params.given, params.frames)
+
+    def _conditioning(self, prompt: str, given: dict[str, Tensor]) -> Conditioning:
+        assert self.engine.prompts is not None  # it was made with a text encoder
+        return self.engine.prompts.get([prompt])[0].beside(given)
 
     def generate(
         self, prompts: Sequence[str], params: SamplingParams | Sequence[SamplingParams], progress: Callable[[int, int], None] | None = None
@@ -136,7 +168,7 @@ class DiffusionEngine:
         for step in self.engine.steps(requests):
             good = [one for one in step if isinstance(one, Trajectory)]
             failures += [one for one in step if isinstance(one, Failure)]
-            for one, image in zip(good, self._decoder.submit([t.latent for t in good]), strict=True):
+            for one, image in zip(good, self._decoder.submit([t.whole for t in good]), strict=True):
                 done[number[id(one.request)]].append((one, image))
             ended += len(step)
             if progress is not None:

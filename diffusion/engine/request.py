@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from diffusion.families.conditioning import Conditioning
@@ -98,7 +99,8 @@ class Trajectory:
 
     Attributes:
         request, member: which sample of what.
-        latent: final sample, `[*shape]`.
+        latent: final sample, `[*shape]`; with `given` in front it is `whole`.
+        given: frames that its request was given `[C, k, h, w]`, None without.
         x, x_next: states before and after each trained step, `[K, *shape]`.
         log_prob: exact log-density (mean over entries, fp64) of each trained transition under the weights that drew it, `[K]`.
         times: the whole time grid that was used (the sigma table), `[steps + 1]`.
@@ -116,6 +118,12 @@ class Trajectory:
     times: Tensor
     previous: Tensor | None
     versions: tuple[int, int]
+    given: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """The sample's latent with the frames that were given in front, as they were given: what is decoded."""
+        return self.latent if self.given is None else torch.cat([self.given, self.latent], 1)
 
     @property
     def version(self) -> int:

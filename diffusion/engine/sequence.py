@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.families.conditioning import Conditioning
+from diffusion.families.given import GIVEN
 from diffusion.kernels import Previous, StepKernel
 from diffusion.seeds import INITIAL, step_noise
 
@@ -95,7 +96,7 @@ class Sequence:
         assert self.versions is not None  # at least one step was taken
         x, x_next, density, previous = ([kept[i] for kept in self._kept] for i in range(4))
         request, path = self.context.request, self.context.path
-        uses = path.kernel.uses_previous
+        uses, given = path.kernel.uses_previous, self.context.conditioning.tensors.get(GIVEN)
         return Trajectory(
             request=request,
             member=self.members[0],
@@ -106,6 +107,7 @@ class Sequence:
             times=path.times,
             previous=_stack(previous) if uses else None,
             versions=self.versions,
+            given=None if given is None else given.float().cpu(),
         )
 
 

@@ -90,6 +90,8 @@ class PackedModel(nn.Module, ABC):
     """Name of the block list in the checkpoint."""
     patch: tuple[int, ...]
     """Patch edges of (h, w) or (f, h, w)."""
+    given_time: float | None = 0.0
+    """Time that given frames are shown at; None = that of the sampled ones."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Parts of names of tensors that published files hold and no network reads."""
 
@@ -107,8 +109,28 @@ class PackedModel(nn.Module, ABC):
 
     @property
     def needs_picture(self) -> bool:
-        """Whether it cannot run without what is made of a picture (image-to-video)."""
+        """Whether it cannot run without what is made of a picture (Wan's image-to-video), and samples all frames; others take frames that are
+        given as they are, where they are of clips at all, and sample those behind them."""
         return False
+
+    def free_shape(self, shape: Sequence[int], given: int) -> tuple[int, ...]:
+        """Shape of what is sampled of a clip's latent `[C, f, h, w]` whose first `given` latent frames are known; a picture's own for 0.
+
+        Raises:
+            ValueError: a number of frames that this network cannot be given.
+        """
+        free = shape if self.needs_picture or not given else (shape[0], shape[1] - given, *shape[2:])
+        if self.needs_picture and given != 1:
+            raise ValueError(f"this network is image-to-video: it is given one frame, not {given}; set sampler.given_frames to 1")
+        if given and len(self.patch) != 3:
+            raise ValueError(f"a network of pictures is given no frames, and sampler.given_frames has {given}; set it to 0")
+        if given and free[1] < 1:
+            raise ValueError(f"{given} given frames leave none of {shape[1]} latent frames to be sampled; lower sampler.given_frames")
+        return tuple(free)
+
+    def free_part(self, latents: Tensor, given: int) -> Tensor:
+        """What is sampled of clean latents of clips `[…, C, f, h, w]`, see `free_shape`."""
+        return latents if self.needs_picture or not given else latents[..., given:, :, :]
 
     @property
     def latent_channels(self) -> int:

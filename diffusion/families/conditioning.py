@@ -1,11 +1,11 @@
-"""What a network is given beside latents and times: named tensors, made of an example's text by a frozen encoder.
+"""What a network is given beside latents and times: named tensors, made of an example's text, and of frames of its clip, by frozen encoders.
 
 The names are those of the arguments of the family's `forward`, so that a batch of conditioning is passed as `**conditioning.tensors`:
 
     SD3, glyph   prompt_embeds [L, D], pooled [P]
-    Wan          prompt_embeds [L, D]
+    Wan, Cosmos  prompt_embeds [L, D]; of image- and video-to-video also what `diffusion.families.frames` names
 
-It is a function of (encoder, text), to the bit: whoever needs it asks the encoder, and nothing that is stored carries it.
+It is a function of (encoder, text, frames): whoever needs it asks the encoder, and nothing that is stored carries it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class Conditioning:
     def expand(self, count: int) -> Conditioning:
         """One example, `count` times, without a copy."""
         return Conditioning({name: tensor.expand(count, *tensor.shape) for name, tensor in self.tensors.items()})
+
+    def beside(self, tensors: Mapping[str, Tensor]) -> Conditioning:
+        """One example with more tensors, on the device of those that it has."""
+        return Conditioning({**self.tensors, **{name: tensor.to(self.prompt_embeds.device) for name, tensor in tensors.items()}})
 
     def to(self, device: torch.device | str) -> Conditioning:
         return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})

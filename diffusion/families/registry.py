@@ -16,12 +16,14 @@ from diffusion.families.conditioning import TextEncoder
 from diffusion.families.cosmos.config import CosmosConfig
 from diffusion.families.cosmos.network import CosmosTransformer
 from diffusion.families.cosmos.text import REASON_CLASS, CosmosTextEncoder, CosmosTokens, frozen_projection
+from diffusion.families.frames import FrameEncoder
 from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
 from diffusion.families.sd3.text import CLIP_CLASS, SD3TextEncoder, SD3Tokens
 from diffusion.families.sd3.tiny import write_like
 from diffusion.families.wan import codec as clips
 from diffusion.families.wan.config import WanConfig
+from diffusion.families.wan.image import WanImageEncoder
 from diffusion.families.wan.network import WanTransformer
 from diffusion.families.wan.text import UMT5_CLASS, WanTextEncoder, WanTokens
 
@@ -34,16 +36,25 @@ class Family:
         build: network with undefined weights from a config.json's keys and an attention provider. Raises ValueError or
             TypeError on keys or values it does not know.
         video: latents have a frame axis, `[C, f, h, w]`.
+        picture: reads, from a policy's folder, what makes conditioning of the picture that a network with `needs_picture` is given; its codec
+            beside. Raises ValueError, and what reading files raises.
     """
 
     build: Callable[[dict[str, Any], str], PackedModel]
     video: bool
+    picture: Callable[[Path, Codec, ModelConfig, torch.device], FrameEncoder] | None = None
+
+
+def _wan_picture(folder: Path, codec: Codec, config: ModelConfig, device: torch.device) -> FrameEncoder:
+    if not isinstance(codec, clips.ClipCodec):
+        raise ValueError(f"image-to-video needs a vae/ of class {clips.CLASS_NAME}")
+    return WanImageEncoder.load(folder, codec, getattr(torch, config.text_dtype), device)
 
 
 FAMILIES = {
     "CosmosTransformer3DModel": Family(lambda values, provider: CosmosTransformer(CosmosConfig.from_dict(values), provider), video=True),
     "SD3Transformer2DModel": Family(lambda values, provider: SD3Transformer(SD3Config.from_dict(values), provider), video=False),
-    "WanTransformer3DModel": Family(lambda values, provider: WanTransformer(WanConfig.from_dict(values), provider), video=True),
+    "WanTransformer3DModel": Family(lambda values, provider: WanTransformer(WanConfig.from_dict(values), provider), video=True, picture=_wan_picture),
 }
 
 

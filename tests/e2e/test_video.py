@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from actors.clips import write_clip
 from diffusion.checkpoint import load_policy
@@ -25,9 +25,15 @@ from tests.pipeline import ROOT, Run, command, records, settings
 from tests.unit.diffusion.cosmos import pipeline as open_cosmos
 
 SIDE, FRAMES, CLIPS = 32, 9, 60
-KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
-    "wan": (wan.write_tiny, WanPipeline.from_pretrained),
-    "cosmos": (cosmos.write_tiny, open_cosmos),
+KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], list[str]]] = {
+    "wan": (wan.write_tiny, WanPipeline.from_pretrained, []),
+    "cosmos": (cosmos.write_tiny, open_cosmos, []),
+    "cosmos, some begin with a picture": (cosmos.write_tiny, open_cosmos, ["--set", "sampler.given_frames=[0, 1]", "--set", "data.pairing=own"]),
+    "wan, all begin with a picture": (
+        lambda folder: wan.write_tiny(folder, "i2v"),
+        WanImageToVideoPipeline.from_pretrained,
+        ["--set", "sampler.given_frames=1", "--set", "encoder.actors=1"],
+    ),
 }
 
 
@@ -63,10 +69,10 @@ def video(policy: Path, clips: Path) -> list[str]:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_on_clips(kind: str, start: Callable[..., Run], tmp_path: Path) -> None:
-    write, opened = KINDS[kind]
+    write, opened, more = KINDS[kind]
     write(tmp_path / "policy")
     write_clips(tmp_path / "clips")
-    run = start("run", *FEW, *video(tmp_path / "policy", tmp_path / "clips"))
+    run = start("run", *FEW, *video(tmp_path / "policy", tmp_path / "clips"), *more)
     _, updates = trained(run)
     assert all(update["ratio_deviation"] < 1e-3 and update["data_loss"] > 0 for update in updates)
     assert all(update["rewards"]["scene.motion"] > 0 for update in updates)

@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -24,6 +25,7 @@ from trainer.config.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from actors.sources.example import Example
     from diffusion.engine.generate import Sample, SamplingParams
 
 GRID_SAMPLES = 64
@@ -48,7 +50,10 @@ def parse_steps(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def spread(prompts: Sequence[str], choices: Sequence[SamplingParams], n: int) -> list[tuple[str, SamplingParams]]:
+Drawn = TypeVar("Drawn")
+
+
+def spread(prompts: Sequence[Drawn], choices: Sequence[SamplingParams], n: int) -> list[tuple[Drawn, SamplingParams]]:
     """`n` samples that cover prompts and choices evenly: sample i takes prompt i mod P, and the next choice each time the
     prompts have come round."""
     return [(prompts[i % len(prompts)], choices[i // len(prompts) % len(choices)]) for i in range(n)]
@@ -56,7 +61,14 @@ def spread(prompts: Sequence[str], choices: Sequence[SamplingParams], n: int) ->
 
 def sample(
     source: Annotated[Path, typer.Argument(help="a run folder (its newest export), an exported policy, or a recipe (what it starts from)", show_default=False)],
-    prompts: Annotated[Path, typer.Option(help="file of prompts, one a line", show_default=False)],
+    prompts: Annotated[Path, typer.Option(help="file of prompts, one a line; or a folder with a metadata.jsonl, of pictures or clips", show_default=False)],
+    given: Annotated[
+        Path | None,
+        typer.Option(help="picture or clip that all begin with (image-, video-to-video) [default: those of the folder]", show_default=False),
+    ] = None,
+    given_frames: Annotated[
+        int | None, typer.Option(min=0, help="latent frames of it that are given [default: the largest of sampler.given_frames]", show_default=False)
+    ] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, several separated by commas [default: the recipe's]", show_default=False)] = None,
     steps: Annotated[str | None, typer.Option(help="denoising steps, several separated by commas [default: sampler.eval_steps]", show_default=False)] = None,
     n: Annotated[
@@ -82,15 +94,39 @@ def sample(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"{folder} is not empty; give another folder with --out", 2)
     try:
-        _draw(policy, prompts, sizes, counts, n, noise, seed, folder, device)
+        _draw(policy, prompts, given, given_frames, sizes, counts, n, noise, seed, folder, device)
     except OSError as error:
         fail(f"{folder}: {error.strerror or error}", 1)
 
 
-def _draw(
-    source: PolicySource, file: Path, sizes: list[tuple[int, int]], counts: list[int], n: int | None, noise: bool, seed: int, folder: Path, device: str | None
-) -> None:
+def examples_of(prompts: Path, given: Path | None) -> list[Example]:
+    """What is drawn: the lines of a file, or what a folder lists; `given` is then what all begin with. Raises SourceError."""
+    from actors.sources.example import Example, SourceError
+    from actors.sources.folder import folder_examples, media_of
     from actors.sources.text import prompt_lines
+
+    found = list(folder_examples(str(prompts))) if prompts.is_dir() else [Example(text, text) for text in prompt_lines(str(prompts))]
+    if given is None:
+        return found
+    if not given.is_file():
+        raise SourceError(f"--given {given}: there is no such file")
+    return [Example(example.id, example.text, media_of(given)) for example in found]
+
+
+def _draw(
+    source: PolicySource,
+    file: Path,
+    given: Path | None,
+    given_frames: int | None,
+    sizes: list[tuple[int, int]],
+    counts: list[int],
+    n: int | None,
+    noise: bool,
+    seed: int,
+    folder: Path,
+    device: str | None,
+) -> None:
+    from actors.conditioning import first_frames
     from diffusion.checkpoint import load_policy
     from diffusion.engine.engine import StepFailed
     from diffusion.engine.generate import DiffusionEngine, SamplingParams
@@ -101,21 +137,25 @@ def _draw(
     config, s = source.config, source.config.sampler
     where = usable(device)
     try:
-        texts = prompt_lines(str(file))
+        examples = examples_of(file, given)
         choices = [
             SamplingParams(h, w, c, 1, seed, s.guidance, s.negative_prompt, s.kernel, s.noise_level, "all" if noise else "none", frames=s.frames)
             for h, w in sizes
             for c in counts
         ]
-        plan = spread(texts, choices, n or len(texts) * len(choices))
+        plan = spread(examples, choices, n or len(examples) * len(choices))
         policy = load_policy(config.model, where, config.seed)
+        latents = given_frames if given_frames is not None else max(s.given_choices, default=0) or int(given is not None)
+        if latents:
+            frames = policy.codec.pixel_frames(latents)
+            plan = [(example, replace(p, given=first_frames(example, frames, p.height, p.width))) for example, p in plan]
         if config.model.compile:
             compile_for_batches(policy.transformer)
         with DiffusionEngine(policy, s.max_tokens, config.model.dtype) as engine, _progress(len(plan)) as told:
             typer.echo(str(source))
             typer.echo(f"{engine.engine.runner.plan}; {engine.engine.runner.describe()}; {policy.attention.why}")
             started = time.perf_counter()
-            done = engine.generate([text for text, _ in plan], [choice for _, choice in plan], told)
+            done = engine.generate([example.text for example, _ in plan], [choice for _, choice in plan], told)
             seconds, stats = time.perf_counter() - started, engine.stats
     except (SamplingFailed, StepFailed, TimeoutError) as error:
         fail(str(error), 1)

@@ -1,7 +1,8 @@
-"""From a claim to one rank's training rows: read what is the rank's, attach advantages, noise the anchor data, encode the texts.
+"""From a claim to one rank's training rows: read what is the rank's, attach advantages, noise the anchor data, ask for conditioning.
 
-A rank reads the heads of the groups it has members of, those members, and the rows of the data batch that it evaluates. Payloads
-carry texts; each different one is encoded once, and rows point at it.
+A rank reads the heads of the groups it has members of, those members, and the rows of the data batch that it evaluates. What rows are of,
+a text and perhaps frames that are given, is encoded once for all that share it, and rows point at it. Groups and rows of data that are given
+different numbers of frames differ in the shape of their latents: a batch of its own for each, split among the ranks by itself.
 
 All randomness is named by (run seed, step), drawn whole and then sliced, so the numbers do not depend on the number of
 ranks, and a step that is trained again after a crash sees the same noise.
@@ -9,15 +10,18 @@ ranks, and a step that is trained again after a crash sees the same noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from actors.conditioning import Subject, Subjects
 from actors.groups import trained_steps
-from actors.payload import DataPayload, GroupPayload, PayloadError, count_of, decode_data, decode_group
+from actors.payload import GroupPayload, PayloadError, count_of, decode_data, decode_group
 from diffusion.families.conditioning import Conditioning
 from diffusion.kernels import StepKernel
 from diffusion.processes import ForwardProcess
@@ -27,15 +31,18 @@ from replay.records import ClaimedGroup, GroupHeader
 from trainer.config.run import RunConfig
 from trainer.learn.advantages import GroupScores, Term, advantages_of
 from trainer.learn.objective import Anchors, Transitions
-from trainer.learn.plan import members, share
+from trainer.learn.plan import cut, members, share
 
 Rows = TypeVar("Rows", Transitions, Anchors)
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's rows of an update, the conditioning `[U, …]` (CPU) of their different texts, and the global counts that normalise
-    the losses."""
+    """One rank's rows of an update that are given equally many frames, the conditioning `[U, …]` (CPU) of their different subjects, and
+    the counts over all ranks and all rows of the update that normalise the losses.
+
+    A rank without such rows has one of weight zero. `transition_rows` and `anchor_rows` say how many each rank has.
+    """
 
     conditioning: Conditioning
     transitions: Transitions | None
@@ -107,67 +114,16 @@ def _cat(parts: list[Transitions]) -> Transitions:
     return Transitions(**joined)
 
 
-def _own_data(config: RunConfig, groups: list[int], payloads: dict[int, GroupPayload], rows: range) -> DataPayload:
-    """Rows of the data in which each group's own example is the datum of every one of its rollouts; `payloads` (by place of the
-    group) has those that the rows are of. A share of the captions is dropped, named by (seed, group, member).
-
-    Raises:
-        PayloadError: a group without its own datum.
-    """
-    n, dropout = config.rollout.group_size, config.data.caption_dropout
-    x0, texts = list[Tensor](), list[str]()
-    for i, own in members([n] * len(groups), rows).items():
-        payload = payloads[i]
-        if payload.x0 is None:
-            raise PayloadError("a group was made without its own anchor datum, which data.pairing=own needs; it was made by another recipe")
-        dropped = (torch.rand(n, generator=generator(config.seed, "caption-dropout", groups[i])) < dropout).tolist()
-        x0 += [payload.x0] * len(own)
-        texts += ["" if dropped[member] else payload.text for member in own]
-    return DataPayload(tuple(texts), torch.stack(x0))
-
-
-def _rows_of(part: range, repeats: int) -> range:
-    """The data rows of a stretch of evaluations, of which each row has `repeats`."""
-    return range(part.start // repeats, -(-part.stop // repeats))
-
-
-def _anchor_rows(
-    config: RunConfig,
-    process: ForwardProcess,
-    step: int,
-    data: DataPayload,
-    texts: list[int],
-    part: range,
-    total: int,
-    times: Tensor | None,
-    groups: list[int],
-) -> Anchors:
-    """A rank's anchor evaluations. What is drawn is drawn for all `total` evaluations of the update.
-
-    Args:
-        data: the rows that the evaluations `part` are of, and no others.
-        texts: places of their captions among the conditioning.
-        times: `[G, K]` times of the trained steps of each claimed group, in the policy's own process; None without rollouts.
-        groups: claimed group indices, for shared noise.
-    """
-    objective, rollout = config.objective, config.rollout
-    repeats = times.shape[1] if times is not None and objective.data_per == "transition" else 1
-    rows = _rows_of(part, repeats)
-    index = torch.arange(part.start, part.stop) // repeats - rows.start
-    shape, n = tuple(data.x0.shape[1:]), rollout.group_size
-    if objective.data_noise == "shared":
-        assert times is not None  # the configuration refuses shared noise without rollouts
-        noise = torch.stack([step_noise(config.seed, groups[row // n], 0 if rollout.same_initial_noise else row % n, INITIAL, shape) for row in rows])
-        per_rollout = times.repeat_interleave(n, 0)
-        if repeats == 1:
-            column = torch.randint(times.shape[1], (len(per_rollout), 1), generator=generator(config.seed, "shared-time", step))
-            per_rollout = per_rollout.gather(1, column)
-        eps, t = noise[index], per_rollout.flatten()[part.start : part.stop]
-    else:
-        g = generator(config.seed, "data-noise", step)
-        eps = torch.randn((total, *shape), generator=g)[part.start : part.stop]
-        t = process.sample_times(total, g)[part.start : part.stop]
-    return Anchors(data.x0[index], eps, t, torch.ones(len(part)), torch.tensor(texts)[index])
+def noise_rows(total: int, shape: tuple[int, ...], rows: Sequence[int], g: torch.Generator) -> Tensor:
+    """These rows, ascending, of `torch.randn((total, *shape), generator=g)`, which leaves `g` as that does; the others are not held."""
+    if math.prod(shape) % 16:  # torch draws sixteen values at a time, so that rows of other sizes are not drawn alike one by one
+        return torch.randn((total, *shape), generator=g)[list(rows)]
+    wanted, kept = set(rows), list[Tensor]()
+    for row in range(total):
+        drawn = torch.randn(shape, generator=g)
+        if row in wanted:
+            kept.append(drawn)
+    return torch.stack(kept)
 
 
 def _read_group(buffer: ReplayBuffer, item: ClaimedGroup, own: range) -> GroupPayload:
@@ -178,7 +134,161 @@ def _read_group(buffer: ReplayBuffer, item: ClaimedGroup, own: range) -> GroupPa
     return decode_group(segments)
 
 
-def step_batch(
+@dataclass(frozen=True)
+class _Update:
+    """What the rows of an update are made of, see `step_batches`; the rows of `given` alone are those that are given so many frames."""
+
+    config: RunConfig
+    process: ForwardProcess
+    kernel: StepKernel
+    buffer: ReplayBuffer
+    claim: Claim
+    rank: int
+    world: int
+    subjects: Subjects
+    free_part: Callable[[Tensor, int], Tensor]
+    payloads: dict[int, GroupPayload] = field(default_factory=dict)  # by place of the group, with the members that were read
+
+    @cached_property
+    def groups(self) -> list[int]:
+        return [group.group for group in self.claim.groups]
+
+    @cached_property
+    def group_given(self) -> list[int]:
+        """Frames that each group is given."""
+        return [self.subjects.given_to_group(group) for group in self.groups]
+
+    @property
+    def own_data(self) -> bool:
+        """Whether each group's own example is the datum of its rollouts."""
+        return self.config.uses_data and not self.config.feeds_data
+
+    @cached_property
+    def row_given(self) -> list[int]:
+        """Frames that each row of data is given."""
+        if self.own_data:
+            return [given for given in self.group_given for _ in range(self.config.rollout.group_size)]
+        if not self.claim.data:
+            return []
+        return [self.subjects.given_to_row(self.claim.data[0].batch, row) for row in range(count_of(self.data_head))]
+
+    @cached_property
+    def data_head(self) -> memoryview:
+        """Head of the data batch that was claimed."""
+        (head,) = self.buffer.read(self.claim.data[0], [0])
+        return head
+
+    @cached_property
+    def times(self) -> Tensor | None:
+        """Times of the trained steps of each group `[G, K]`, where data is evaluated at them."""
+        objective = self.config.objective
+        wanted = self.row_given and (objective.data_noise == "shared" or objective.data_per == "transition")
+        return _all_times(self.config, self.process, self.kernel, self.groups) if self.groups and wanted else None
+
+    @property
+    def repeats(self) -> int:
+        """Evaluations of each row of data."""
+        return self.times.shape[1] if self.times is not None and self.config.objective.data_per == "transition" else 1
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.row_given) * self.repeats
+
+    def transitions(self, given: int, advantages: list[list[float]], place: Callable[[Subject], int]) -> tuple[Transitions | None, list[int]]:
+        """This rank's transitions, and how many each rank has."""
+        chosen = [i for i, found in enumerate(self.group_given) if found == given]
+        if not chosen:
+            return None, []
+        sizes = [len(advantages[i]) for i in chosen]
+        cuts = [cut(sum(sizes), rank, self.world) for rank in range(self.world)]
+        mine = {chosen[i]: own for i, own in members(sizes, cuts[self.rank] or range(1)).items()}
+        self.payloads.update({i: _read_group(self.buffer, self.claim.groups[i], own) for i, own in mine.items()})
+        parts = []
+        for i, own in mine.items():
+            payload = self.payloads[i]
+            subject = self.subjects.of_group(self.groups[i], payload.text, payload.x0)
+            parts.append(transitions_of(payload, [advantages[i][m] for m in own], self.kernel, place(subject)))
+        rows, k = _cat(parts), self.payloads[next(iter(mine))].log_prob.shape[1]
+        return (rows if cuts[self.rank] else _weightless(rows)), [len(part) * k for part in cuts]
+
+    def anchors(self, given: int, place: Callable[[Subject], int]) -> tuple[Anchors | None, list[int]]:
+        """This rank's evaluations of the data term, and how many each rank has. What is drawn is drawn for all evaluations of the update."""
+        every = [e for e in range(self.evaluations) if self.row_given[e // self.repeats] == given]
+        if not every:
+            return None, []
+        cuts = [cut(len(every), rank, self.world) for rank in range(self.world)]
+        part = [every[i] for i in cuts[self.rank] or range(1)]
+        rows = list(dict.fromkeys(e // self.repeats for e in part))
+        subjects = dict(zip(rows, self._own(rows) if self.own_data else self._fed(rows), strict=True))
+        clean = [subjects[e // self.repeats].x0 for e in part]
+        whole = torch.stack([x0 for x0 in clean if x0 is not None])
+        eps, t = self._noise(part, tuple(whole.shape[1:]), given)
+        places = {row: place(subject) for row, subject in subjects.items()}
+        text = torch.tensor([places[e // self.repeats] for e in part])
+        found = Anchors(self.free_part(whole, given), eps, t, torch.ones(len(part)), text)
+        return (found if cuts[self.rank] else _weightless(found)), [len(own) for own in cuts]
+
+    def _own(self, rows: Sequence[int]) -> list[Subject]:
+        """Subjects of rows of data that are each group's own example, the datum of every one of its rollouts; a share of the captions is
+        dropped, named by (seed, group, member). Raises PayloadError for a group without its own datum."""
+        n, found = self.config.rollout.group_size, list[Subject]()
+        for row in rows:
+            i, member = divmod(row, n)
+            if i not in self.payloads:
+                self.payloads[i] = _read_group(self.buffer, self.claim.groups[i], range(0))
+            payload = self.payloads[i]
+            if payload.x0 is None:
+                raise PayloadError("a group was made without its own anchor datum, which data.pairing=own needs; it was made by another recipe")
+            dropped = torch.rand(n, generator=generator(self.config.seed, "caption-dropout", self.groups[i])) < self.config.data.caption_dropout
+            found.append(self.subjects.of_group(self.groups[i], "" if dropped[member] else payload.text, payload.x0))
+        return found
+
+    def _fed(self, rows: Sequence[int]) -> list[Subject]:
+        """Subjects of rows of the data batch that was claimed."""
+        batch = self.claim.data[0]
+        data = decode_data([self.data_head, *self.buffer.read(batch, [1 + row for row in rows])], rows)
+        return [self.subjects.of_row(batch.batch, row, text, x0) for row, text, x0 in zip(rows, data.texts, data.x0, strict=True)]
+
+    def _noise(self, part: Sequence[int], shape: tuple[int, ...], given: int) -> tuple[Tensor, Tensor]:
+        """Noise of the free frames and times of these evaluations of clean latents of this shape."""
+        config, n, rows = self.config, self.config.rollout.group_size, [e // self.repeats for e in part]
+        if config.objective.data_noise == "shared":
+            assert self.times is not None  # the configuration refuses shared noise without rollouts
+            free = tuple(self.free_part(torch.empty(shape, device="meta"), given).shape)
+            member = [0 if config.rollout.same_initial_noise else row % n for row in rows]
+            noise = torch.stack([step_noise(config.seed, self.groups[row // n], m, INITIAL, free) for row, m in zip(rows, member, strict=True)])
+            per_rollout = self.times.repeat_interleave(n, 0)
+            if self.repeats == 1:
+                column = torch.randint(per_rollout.shape[1], (len(per_rollout), 1), generator=generator(config.seed, "shared-time", self.claim.step))
+                per_rollout = per_rollout.gather(1, column)
+            return noise, per_rollout.flatten()[list(part)]
+        g = generator(config.seed, "data-noise", self.claim.step)
+        noise = noise_rows(self.evaluations, shape, part, g)
+        return self.free_part(noise, given), self.process.sample_times(self.evaluations, g)[list(part)]
+
+
+def _weightless(rows: Rows) -> Rows:
+    return replace(rows, weight=torch.zeros_like(rows.weight))
+
+
+class _Places:
+    """Different subjects of a batch, each once."""
+
+    def __init__(self) -> None:
+        self.subjects: list[Subject] = []
+        self._places: dict[object, int] = {}
+
+    def __call__(self, subject: Subject) -> int:
+        """The place of a subject: of a text alone that of its text, else that of its text and its clip."""
+        shown = (subject.example.media, subject.example.latent) if subject.given and subject.example is not None else None
+        name = (subject.text, shown)
+        if name not in self._places:
+            self._places[name] = len(self.subjects)
+            self.subjects.append(subject)
+        return self._places[name]
+
+
+def step_batches(
     config: RunConfig,
     process: ForwardProcess,
     kernel: StepKernel,
@@ -186,56 +296,39 @@ def step_batch(
     claim: Claim,
     rank: int,
     world: int,
-    encode: Callable[[list[str]], Conditioning],
-) -> StepBatch:
-    """One rank's rows of `claim`. Ranks read only their own members, and the rows of the data batch that are theirs.
+    encode: Callable[[list[Subject]], Conditioning],
+    subjects: Subjects,
+    free_part: Callable[[Tensor, int], Tensor],
+) -> list[StepBatch]:
+    """One rank's rows of `claim`, a batch for each number of given frames, the same ones on every rank. Ranks read only their own members,
+    and the rows of the data batch that are theirs.
 
     Args:
         process, kernel: the policy's process and the step kernel of its rollouts.
-        encode: conditioning `[B, …]` of texts.
+        encode: conditioning `[B, …]` of subjects that are given equally many frames.
+        subjects: what groups and rows are of.
+        free_part: what of clean latents is sampled (`PackedModel.free_part`).
     Raises:
         PayloadError: bytes that are no group or data batch, or a group that this run's kernel did not sample.
-        ValueError, EncoderUnavailable: what `encode` raises.
+        ValueError: what `encode` raises; or fewer rows than ranks.
+        EncoderUnavailable: what `encode` raises.
     """
-    objective, groups = config.objective, [g.group for g in claim.groups]
-    scores = [scores_of(g.header) for g in claim.groups]
-    transitions, times, rows, payloads = None, None, list[int](), dict[int, GroupPayload]()
-    own_data = config.uses_data and not config.feeds_data
-    places: dict[str, int] = {}
-
-    def place(text: str) -> int:
-        return places.setdefault(text, len(places))
-
+    update, o = _Update(config, process, kernel, buffer, claim, rank, world, subjects, free_part), config.objective
+    advantages: list[list[float]] = []
     if claim.groups:
-        o = objective
+        scores = [scores_of(g.header) for g in claim.groups]
         advantages = advantages_of(scores, terms_of(config), o.advantages, o.failed_reward, o.advantage_scale, o.advantage_clip, o.exponential_advantage)
-        sizes = [len(a) for a in advantages]
-        mine = members(sizes, share(sum(sizes), rank, world))
-        payloads = {i: _read_group(buffer, claim.groups[i], own) for i, own in mine.items()}
-        transitions = _cat([transitions_of(p, [advantages[i][m] for m in mine[i]], kernel, place(p.text)) for i, p in payloads.items()])
-        k = next(iter(payloads.values())).log_prob.shape[1]
-        rows = [len(share(sum(sizes), r, world)) * k for r in range(world)]
-        if (claim.data or own_data) and (objective.data_noise == "shared" or objective.data_per == "transition"):
-            times = _all_times(config, process, kernel, groups)
-    anchors, anchor_rows, total = None, list[int](), 0
-    repeats = times.shape[1] if times is not None and objective.data_per == "transition" else 1
-    if own_data:
-        total = len(groups) * config.rollout.group_size * repeats
-        part = share(total, rank, world)
-        theirs = members([config.rollout.group_size] * len(groups), _rows_of(part, repeats))
-        payloads |= {i: _read_group(buffer, claim.groups[i], range(0)) for i in theirs if i not in payloads}
-        data = _own_data(config, groups, payloads, _rows_of(part, repeats))
-    elif claim.data:
-        batch = claim.data[0]
-        (head,) = buffer.read(batch, [0])
-        total = count_of(head) * repeats
-        part = share(total, rank, world)
-        own_rows = _rows_of(part, repeats)
-        data = decode_data([head, *buffer.read(batch, [1 + row for row in own_rows])], own_rows)
-    if total:
-        anchors = _anchor_rows(config, process, claim.step, data, [place(text) for text in data.texts], part, total, times, groups)
-        anchor_rows = [len(share(total, r, world)) for r in range(world)]
-    return StepBatch(encode(list(places)), transitions, anchors, sum(rows), total, rows, anchor_rows)
+        share(sum(map(len, advantages)), rank, world)
+    if update.row_given:
+        share(update.evaluations, rank, world)
+    made = []
+    for given in sorted({*update.group_given, *update.row_given}):
+        places = _Places()
+        transitions, transition_rows = update.transitions(given, advantages, places)
+        anchors, anchor_rows = update.anchors(given, places)
+        made.append((places.subjects, transitions, anchors, transition_rows, anchor_rows))
+    trained = sum(sum(rows) for _, _, _, rows, _ in made)
+    return [StepBatch(encode(shown), t, a, trained, update.evaluations, t_rows, a_rows) for shown, t, a, t_rows, a_rows in made]
 
 
 def _all_times(config: RunConfig, process: ForwardProcess, kernel: StepKernel, groups: list[int]) -> Tensor:

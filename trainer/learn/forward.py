@@ -40,7 +40,8 @@ def policy_prediction(
     if guidance is not None:
         # an autocast region of its own: low-precision copies of the weights made without a graph must not reach the other pass
         with torch.no_grad(), autocast(dtype, x.device):
-            unconditional = model(x, t, **guidance.negative.expand(len(x)).tensors).float()
+            # the negative prompt instead of the text; frames that are given stay
+            unconditional = model(x, t, **{**conditioning.tensors, **guidance.negative.expand(len(x)).tensors}).float()
     with autocast(dtype, x.device):
         prediction = model(x, t, **conditioning.tensors)
     if guidance is None or unconditional is None:

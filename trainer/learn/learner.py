@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from actors.sources.draws import prompt_source, training_example
+from actors.conditioning import Conditioner, Subject, Subjects
+from actors.encoding import LoneFrames
 from diffusion.checkpoint import build_network, fill_network, load_text_encoder, open_policy
 from diffusion.engine.cache import PromptCache
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import Conditioning, TextEncoder, stacked
+from diffusion.families.frames import FrameEncoder
+from diffusion.families.given import whole_shape
 from diffusion.kernels import make_kernel
 from diffusion.lora import trained_weights, without_lora
+from replay.buffer import Claim, ReplayBuffer
 from trainer.config.learner import OptimizerConfig
 from trainer.config.run import RunConfig
-from trainer.learn.batch import StepBatch, take
+from trainer.learn.batch import StepBatch, step_batches, take
 from trainer.learn.forward import Guidance, data_prediction, policy_prediction
 from trainer.learn.objective import Anchors, Transitions, data_terms, policy_terms
 from trainer.learn.optimizer import make_optimizer
@@ -37,12 +41,12 @@ from trainer.learn.plan import passes, slices
 logger = logging.getLogger(__name__)
 
 
-def guidance_of(config: RunConfig, encode: Callable[[list[str]], Conditioning], device: torch.device) -> Guidance | None:
+def guidance_of(config: RunConfig, texts: PromptCache, device: torch.device) -> Guidance | None:
     """The run's guidance with its negative prompt encoded, None without. Raises ValueError for a prompt that does not fit."""
     sampler = config.sampler
     if sampler.guidance == 1:
         return None
-    return Guidance(sampler.guidance, encode([sampler.negative_prompt])[0].to(device))
+    return Guidance(sampler.guidance, texts.get([sampler.negative_prompt])[0].to(device))
 
 
 def learning_rate(config: OptimizerConfig, step: int, decay_updates: int) -> float:
@@ -78,30 +82,35 @@ class Learner:
         config: the run.
         device: this rank's device.
         encoder: of prompts and captions; None = the policy's own text encoders, loaded.
+        frames: of frames that are given; None = the policy's own, loaded when first asked.
     Attributes:
         attention: the provider in use, and why.
         process: the policy's forward process.
         kernel: step kernel of its rollouts; `kernel.process` is the space of their states.
         guidance: guidance of rollouts and of their replay, None without.
-        probe: the encoded prompt of group 0, for the self-test; None without rollouts.
-        shape: latent shape of a rollout.
+        subjects: what groups and rows of anchor data are of.
+        probe: conditioning of group 0, for the self-test; None without rollouts.
+        shape: shape of what is sampled of a rollout of group 0.
         decay_updates: length of the learning rate's schedule; a checkpoint carries it, so that a resumed run with more
             `updates` goes on at the rate it had.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, encoder: TextEncoder | None = None) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, encoder: TextEncoder | None = None, frames: FrameEncoder | None = None) -> None:
         self.config, self.device = config, device
         policy = open_policy(config.model, device)
         self.attention = policy.attention
         self.process = policy.process
+        sampler = config.sampler
         self._texts = PromptCache(encoder or load_text_encoder(policy.source.folder, config.model, device))
+        self._conditioner = Conditioner(self._texts, frames or LoneFrames(config.model), policy.codec, sampler, policy.transformer.needs_picture)
+        self.subjects = Subjects(config.seed, config.prompts, config.data, sampler)
         self.kernel = make_kernel(config.sampler.kernel, self.process, config.sampler.noise_level, config.sampler.steps)
         self.guidance: Guidance | None = None
         self.probe: Conditioning | None = None
         if config.uses_policy:
-            self.guidance = guidance_of(config, self.encode, device)
-            self.probe = self.encode([training_example(prompt_source(config.prompts, config.data), config.seed, 0).text])[0]
-        self.shape = policy.codec.latent_shape(config.sampler.height, config.sampler.width, config.sampler.frames)
+            self.guidance = guidance_of(config, self._texts, device)
+            self.probe = self.encode([self.subjects.group(0)])[0]
+        self.shape = policy.transformer.free_shape(policy.codec.latent_shape(sampler.height, sampler.width, sampler.frames), self.subjects.given_to_group(0))
         self.model = self._filled(policy.transformer).train()
         self.reference = self._reference()
         o = config.optimizer
@@ -111,9 +120,13 @@ class Learner:
         self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
         self._warned = False
 
-    def encode(self, texts: list[str]) -> Conditioning:
-        """Conditioning `[B, …]` of texts, on the CPU; no collective. Raises ValueError naming one that does not fit, EncoderUnavailable."""
-        return stacked(self._texts.get(texts))
+    def encode(self, subjects: list[Subject]) -> Conditioning:
+        """Conditioning `[B, …]` of subjects that are given equally many frames, on the CPU; no collective. Raises as `Conditioner.get`."""
+        return stacked(self._conditioner.get(subjects))
+
+    def batches(self, buffer: ReplayBuffer, claim: Claim, rank: int, world: int) -> list[StepBatch]:
+        """This rank's rows of a claim; no collective. Raises as `step_batches`."""
+        return step_batches(self.config, self.process, self.kernel, buffer, claim, rank, world, self.encode, self.subjects, self.model.free_part)
 
     def _spread(self, model: PackedModel) -> None:
         """Shard a network over the ranks."""
@@ -139,8 +152,8 @@ class Learner:
         network = f"{self.config.model.dtype} on {self.device}, {dist.get_world_size()} ranks"
         return {"kind": "learner", "step": step, "network": network, "attention": self.attention.why}
 
-    def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
-        """One optimiser update. A non-finite gradient skips it on all ranks alike (the norm is global).
+    def update(self, batches: Sequence[StepBatch], step: int) -> dict[str, Any]:
+        """One optimiser update on the batches of `step_batches`. A non-finite gradient skips it on all ranks alike (the norm is global).
 
         Returns:
             Global numbers: losses, grad_norm, lr, skipped, ratio_deviation, clip_fraction; and by index of the trained step
@@ -149,7 +162,8 @@ class Learner:
         """
         world = dist.get_world_size()
         sums = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64, device=self.device)
-        losses = list(self._losses(batch, sums))
+        losses = [loss for batch in batches for loss in self._losses(batch, sums)]
+        batch = batches[0]  # all have the same counts
         assert isinstance(self.model, FSDPModule)
         for i, compute in enumerate(losses):
             self.model.set_requires_gradient_sync(self.config.learner.accumulate == "sharded" or i == len(losses) - 1)
@@ -213,19 +227,20 @@ class Learner:
             return config.objective.data_weight * loss / batch.anchor_count
 
         if batch.transitions is not None:
-            for part in slices(len(batch.transitions.x), passes(batch.transition_rows, self.rows_of_pass(batch.transitions, batch.conditioning.tokens))):
+            for part in slices(len(batch.transitions.x), passes(batch.transition_rows, self.rows_of_pass(batch.transitions, batch.conditioning))):
                 yield partial(policy, part)
         if batch.anchors is not None:
-            for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, self.rows_of_pass(batch.anchors, batch.conditioning.tokens))):
+            for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, self.rows_of_pass(batch.anchors, batch.conditioning))):
                 yield partial(data, part)
 
-    def rows_of_pass(self, rows: Transitions | Anchors, text_tokens: int) -> int:
+    def rows_of_pass(self, rows: Transitions | Anchors, conditioning: Conditioning) -> int:
         """Most of these rows in one forward pass, the same number on every rank; collective where `micro_tokens` is set. A rank's rows
         are of one size; those of transitions and of anchor data may differ."""
         learner, latents = self.config.learner, rows.x if isinstance(rows, Transitions) else rows.x0
         if learner.micro_tokens is None:
             return learner.micro_batch
-        longest = torch.tensor(self.model.packed_tokens(latents.shape[1:], text_tokens), device=self.device)
+        shape = whole_shape(tuple(latents.shape[1:]), conditioning)
+        longest = torch.tensor(self.model.packed_tokens(shape, conditioning.tokens), device=self.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         tokens = int(longest)
         if tokens > learner.micro_tokens and not self._warned and dist.get_rank() == 0:

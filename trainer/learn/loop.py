@@ -17,7 +17,7 @@ import ray
 import ray.train
 import torch
 
-from actors.encoding import SharedTextEncoder
+from actors.encoding import SharedFrames, SharedTextEncoder
 from actors.weights.shards import hand_in
 from diffusion.device import resolve_device
 from diffusion.engine.memory import keep_freed_memory
@@ -25,7 +25,6 @@ from diffusion.lora import trained_weights
 from replay.buffer import Claim, ReplayBuffer
 from replay.errors import ClaimTimeout
 from trainer.config.run import RunConfig
-from trainer.learn.batch import step_batch
 from trainer.learn.checkpoint import Checkpoints, Progress, from_rank_zero, remove_unregistered, restore
 from trainer.learn.entry import LoopSpec
 from trainer.learn.exports import Exports
@@ -56,7 +55,7 @@ def run(spec: LoopSpec) -> None:
     buffer = spec.target.buffer()
     if device.type == "cpu":
         keep_freed_memory()
-    learner = Learner(config, device, SharedTextEncoder(spec.encoders) if spec.encoders else None)
+    learner = Learner(config, device, *((SharedTextEncoder(spec.encoders), SharedFrames(spec.encoders)) if spec.encoders else ()))
 
     progress = restore(learner)
     await_start(buffer)  # every rank by itself: a collective has a deadline of its own
@@ -82,8 +81,7 @@ def run(spec: LoopSpec) -> None:
         if claim is None:
             break
         claimed = time.monotonic()
-        batch = step_batch(config, learner.process, learner.kernel, buffer, claim, rank, world, learner.encode)
-        stats = learner.update(batch, step)
+        stats = learner.update(learner.batches(buffer, claim, rank, world), step)
         trained = time.monotonic()
         progress.step = step
         progress.groups.extend(g.group for g in claim.groups)

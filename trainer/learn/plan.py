@@ -12,11 +12,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 
+def cut(count: int, rank: int, world: int) -> range:
+    """Indices of `count` items that belong to `rank`: consecutive ones, perhaps none."""
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
 def share(count: int, rank: int, world: int) -> range:
-    """Indices of `count` items that belong to `rank`: consecutive ones. Raises ValueError when some rank would get none."""
+    """`cut`. Raises ValueError when some rank would get none."""
     if count < world:
         raise ValueError(f"{count} items cannot be shared among {world} ranks; raise the batch or lower learner.ranks")
-    return range(count * rank // world, count * (rank + 1) // world)
+    return cut(count, rank, world)
 
 
 def members(sizes: Sequence[int], part: range) -> dict[int, range]:

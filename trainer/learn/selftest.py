@@ -89,8 +89,10 @@ class SelfTest:
 
 
 def shapes_of(learner: Learner) -> list[tuple[int, ...]]:
-    """The run's latent shape, and half its width where the model takes that."""
+    """Shape of what is sampled of group 0, and half its width where the model takes that and no frames of the whole width are given."""
     *rest, width = learner.shape
+    if learner.subjects.given_to_group(0):
+        return [learner.shape]
     half = (*rest, width // 2)
     try:
         learner.model.tokens(half)
@@ -104,8 +106,8 @@ def requests_of(learner: Learner, rank: int, members: int = MEMBERS) -> list[Sam
     passes there are, is the same on all ranks."""
     config = learner.config
     rollout = config.rollout.model_copy(update={"group_size": members})
-    negative = learner.guidance.negative if learner.guidance is not None else None
     assert learner.probe is not None  # rollouts are trained
+    negative = learner.probe.beside(learner.guidance.negative.tensors) if learner.guidance is not None else None
     seed = key(config.seed, "self-test")
     requests = [group_request(config.sampler, rollout, seed, 0, learner.probe, negative, shape, config.replay.store_dtype) for shape in shapes_of(learner)]
     return [replace(request, seed=key(config.seed, "self-test", rank)) for request in requests]
@@ -146,7 +148,7 @@ def replayed(learner: Learner, requests: list[SampleRequest], trajectories: list
         payload = decode_group(encode(group_payload(members, ""), getattr(torch, learner.config.replay.store_dtype)))
         rows = transitions_of(payload, [0.0] * len(members), learner.kernel)
         count = len(rows.x)
-        for part in slices(count, -(-count // learner.rows_of_pass(rows, learner.probe.tokens))):
+        for part in slices(count, -(-count // learner.rows_of_pass(rows, learner.probe))):
             taken = take(rows, part, learner.device)
             prediction = learner.replay(taken, learner.probe.expand(len(taken.x)).to(learner.device)).detach()
             yield taken, policy_terms(prediction, None, taken, learner.kernel, learner.config.objective)[1]

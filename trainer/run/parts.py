@@ -10,7 +10,7 @@ import ray
 
 from actors.anchor import AnchorFeeder, AnchorSpec
 from actors.connect import Target
-from actors.encoding import Encoder, SharedTextEncoder
+from actors.encoding import Encoder, SharedFrames, SharedTextEncoder
 from actors.evaluator import Evaluator, EvaluatorSpec
 from actors.rewards import RunRewards
 from actors.rollout import RolloutGenerator, RolloutSpec
@@ -92,10 +92,12 @@ class Parts:
         self.weights.release.remote()  # what evaluations of an earlier start waited for
         texts = ray.remote(Encoder).options(num_cpus=CPUS["encoder"], num_gpus=config.encoder.gpus, **forever)
         self.encoders = [texts.remote(config.model, config.encoder) for _ in range(config.encoder.actors)]
-        shared = SharedTextEncoder(self.encoders) if self.encoders else None
+        shared, frames = (SharedTextEncoder(self.encoders), SharedFrames(self.encoders)) if self.encoders else (None, None)
         own = config.uses_data and not config.feeds_data
         stored = config.replay.store_dtype
-        rollout = RolloutSpec(config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own, stored, shared)
+        rollout = RolloutSpec(
+            config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own, stored, shared, frames
+        )
         generator = ray.remote(RolloutGenerator).options(num_cpus=CPUS["generator"], num_gpus=config.rollout.gpus, max_concurrency=GENERATOR_CALLS, **forever)
         self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
         held_out = EvaluatorSpec(tuple(self.generators), config.prompts, config.data, config.sampler, config.evaluation, rewards, str(self.folder.path))

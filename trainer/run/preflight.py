@@ -16,6 +16,7 @@ from trainer.config.run import RunConfig
 
 if TYPE_CHECKING:
     from actors.sources.prepared import PreparedSource
+    from diffusion.checkpoint import Skeleton
 
 TEXTS_READ = 5000
 """Texts that the policy's encoder is tried on at start."""
@@ -43,11 +44,13 @@ def check_policy(config: RunConfig) -> None:
 
     try:
         policy = open_policy(config.model)
-        if policy.transformer.needs_picture:
-            raise ValueError(f"{policy.source.folder} is image-to-video, and a run has no pictures to give it yet; train a text-to-video policy")
         check_network(policy.transformer, config.model)
         signature = load_signature(policy.source.folder, config.model)
-        policy.transformer.tokens(policy.codec.latent_shape(config.sampler.height, config.sampler.width, config.sampler.frames))
+        shape = policy.codec.latent_shape(config.sampler.height, config.sampler.width, config.sampler.frames)
+        policy.transformer.tokens(shape)
+        for given in config.sampler.given_choices:
+            policy.transformer.free_shape(shape, given)
+            _check_given(config, policy, given)
     except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
         raise ConfigError(f"model: {error}") from None
     try:
@@ -59,6 +62,20 @@ def check_policy(config: RunConfig) -> None:
             f"prompts: {' and '.join(map(repr, same[0][:2]))} are the same to the text encoder of {config.model.path} ({len(same)} such groups), so no policy "
             "can tell them apart; use an encoder with more bins (docs/own.md), or other texts"
         )
+
+
+def _check_given(config: RunConfig, policy: Skeleton, given: int) -> None:
+    """Examples must have the frames that they are to give. Raises SourceError, a ValueError."""
+    from actors.conditioning import first_frames
+    from actors.sources.draws import data_source, held_out_examples, prompt_source, training_example
+
+    if not given:
+        return
+    sources = {prompt_source(config.prompts, config.data), *([data_source(config.data)] if config.uses_data else [])}
+    for source in sources:
+        for example in (training_example(source, config.seed, 0), *held_out_examples(source, "test", 1)):
+            if example.latent is None or policy.transformer.needs_picture:
+                first_frames(example, policy.codec.pixel_frames(given), config.sampler.height, config.sampler.width)
 
 
 def _texts(config: RunConfig) -> list[str]:

@@ -71,9 +71,13 @@ class ClipCodec:
             raise ValueError(f"{frames} frames are not {self.stride} k + 1, what this policy's VAE takes; next to it: {near} or {near + self.stride}")
         return self.channels, frames // self.stride + 1, height // self.factor, width // self.factor
 
+    def pixel_frames(self, frames: int) -> int:
+        """See `Codec.pixel_frames`: encoding is causal, so these are all that the first latent frames depend on."""
+        return self.stride * (frames - 1) + 1
+
     def pixel_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Frames, height and width of a latent's clip."""
-        return self.stride * (frames - 1) + 1, height * self.factor, width * self.factor
+        return self.pixel_frames(frames), height * self.factor, width * self.factor
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         """Latents of clips of one size. Raises ValueError as `latent_shape`."""

@@ -50,12 +50,9 @@ class WanImageEncoder:
         return cls(codec, vision, load_image_processor(folder / "image_processor"))
 
     @torch.no_grad()
-    def encode(self, picture: np.ndarray, frames: int) -> dict[str, Tensor]:
-        """Tensors of a clip of `frames` frames that begins with `picture`, uint8 `[H, W, 3]` of the clip's size; fp32 on the CPU.
-
-        Raises:
-            ValueError: a size that has no latent.
-        """
+    def encode(self, pixels: np.ndarray, frames: int) -> dict[str, Tensor]:
+        """See `FrameEncoder.encode`; of the pixels the first frame is used."""
+        picture = pixels[0]
         height, width, _ = picture.shape
         _, f, h, w = self.codec.latent_shape(height, width, frames)
         latents = self.codec.encode_first(picture, frames)

@@ -8,7 +8,7 @@ grid, modulation is per request, and each clip attends to itself and to its own 
     image-to-video 2.1    also condition [4 + C, f, h, w], channels of the input beside the C that are sampled: mask and encoded image;
                           and image_embeds [257, image_dim], CLIP's features of the image (of first and last: [514, image_dim])
     image-to-video A14B   condition alone
-    TI2V-5B               given [C, k, h, w], clean frames in front of the sampled ones, at time 0
+    TI2V-5B               given [C, k, h, w], clean frames in front of the sampled ones, at time 0 (`given_time`)
 """
 
 from __future__ import annotations
@@ -176,8 +176,9 @@ class WanTransformer(PackedModel):
         positions, features = self._positions(whole, layout.image), self._features(image_embeds, whole)
         text = self.condition_embedder.text_embedder(layout.text.pack(prompt_embeds))
         first = (0,) * len(latents) if given is None else tuple(g[0].numel() // prod(self.patch) for g in given)
-        owner = layout.image.owner(x.device) if not any(first) else layout.image.parts(first, x.device)
-        temb, vectors = self.condition_embedder(given_times(t, 0.0) if any(first) else t)
+        apart = self.given_time is not None and any(first)
+        owner = layout.image.parts(first, x.device) if apart else layout.image.owner(x.device)
+        temb, vectors = self.condition_embedder(given_times(t, self.given_time) if apart and self.given_time is not None else t)
         temb, vectors = self._per_request(temb), self._per_request(vectors.flatten(1)).unflatten(1, (6, -1))
         for block in self.blocks:
             x = block(x, text, vectors, positions, owner, layout, self.provider, features)

@@ -139,7 +139,7 @@ def test_pictures_become_the_pipelines_clips(style: Literal["i2v", "ti2v"], guid
     assert isinstance(codec, ClipCodec)
     height, width, frames = 6 * codec.factor, 4 * codec.factor, 9
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    extra = WanImageEncoder.load(path, codec).encode(picture, frames) if style == "i2v" else {"given": codec.encode(picture[None, None])[0]}
+    extra = WanImageEncoder.load(path, codec).encode(picture[None], frames) if style == "i2v" else {"given": codec.encode(picture[None, None])[0]}
     k = 1 if style == "ti2v" else 0
     shape = (codec.channels, 3 - k, 6, 4)
     texts = [policy.text_encoder.encode([text])[0].prompt_embeds for text in ("a red circle", "a white cat")]
@@ -167,17 +167,28 @@ def test_pictures_become_the_pipelines_clips(style: Literal["i2v", "ti2v"], guid
 
 
 def test_what_a_run_cannot_do_with_a_folder_is_said_at_start(tmp_path: Path) -> None:
-    """A picture that nobody gives, a second network that nobody would train, prepared sets of clips."""
+    """A picture that nobody gives, frames that are given and not there, a second network that nobody would train, prepared sets of clips."""
     write_tiny(tmp_path / "i2v", "i2v")
-    with pytest.raises(ConfigError, match="i2v is image-to-video, and a run has no pictures to give it yet"):
-        check_policy(parse_config({"model": {"path": str(tmp_path / "i2v")}}))
+    write_tiny(tmp_path / "t2v")
+
+    def checked(policy: str, prompts: str = "data", **sampler: object) -> None:
+        size = {"height": 16, "width": 16, "frames": 5}
+        check_policy(parse_config({"model": {"path": str(tmp_path / policy)}, "sampler": size | sampler, "prompts": {"kind": prompts}}))
+
+    with pytest.raises(ConfigError, match=r"image-to-video: it is given one frame, not 0; set sampler\.given_frames to 1"):
+        checked("i2v")
+    with pytest.raises(ConfigError, match="image-to-video: it is given one frame, not 2"):
+        checked("i2v", given_frames=[1, 2])
+    with pytest.raises(ConfigError, match="2 given frames leave none of 2 latent frames to be sampled"):
+        checked("t2v", given_frames=2)
+    with pytest.raises(ConfigError, match=r"has a text only, and sampler\.given_frames asks for frames of its clip"):
+        checked("t2v", "ocr_scenes", given_frames=1)
     write_tiny(tmp_path / "two")
     shutil.copytree(tmp_path / "two" / "transformer", tmp_path / "two" / "transformer_2")
     index = tmp_path / "two" / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "transformer_2": ["diffusers", "WanTransformer3DModel"]}))
     with pytest.raises(CheckpointError, match=r"two networks that share a trajectory \(transformer, transformer_2"):
         load_policy(ModelConfig(path=str(tmp_path / "two")))
-    write_tiny(tmp_path / "t2v")
     policy = load_policy(ModelConfig(path=str(tmp_path / "t2v")))
     job = Presampling(tmp_path / "set", ModelConfig(path=str(tmp_path / "t2v")), SamplerConfig(frames=5), [], 1, 1, 2, 1.0, 0)
     with pytest.raises(SourceError, match="makes clips, and prepared sets are of pictures"):

@@ -74,7 +74,7 @@ def main(recipe: Path, rank: int, folder: Path) -> None:
     batch = StepBatch(learner.probe.expand(1), transitions(learner, rows), anchors(learner, rows), rows * world, rows * world, [rows] * world, [rows] * world)
     for step in (1, 2):
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-        stats = learner.update(batch, step)
+        stats = learner.update([batch], step)
         assert stats["skipped"] == 0, stats
     found["update"] = status("VmHWM") - start
     found["held"] = resident() - start

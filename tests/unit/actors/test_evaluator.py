@@ -282,7 +282,8 @@ def test_pictures_are_judged_parcel_by_parcel(policy_folder: Path, tmp_path: Pat
     evaluator_of(tmp_path, [generator], scorer).evaluate(None, "test", 0)
     prompts = held_out_prompts(GlyphSource(), "test", 6)
     assert sorted(scorer.calls) == sorted([prompts[:3], prompts[3:]])  # whichever came first
-    sampled = sorted(arguments[1:] for name, arguments in generator.asked if name == "sample_held_out")
+    asked = [arguments[1:] for name, arguments in generator.asked if name == "sample_held_out"]
+    sampled = sorted((draw, [example.text for example in examples], first, repeats) for draw, examples, first, repeats in asked)
     expected = [("test", prompts[:3], 0, 1), ("test", prompts[3:], 3, 1), *(("test-diversity", [prompts[i]], i, 3) for i in range(4))]
     assert sampled == sorted(expected)
     assert sorted(arguments[1:] for name, arguments in generator.asked if name == "held_out_losses") == [

@@ -15,6 +15,7 @@ from actors.config import DataConfig
 from actors.held_out import HeldOutFailed, name_of
 from actors.rollout import RolloutGenerator
 from actors.sources.draws import held_out_batch, held_out_prompts
+from actors.sources.example import Example
 from actors.sources.glyph import GlyphSource
 from actors.weights.reading import Exported
 from actors.weights.shards import local_slices, write_slices
@@ -32,6 +33,7 @@ from tests.unit.actors.local import idle_generator
 
 SAMPLER = SamplerConfig(eval_steps=2, steps=3, trained_steps=1)
 PROMPTS = held_out_prompts(GlyphSource(), "dev", 3)
+EXAMPLES = [Example(prompt, prompt) for prompt in PROMPTS]
 WAIT_S = 30.0
 
 
@@ -75,7 +77,7 @@ def test_samples_and_losses_are_those_of_the_version(model: ModelConfig, version
     live = rollout(made)
     weights = None if version is None else published(tmp_path, model, version)
 
-    images = made.sample_held_out(weights, "dev", PROMPTS, 4, 2)
+    images = made.sample_held_out(weights, "dev", EXAMPLES, 4, 2)
     requests = [SampleRequest(made.shape, 2, prompt=p, n=2, seed=key("evaluation", "dev"), group=4 + i, kernel="ddim_eta") for i, p in enumerate(PROMPTS)]
     engine = Engine(policy.transformer, policy.process, SAMPLER.max_tokens, text_encoder=policy.text_encoder)
     np.testing.assert_array_equal(images, policy.codec.decode(torch.stack([t.latent for t in engine.run(requests)])))
@@ -95,24 +97,24 @@ def test_samples_and_losses_are_those_of_the_version(model: ModelConfig, version
 def test_a_version_is_read_once_and_let_go_when_nobody_asks(policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(path=str(policy_folder), init=True)
     made, weights = idle_generator(model, SAMPLER), published(tmp_path, model, 7)
-    first = made.sample_held_out(weights, "dev", PROMPTS, 0, 1)
+    first = made.sample_held_out(weights, "dev", EXAMPLES, 0, 1)
     files = list((tmp_path / "weights").rglob("*.safetensors"))
     for file in files:
         file.rename(file.with_suffix(".away"))
-    np.testing.assert_array_equal(made.sample_held_out(weights, "dev", PROMPTS, 0, 1), first)
+    np.testing.assert_array_equal(made.sample_held_out(weights, "dev", EXAMPLES, 0, 1), first)
     held = made._held_out
     assert held.holds == name_of(weights)
     monkeypatch.setattr("actors.held_out.IDLE_S", 0.1)
-    made.sample_held_out(weights, "dev", PROMPTS, 0, 1)
+    made.sample_held_out(weights, "dev", EXAMPLES, 0, 1)
     deadline = time.monotonic() + WAIT_S
     while held.holds is not None or made.engine._side.engine.runner._held:  # the name goes first, then what it names
         assert time.monotonic() < deadline
         time.sleep(0.05)
     with pytest.raises(WeightsGone, match="weights of version 7 are gone"):
-        made.sample_held_out(weights, "dev", PROMPTS, 0, 1)
+        made.sample_held_out(weights, "dev", EXAMPLES, 0, 1)
     for file in files:
         file.with_suffix(".away").rename(file)
-    np.testing.assert_array_equal(made.sample_held_out(weights, "dev", PROMPTS, 0, 1), first)
+    np.testing.assert_array_equal(made.sample_held_out(weights, "dev", EXAMPLES, 0, 1), first)
 
 
 def test_parcels_of_several_threads_and_versions_do_not_meet(policy_folder: Path, tmp_path: Path) -> None:
@@ -120,13 +122,13 @@ def test_parcels_of_several_threads_and_versions_do_not_meet(policy_folder: Path
     model = ModelConfig(path=str(policy_folder), init=True)
     made = idle_generator(model, SAMPLER)
     versions = {v: published(tmp_path, model, v) for v in (7, 8)}
-    alone = {v: made.sample_held_out(w, "dev", PROMPTS, 0, 1) for v, w in versions.items()}
+    alone = {v: made.sample_held_out(w, "dev", EXAMPLES, 0, 1) for v, w in versions.items()}
     live = rollout(made)
     found: list[bool] = []
 
     def ask(version: int) -> None:
         for _ in range(3):
-            found.append(np.array_equal(made.sample_held_out(versions[version], "dev", PROMPTS, 0, 1), alone[version]))
+            found.append(np.array_equal(made.sample_held_out(versions[version], "dev", EXAMPLES, 0, 1), alone[version]))
 
     threads = [threading.Thread(target=ask, args=(v,)) for v in versions]
     for thread in threads:
@@ -143,8 +145,8 @@ def test_what_cannot_be_sampled_is_told_without_its_tensors(policy_folder: Path,
     transport = FolderTransport(str(tmp_path / "weights"))
     shard, objects = write_slices(transport, local_slices(state, 0), (1, 7), 0, 1)
     with pytest.raises(HeldOutFailed, match="the sample is not finite"):
-        made.sample_held_out(View(complete([shard]), transport, objects), "dev", PROMPTS, 0, 1)
-    assert len(made.sample_held_out(None, "dev", PROMPTS, 0, 1)) == 3
+        made.sample_held_out(View(complete([shard]), transport, objects), "dev", EXAMPLES, 0, 1)
+    assert len(made.sample_held_out(None, "dev", EXAMPLES, 0, 1)) == 3
 
 
 def test_names_of_versions() -> None:

@@ -229,7 +229,7 @@ def test_data_rows_without_their_captions_are_refused() -> None:
     with pytest.raises(PayloadError, match="3 rows and 2 captions"):
         encode(replace(data(), texts=("a", "b")))
     segments = encode(data())
-    with pytest.raises(PayloadError, match="3 rows with 3 captions was read as 3 rows of range"):
+    with pytest.raises(PayloadError, match="3 rows with 3 captions was read as 3 of its rows"):
         decode_data(segments, range(1, 4))
 
 

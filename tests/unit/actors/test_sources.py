@@ -305,11 +305,11 @@ def test_clips_of_a_folder_keep_their_frames(tmp_path: Path) -> None:
 
 def test_clips_are_cut_to_the_frames_that_are_sampled() -> None:
     class Frames:
-        def load(self, height: int, width: int) -> NDArray[np.uint8]:
+        def load(self, height: int, width: int, frames: int | None = None) -> NDArray[np.uint8]:
             return np.arange(7, dtype=np.uint8)[:, None, None, None].repeat(height, 1).repeat(width, 2).repeat(3, 3)
 
     class Still:
-        def load(self, height: int, width: int) -> NDArray[np.uint8]:
+        def load(self, height: int, width: int, frames: int | None = None) -> NDArray[np.uint8]:
             return np.zeros((height, width, 3), np.uint8)
 
     clip, still = Example("c", "a clip", Frames()), Example("p", "a picture", Still())

@@ -31,7 +31,6 @@ from replay.records import Claim
 from tests.unit.trainer.learn.reports import DEADLINE_S, Reports
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
-from trainer.learn.batch import step_batch
 from trainer.learn.checkpoint import CheckpointFailed, Checkpoints, Progress, read
 from trainer.learn.exports import Exports
 from trainer.learn.learner import Learner
@@ -90,7 +89,7 @@ STARTS: dict[str, dict[str, Any]] = {
 
 
 class Held:
-    """Payloads in a file: what `step_batch` reads."""
+    """Payloads in a file: what `step_batches` reads."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.claim, self._payloads = torch.load(folder / f"claim-{name}.pt", weights_only=False)
@@ -119,7 +118,7 @@ def train(learner: Learner, held: Held, rank: int, world: int, steps: range) -> 
     said = []
     for step in steps:
         claim = Claim(step, 1, held.claim.groups, held.claim.data)
-        said.append(learner.update(step_batch(learner.config, learner.process, learner.kernel, held, claim, rank, world, learner.encode), step))  # type: ignore[arg-type]
+        said.append(learner.update(learner.batches(held, claim, rank, world), step))  # type: ignore[arg-type]
     return said
 
 
@@ -209,11 +208,11 @@ def poisoned(folder: Path, rank: int, world: int) -> dict[str, Any]:
     """An update in which the last rank alone has a gradient that is no number."""
     held, learner = Held(folder, "plain"), Learner(SCENARIOS["plain"].config(folder), CPU)
     before = state_of(learner)
-    batch = step_batch(learner.config, learner.process, learner.kernel, held, held.claim, rank, world, learner.encode)  # type: ignore[arg-type]
+    (batch,) = learner.batches(held, held.claim, rank, world)  # type: ignore[arg-type]
     assert batch.transitions is not None
     if rank == world - 1:
         batch.transitions.advantage[0] = torch.nan
-    said = learner.update(batch, 1)
+    said = learner.update([batch], 1)
     return {"said": said, "before": before, "state": state_of(learner)}
 
 

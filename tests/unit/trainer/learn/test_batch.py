@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trainer.learn.batch
+from actors.conditioning import Subject, Subjects
 from actors.groups import trained_steps
 from actors.payload import DataPayload, GroupPayload, PayloadError, encode
 from diffusion.families.conditioning import Conditioning
@@ -22,7 +23,7 @@ from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.advantages import Term, advantages_of, group_advantages
-from trainer.learn.batch import StepBatch, step_batch, take
+from trainer.learn.batch import StepBatch, step_batches, take
 from trainer.learn.objective import Anchors, Transitions
 
 PROCESS = RectifiedFlow(2.0)
@@ -98,8 +99,9 @@ class Ledger:
         return [self.payloads[item.ref][i] for i in segments]
 
 
-def encoded(texts: list[str]) -> Conditioning:
+def encoded(subjects: list[Subject]) -> Conditioning:
     """A text is its number, the empty one 0."""
+    texts = [subject.text for subject in subjects]
     assert len(texts) == len(set(texts))  # each is encoded once
     return Conditioning({"prompt_embeds": torch.tensor([float(text or 0) for text in texts]).reshape(-1, 1, 1).expand(-1, 4, 2)})
 
@@ -113,7 +115,9 @@ def numbers(batch: StepBatch, rows: Transitions | Anchors) -> list[float]:
 
 def rows_of(config: RunConfig, rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> StepBatch:
     ledger = ledger or Ledger(config)
-    return step_batch(config, PROCESS, kernel_of(config), ledger, ledger.claim, rank, world, encoded)  # type: ignore[arg-type]
+    subjects = Subjects(config.seed, config.prompts, config.data, config.sampler)
+    (batch,) = step_batches(config, PROCESS, kernel_of(config), ledger, ledger.claim, rank, world, encoded, subjects, lambda x0, given: x0)  # type: ignore[arg-type]
+    return batch
 
 
 def whole(batches: list[StepBatch], name: str, kind: type) -> dict[str, torch.Tensor]:

@@ -195,7 +195,7 @@ def test_an_update_is_the_gradient_of_the_whole_sum(objective: dict[str, Any], s
     optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     optimizer.step()
 
-    stats = made.update(batch, 1)
+    stats = made.update([batch], 1)
     assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert stats["data_loss"] == pytest.approx(data.item() / 5, rel=1e-5)
     assert stats["ratio_deviation"] == pytest.approx(0, abs=1e-5)
@@ -218,7 +218,7 @@ def test_the_size_of_a_micro_batch_changes_nothing(micro_batch: int, shard_block
     whole = learner_of(config_of(policy_folder))
     parts = learner_of(config_of(policy_folder, micro_batch, learner={"shard_blocks": shard_blocks}))
     batch = batch_of(whole)
-    one, other = whole.update(batch, 1), parts.update(batch, 1)
+    one, other = whole.update([batch], 1), parts.update([batch], 1)
     assert flat(one) == pytest.approx(flat(other), rel=1e-4, abs=2e-6)
 
 
@@ -246,21 +246,21 @@ def test_passes_are_cut_by_tokens(
             return predict(*args)  # type: ignore[no-any-return]
 
         monkeypatch.setattr(trainer.learn.learner, name, counting)
-    said = parts.update(batch, 1)
+    said = parts.update([batch], 1)
     assert tuple(sum(kind == name for kind, _ in made) for name in ("policy_prediction", "data_prediction")) == expected
     sizes = dict(zip(("policy_prediction", "data_prediction"), tokens, strict=True))
     assert all(rows == 1 or rows * sizes[name] <= micro_tokens for name, rows in made)
-    parts.update(batch, 2)
+    parts.update([batch], 2)
     assert [r.name for r in caplog.records].count("trainer.learn.learner") == (micro_tokens == 15)  # said once
-    assert flat(said) == pytest.approx(flat(whole.update(batch, 1)), rel=1e-4, abs=2e-6)
+    assert flat(said) == pytest.approx(flat(whole.update([batch], 1)), rel=1e-4, abs=2e-6)
 
 
 def test_a_group_of_ranks_with_unequal_rows_pads_without_effect(policy_folder: Path) -> None:
     """This rank has 6 rows, another is said to have 9: three passes more, of weight zero or of fewer rows."""
     made, again = learner_of(config_of(policy_folder, 1)), learner_of(config_of(policy_folder, 1))
     batch = batch_of(made)
-    one = made.update(batch, 1)
-    padded = again.update(replace(batch, transition_rows=[6, 9], anchor_rows=[5, 7]), 1)
+    one = made.update([batch], 1)
+    padded = again.update([replace(batch, transition_rows=[6, 9], anchor_rows=[5, 7])], 1)
     assert flat(one) == pytest.approx(flat(padded), rel=1e-5, abs=1e-6)
 
 
@@ -270,14 +270,14 @@ def test_a_gradient_that_is_not_finite_skips_the_update(policy_folder: Path) -> 
     assert batch.transitions is not None
     before, average = copied(made.full_state()), copied(made.full_state(ema=True))
     poisoned = replace(batch, transitions=replace(batch.transitions, advantage=torch.tensor([math.nan] + [0.0] * 5)))
-    stats = made.update(poisoned, 1)
+    stats = made.update([poisoned], 1)
     assert stats["skipped"] == 1
     assert all(math.isfinite(value) for value in flat(stats).values())
     append_metrics(policy_folder, {"kind": "update", "step": 1, **stats})  # a skipped update is recorded like any other
     assert "grad_norm" not in stats
     assert difference(made.full_state(), before) == 0
     assert difference(made.full_state(ema=True), average) == 0
-    assert made.update(batch, 2)["skipped"] == 0
+    assert made.update([batch], 2)["skipped"] == 0
     assert difference(made.full_state(), before) > 0
 
 
@@ -293,7 +293,7 @@ def test_the_optimiser_steps_with_limited_gradients_at_the_scheduled_rate(policy
         step()
 
     monkeypatch.setattr(made.optimizer, "step", stepping)
-    said = made.update(batch_of(made), 2)
+    said = made.update([batch_of(made)], 2)
     assert said["grad_norm"] > 5e-3
     ((norm, lr),) = given
     assert norm == pytest.approx(1e-3, rel=1e-2)
@@ -303,7 +303,7 @@ def test_the_optimiser_steps_with_limited_gradients_at_the_scheduled_rate(policy
 def test_the_moving_average_follows_by_its_decay(policy_folder: Path) -> None:
     made = learner_of(config_of(policy_folder))
     batch, before = batch_of(made), copied(made.full_state())
-    made.update(batch, 1)
+    made.update([batch], 1)
     after, average = made.full_state(), made.full_state(ema=True)
     for name, _ in made.model.named_parameters():
         torch.testing.assert_close(average[name], 0.9 * before[name] + 0.1 * after[name], atol=1e-7, rtol=1e-5)
@@ -313,12 +313,12 @@ def test_the_moving_average_follows_by_its_decay(policy_folder: Path) -> None:
 def test_a_restored_learner_goes_on_bit_for_bit(policy_folder: Path, tmp_path: Path) -> None:
     made = learner_of(config_of(policy_folder))
     batch = batch_of(made)
-    made.update(batch, 1)
+    made.update([batch], 1)
     save_shards(made.shards(), tmp_path / "checkpoint")
     restored = learner_of(config_of(policy_folder))
     restored.load(tmp_path / "checkpoint")
     assert difference(restored.full_state(), made.full_state()) == 0
-    assert made.update(batch, 2) == restored.update(batch, 2)
+    assert made.update([batch], 2) == restored.update([batch], 2)
     assert difference(restored.full_state(), made.full_state()) == 0
     assert difference(restored.full_state(ema=True), made.full_state(ema=True)) == 0
 
@@ -331,7 +331,7 @@ def test_with_an_adapter_nothing_else_is_trained_or_published(shard_blocks: bool
     config = config_of(policy_folder, model=LORA, objective={"preset": "flow_grpo", "data_weight": 0.3}, learner={"shard_blocks": shard_blocks})
     made = learner_of(config)
     batch, before = batch_of(made), copied(made.full_state())
-    stats = made.update(batch, 1)
+    stats = made.update([batch], 1)
     assert stats["ratio_deviation"] < 1e-6
     assert stats["reverse_kl"] > 0  # learner_of moved the adapter; without it the network is the reference
     after = made.full_state()
@@ -341,7 +341,7 @@ def test_with_an_adapter_nothing_else_is_trained_or_published(shard_blocks: bool
     restored = learner_of(config)
     restored.load(tmp_path / "checkpoint")
     assert difference(restored.full_state(), made.full_state()) == 0
-    assert made.update(batch, 2) == restored.update(batch, 2)
+    assert made.update([batch], 2) == restored.update([batch], 2)
     assert difference(restored.full_state(), made.full_state()) == 0
 
 
@@ -350,7 +350,7 @@ def test_the_reference_of_an_adapter_is_the_policy_without_it(policy_folder: Pat
     config = config_of(policy_folder, model=LORA, objective={"preset": "flow_grpo"}, sampler={"guidance": 2.0})
     made = learner_of(config)
     batch = batch_of(made)
-    adapted = made.update(batch, 1)["reverse_kl"]
+    adapted = made.update([batch], 1)["reverse_kl"]
     plain = learner_of(config_of(policy_folder, objective={"preset": "flow_grpo"}, sampler={"guidance": 2.0}))
     state = merged_state(learner_of(config).full_state(), config.model.lora)
     base = {n: t for n, t in learner_of(config).full_state().items() if ".lora_" not in n}
@@ -360,14 +360,14 @@ def test_the_reference_of_an_adapter_is_the_policy_without_it(policy_folder: Pat
             parameter.to_local().copy_(base[name])  # type: ignore[attr-defined]
         for name, parameter in plain.model.named_parameters():
             parameter.to_local().copy_(state[name])  # type: ignore[attr-defined]
-    assert plain.update(batch, 1)["reverse_kl"] == pytest.approx(adapted, rel=1e-4)
+    assert plain.update([batch], 1)["reverse_kl"] == pytest.approx(adapted, rel=1e-4)
 
 
 def test_without_rollouts_the_data_term_trains_alone(policy_folder: Path) -> None:
     made = learner_of(config_of(policy_folder, objective={"preset": "sft", "data_weight": 1.0}))
     batch = batch_of(made)
-    stats = made.update(StepBatch(batch.conditioning, None, batch.anchors, 0, 5, [], [5]), 1)
+    stats = made.update([StepBatch(batch.conditioning, None, batch.anchors, 0, 5, [], [5])], 1)
     assert stats.keys() == {"lr", "skipped", "grad_norm", "data_loss"}
     for step in range(2, 6):
-        last = made.update(StepBatch(batch.conditioning, None, batch.anchors, 0, 5, [], [5]), step)
+        last = made.update([StepBatch(batch.conditioning, None, batch.anchors, 0, 5, [], [5])], step)
     assert last["data_loss"] < stats["data_loss"]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
+from actors.conditioning import Subject
 from actors.groups import group_payload, group_request
 from actors.payload import decode_group, encode
 from diffusion.checkpoint import load_policy
@@ -68,7 +69,7 @@ def test_a_policy_with_clip_and_t5_trains_and_its_export_opens_whole(base: str, 
     payload = decode_group(encode(group_payload(sampled, "a small red circle")))
     members = len(sampled)
     rows = transitions_of(payload, [(-1.0) ** i for i in range(members)], learner.kernel)
-    texts = learner.encode([payload.text])
+    texts = learner.encode([Subject(payload.text)])
     assert texts.prompt_embeds.shape == (1, 77 + 12, 96)
     assert texts.tensors["pooled"].equal(text.tensors["pooled"][None])
     g = torch.Generator().manual_seed(0)
@@ -76,7 +77,7 @@ def test_a_policy_with_clip_and_t5_trains_and_its_export_opens_whole(base: str, 
     anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.zeros(5, dtype=torch.int64))
 
     before = {n: t.clone() for n, t in learner.full_state().items()}
-    stats = learner.update(StepBatch(texts, rows, anchors, 3 * members, 5, [3 * members], [5]), 1)
+    stats = learner.update([StepBatch(texts, rows, anchors, 3 * members, 5, [3 * members], [5])], 1)
     assert not stats.get("skipped")
     assert stats["ratio_deviation"] < (1e-5 if base == "float32" else 0.02)
     after = learner.full_state()

@@ -87,7 +87,7 @@ def test_an_update_on_clips_is_the_gradient_of_the_whole_sum(kernel: str, micro_
     norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
 
     before = made.full_state()
-    stats = made.update(batch, 1)
+    stats = made.update([batch], 1)
     assert stats["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert stats["data_loss"] == pytest.approx(float(data.detach()) / 5, rel=1e-5)
     assert stats["ratio_deviation"] == pytest.approx(0, abs=1e-4)

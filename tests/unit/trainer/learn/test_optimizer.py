@@ -101,12 +101,12 @@ def test_a_restored_learner_goes_on_bit_for_bit(model: dict[str, Any], policy_fo
     made = learner_of(config)
     batch = batch_of(learner_of(config_of(policy_folder)))
     for step in (1, 2):
-        made.update(batch, step)
+        made.update([batch], step)
     save_shards(made.shards(), tmp_path / "checkpoint")
     restored = learner_of(config)
     restored.load(tmp_path / "checkpoint")
     codes = {n for s in restored.optimizer.state.values() for n, t in s.items() if t.dtype == torch.uint8}
     assert codes == ({"exp_avg", "exp_avg_sq"} if not model else codes)
-    assert made.update(batch, 3) == restored.update(batch, 3)
+    assert made.update([batch], 3) == restored.update([batch], 3)
     assert difference(restored.full_state(), made.full_state()) == 0
     assert difference(restored.full_state(ema=True), made.full_state(ema=True)) == 0

@@ -46,7 +46,7 @@ def test_recomputing_changes_no_bit_of_an_update(way: str, policy_folder: Path) 
     plain, recomputed = learners(policy_folder, **WAYS[way])
     batch = batch_of(learner_of(config_of(policy_folder, sampler=WAYS[way].get("sampler", {}))))
     for step in (1, 2):
-        assert plain.update(batch, step) == recomputed.update(batch, step)
+        assert plain.update([batch], step) == recomputed.update([batch], step)
     expected, found = plain.full_state(), recomputed.full_state()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -62,10 +62,10 @@ def test_shards_in_host_memory_change_no_bit_of_an_update(way: str, policy_folde
             group = module._get_fsdp_state()._fsdp_param_group
             assert group is None or (isinstance(group.offload_policy, CPUOffloadPolicy) and not group.offload_policy.pin_memory)
     batch = batch_of(learner_of(config_of(policy_folder, sampler=sections.get("sampler", {}))))
-    assert plain.update(batch, 1) == offloaded.update(batch, 1)
+    assert plain.update([batch], 1) == offloaded.update([batch], 1)
     save_shards(offloaded.shards(), tmp_path / "checkpoint")
     resumed.load(tmp_path / "checkpoint")
-    assert plain.update(batch, 2) == offloaded.update(batch, 2) == resumed.update(batch, 2)
+    assert plain.update([batch], 2) == offloaded.update([batch], 2) == resumed.update([batch], 2)
     expected = plain.full_state()
     assert all(torch.equal(learner.full_state()[name], value) for learner in (offloaded, resumed) for name, value in expected.items())
 
