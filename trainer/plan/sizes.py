@@ -253,7 +253,7 @@ def _language_parameters(c: dict[str, Any]) -> int:
 
 
 def encoder_parameters(values: dict[str, Any]) -> int:
-    """Parameters of a CLIP text model with projection, of a T5 encoder, or of the language model of Qwen2.5-VL, which is all that is kept of
+    """Parameters of a CLIP text model with projection, of a T5 encoder, or of the language model of Qwen2.5-VL, which is all that is read of
     it; 0 for the glyph encoder, whose tables are 1 MB."""
     if class_of(values) == REASON_CLASS:
         return _language_parameters(values.get("text_config", values))
