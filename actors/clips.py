@@ -3,12 +3,14 @@ encoded clip."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from actors.pictures import contact_sheet
 
@@ -16,6 +18,8 @@ STRIP = 4
 """Frames of a clip that stand in a grid, the first and the last among them."""
 QUALITY = {"crf": "18", "preset": "medium"}
 """Of x264; its manual calls a rate factor of 17 or 18 visually lossless."""
+GIF_WIDTH, GIF_FRAMES = 960, 48
+"""Most pixels across an animation, and most frames of it."""
 
 
 def strip(clip: NDArray[np.uint8], frames: int = STRIP) -> NDArray[np.uint8]:
@@ -44,3 +48,23 @@ def write_clip(path: Path, clip: NDArray[np.uint8], fps: float) -> None:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         file.mux(stream.encode())
     partial.rename(path)
+
+
+def animated(path: Path) -> tuple[bytes, tuple[int, int]]:
+    """A clip of `write_clip` as an animated GIF, for what plays no mp4, and its width and height: with fewer pixels, and every nth frame, where
+    it would be large."""
+    import av
+
+    pictures: list[Image.Image] = []
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        every, scale = max(1, -(-stream.frames // GIF_FRAMES)), min(1.0, GIF_WIDTH / stream.width)
+        size = round(stream.width * scale), max(1, round(stream.height * scale))
+        for number, frame in enumerate(file.decode(stream)):
+            if number % every == 0:
+                pictures.append(frame.to_image(width=size[0], height=size[1]).quantize())
+        assert stream.average_rate is not None  # `write_clip` gave one
+        duration = float(1000 * every / stream.average_rate)
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+    return buffer.getvalue(), size

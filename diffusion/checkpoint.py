@@ -27,7 +27,7 @@ from diffusion.config import ModelConfig
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
 from diffusion.families.frames import FrameEncoder, GivenFrames
-from diffusion.families.registry import CODECS, FAMILIES, SIGNATURES, TEXT_ENCODERS, Family, Signature
+from diffusion.families.registry import CODECS, SIGNATURES, TEXT_ENCODERS, Family, Signature, family_of
 from diffusion.lora import add_lora, fresh_adapters, merged_weight, trained_weights
 from diffusion.processes import ForwardProcess, process_from_scheduler
 from diffusion.seeds import generator
@@ -59,10 +59,10 @@ class Policy:
 def _network_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     """Architecture of a policy folder's network and the keys of its config.json."""
     values = read_json(folder / "transformer" / "config.json")
-    name = values.get("_class_name")
-    if name not in FAMILIES:
-        raise CheckpointError(f"{folder}/transformer is a {name}; this build knows {', '.join(FAMILIES)}")
-    return FAMILIES[name], values
+    try:
+        return family_of(values.get("_class_name")), values
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/transformer is {error}") from None
 
 
 def samples_clips(folder: Path) -> bool:
@@ -205,7 +205,8 @@ def _encoder_class(folder: Path) -> str:
 def load_text_encoder(folder: Path, config: ModelConfig, device: torch.device | str = "cpu") -> TextEncoder:
     """The text encoders of a policy folder. Raises CheckpointError for some that do not fit."""
     try:
-        return TEXT_ENCODERS[_encoder_class(folder)](folder, config, torch.device(device))
+        readers = {**TEXT_ENCODERS, **_network_config(folder)[0].text_encoders}
+        return readers[_encoder_class(folder)](folder, config, torch.device(device))
     except Exception as error:  # safetensors raises its own class for every kind of damage
         raise CheckpointError(f"text encoder of {folder} (text_encoder/config.json, model.safetensors) cannot be used: {error}") from None
 
@@ -213,7 +214,8 @@ def load_text_encoder(folder: Path, config: ModelConfig, device: torch.device | 
 def load_signature(folder: Path, config: ModelConfig) -> Signature:
     """`TextEncoder.signature` of a policy folder's text encoders, without their weights. Raises CheckpointError."""
     try:
-        return SIGNATURES[_encoder_class(folder)](folder, config)
+        readers = {**SIGNATURES, **_network_config(folder)[0].signatures}
+        return readers[_encoder_class(folder)](folder, config)
     except Exception as error:  # tokenizers raise classes of their own
         raise CheckpointError(f"tokenizers of {folder} cannot be used: {error}") from None
 
@@ -266,12 +268,11 @@ def open_policy(config: ModelConfig, device: torch.device | str = "cpu") -> Skel
     """
     source = locate(config.path, config.revision)
     folder = source.folder
-    encoder_class = _encoder_class(folder)
-    if encoder_class not in TEXT_ENCODERS:
-        raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {', '.join(TEXT_ENCODERS)}")
+    encoder_class, (family, _) = _encoder_class(folder), _network_config(folder)
+    if encoder_class not in {**TEXT_ENCODERS, **family.text_encoders}:
+        raise CheckpointError(f"{folder}/text_encoder is a {encoder_class}; this build knows {', '.join({**TEXT_ENCODERS, **family.text_encoders})}")
     model, provider = build_network(config.model_copy(update={"path": str(folder), "revision": None}), device)
     codec = build_codec(folder)
-    family, _ = _network_config(folder)
     if codec.video != family.video:
         kinds = ("pictures", "clips")
         raise CheckpointError(f"{folder}: the network takes {kinds[family.video]}, its codec makes {kinds[codec.video]}")

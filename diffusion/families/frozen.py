@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,21 @@ COMPUTED = ("embeddings.position_ids",)
 """Buffers that old files store and today's models compute."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What to read of a folder that holds more than the model that is wanted of it: nothing else is made or read.
+
+    Attributes:
+        config: key of the folder's config.json that describes the model.
+        others: starts of the names of tensors that are not its own.
+        renamed: patterns of names in files, and what they are to the model's class.
+    """
+
+    config: str
+    others: tuple[str, ...]
+    renamed: dict[str, str]
+
+
 def _library() -> Any:
     try:
         import transformers
@@ -20,21 +36,24 @@ def _library() -> Any:
     return transformers
 
 
-def frozen_model(folder: Path, name: str, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """The class `name` of transformers from the safetensors of `folder`, frozen. Raises ValueError unless every tensor finds its place."""
+def frozen_model(folder: Path, name: str, dtype: torch.dtype, device: torch.device | str, part: Part | None = None) -> Any:
+    """The class `name` of transformers from the safetensors of `folder`, or of a `part` of them, frozen. Raises ValueError unless every tensor
+    finds its place."""
     transformers = _library()
     loading = transformers.utils.logging
     verbosity = loading.get_verbosity()
     loading.set_verbosity_error()  # what a load leaves out is refused below, in one line
     loading.disable_progress_bar()
-    options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
+        if part is not None:
+            options |= {"config": getattr(transformers.AutoConfig.from_pretrained(folder), part.config), "key_mapping": part.renamed}
         model, found = getattr(transformers, name).from_pretrained(folder, **options)
     except Exception as error:  # each kind of damage has its own class, of several libraries
         raise ValueError(f"{folder} cannot be loaded as a {name}: {error}") from None
     finally:
         loading.set_verbosity(verbosity)
-    unexpected = [key for key in found["unexpected_keys"] if not key.endswith(COMPUTED)]
+    unexpected = [key for key in found["unexpected_keys"] if not key.endswith(COMPUTED) and not (part and key.startswith(part.others))]
     wrong = {"missing": found["missing_keys"], "unexpected": unexpected, "of another shape": found["mismatched_keys"]}
     lists = [f"{len(keys)} {what} ({', '.join(sorted(map(str, keys))[:3])})" for what, keys in wrong.items() if keys]
     if lists:

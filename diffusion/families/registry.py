@@ -1,9 +1,14 @@
-"""Which networks and text encoders exist, by the class that their config.json names."""
+"""Which networks and text encoders exist, by the class that their config.json names.
+
+An installed package may bring a family of its own: an entry point of the group `ddrl.families`, named as the network's class, that leads to a
+`Family` (docs/add-a-model.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,10 @@ from diffusion.families.wan.image import WanImageEncoder
 from diffusion.families.wan.network import WanTransformer
 from diffusion.families.wan.text import UMT5_CLASS, WanTextEncoder, WanTokens
 
+Signature = Callable[[str], bytes]
+Reader = Callable[[Path, ModelConfig, torch.device], TextEncoder]
+SignatureReader = Callable[[Path, ModelConfig], Signature]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -38,11 +47,14 @@ class Family:
         video: latents have a frame axis, `[C, f, h, w]`.
         picture: reads, from a policy's folder, what makes conditioning of the picture that a network with `needs_picture` is given; its codec
             beside. Raises ValueError, and what reading files raises.
+        text_encoders, signatures: as `TEXT_ENCODERS` and `SIGNATURES`, of encoders that this family uses otherwise than others do.
     """
 
     build: Callable[[dict[str, Any], str], PackedModel]
     video: bool
     picture: Callable[[Path, Codec, ModelConfig, torch.device], FrameEncoder] | None = None
+    text_encoders: Mapping[str, Reader] = field(default_factory=dict)
+    signatures: Mapping[str, SignatureReader] = field(default_factory=dict)
 
 
 def _wan_picture(folder: Path, codec: Codec, config: ModelConfig, device: torch.device) -> FrameEncoder:
@@ -56,6 +68,22 @@ FAMILIES = {
     "SD3Transformer2DModel": Family(lambda values, provider: SD3Transformer(SD3Config.from_dict(values), provider), video=False),
     "WanTransformer3DModel": Family(lambda values, provider: WanTransformer(WanConfig.from_dict(values), provider), video=True, picture=_wan_picture),
 }
+ENTRY_POINTS = "ddrl.families"
+
+
+def family_of(name: str | None) -> Family:
+    """The family of a network's class. Raises ValueError for a class that neither this build nor an installed package has."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    others = entry_points(group=ENTRY_POINTS)
+    found = [point for point in others if point.name == name]
+    if not found:
+        raise ValueError(f"a {name}; this build knows {', '.join([*FAMILIES, *sorted(others.names)])}, and docs/add-a-model.md says how to add one")
+    family = found[0].load()
+    if len(found) > 1 or not isinstance(family, Family):
+        what = "more than one package brings it" if len(found) > 1 else f"{found[0].value} is no diffusion.families.registry.Family"
+        raise ValueError(f"a {name}, and {what}; correct the entry points of {ENTRY_POINTS}")
+    return family
 
 
 CODECS: dict[str, Callable[[dict[str, Any]], Codec]] = {"AutoencoderKL": VAECodec.build, clips.CLASS_NAME: clips.ClipCodec.build}
@@ -66,7 +94,7 @@ def _sd3_text(folder: Path, config: ModelConfig, device: torch.device) -> TextEn
     return SD3TextEncoder.load(folder, getattr(torch, config.text_dtype), device, config.t5_tokens)
 
 
-TEXT_ENCODERS: dict[str, Callable[[Path, ModelConfig, torch.device], TextEncoder]] = {
+TEXT_ENCODERS: dict[str, Reader] = {
     CLASS_NAME: lambda folder, config, device: GlyphTextEncoder.load(folder / "text_encoder"),
     CLIP_CLASS: _sd3_text,
     REASON_CLASS: lambda folder, config, device: CosmosTextEncoder.load(folder, getattr(torch, config.text_dtype), device, frozen_projection(config)),
@@ -75,8 +103,7 @@ TEXT_ENCODERS: dict[str, Callable[[Path, ModelConfig, torch.device], TextEncoder
 """Reads the encoder of a policy's folder, by the class of its `text_encoder`. Raises ValueError for a config it does not know, and what
 reading files raises."""
 
-Signature = Callable[[str], bytes]
-SIGNATURES: dict[str, Callable[[Path, ModelConfig], Signature]] = {
+SIGNATURES: dict[str, SignatureReader] = {
     CLASS_NAME: lambda folder, config: GlyphTextEncoder.load(folder / "text_encoder").signature,
     CLIP_CLASS: lambda folder, config: SD3Tokens.load(folder, config.t5_tokens).signature,
     REASON_CLASS: lambda folder, config: CosmosTokens.load(folder).signature,

@@ -28,7 +28,7 @@ from trainer.cli.main import app
 from trainer.config.load import load_config
 from trainer.run.folder import RunFolder
 
-RUN_ELSEWHERE = {"rest.md": "tests/e2e/test_rest_docs.py"}
+RUN_ELSEWHERE = {"rest.md": "tests/e2e/test_rest_docs.py", "add-a-model.md": "tests/e2e/test_add_a_model.py"}
 PAGES = sorted(p for p in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")] if ".venv" not in p.parts and p.name not in RUN_ELSEWHERE)
 
 

@@ -185,7 +185,7 @@ def _trainable(sizes: Sizes) -> list[Finding]:
 
     if len(sizes.shape) == 4:
         return [Finding("warning", "build", "this build can plan video policies and not yet train them")]
-    if sizes.encoder_class not in TEXT_ENCODERS:
+    if sizes.encoder_class not in {**TEXT_ENCODERS, **sizes.family.text_encoders}:
         name = sizes.encoder_class or "text encoder that its config.json names"
         return [Finding("warning", "build", f"this build can plan this policy and not yet train it: it has no {name}")]
     return []

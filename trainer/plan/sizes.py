@@ -20,6 +20,7 @@ from trainer.plan.published import GLYPH, PUBLISHED, Parts, published
 
 if TYPE_CHECKING:
     from diffusion.families.base import PackedModel
+    from diffusion.families.registry import Family
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 UMT5_TOKENS = 512
@@ -54,6 +55,7 @@ class Sizes:
         prompt: tokens and channels of an encoded prompt, and channels of its pooled vector.
         vae_config: keys of the VAE's config.json, {} without one.
         encoder_class: class of the first text encoder, by which a build knows how to encode; "" without one.
+        family: the network's.
         origin: where the configuration was read.
     """
 
@@ -65,6 +67,7 @@ class Sizes:
     prompt: tuple[int, int, int]
     vae_config: dict[str, Any]
     encoder_class: str
+    family: Family
     origin: str
 
     @property
@@ -140,7 +143,7 @@ def read_parts(path: str) -> tuple[Parts, str]:
 def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
     """The numbers of `config`'s policy. Raises ConfigError for a policy, targets or a size that do not work."""
     parts, origin = read_parts(config.model.path)
-    network, video = _network(json.dumps(parts["transformer"], sort_keys=True), config.model.lora, origin)
+    network, family = _network(json.dumps(parts["transformer"], sort_keys=True), config.model.lora, origin)
     transformer = Component(
         "transformer",
         sum(p.numel() for p in network.parameters()),
@@ -149,7 +152,7 @@ def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
     )
     vae, vae_config = _vae(parts)
     encoders = tuple(Component(name, encoder_parameters(parts[name])) for name in ENCODERS if name in parts)
-    shape = _latent(config, vae_config, network.latent_channels, video)
+    shape = _latent(config, vae_config, network.latent_channels, family.video)
     try:
         network.tokens(shape)
     except ValueError as error:
@@ -160,7 +163,7 @@ def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
         prompt_tokens(parts[name], config.model.t5_tokens) for name in ("text_encoder", "text_encoder_3") if name in parts
     )
     prompt = (tokens, channels, int(values.get("pooled_projection_dim", 0)))
-    return Sizes(network, transformer, vae, encoders, shape, prompt, vae_config, class_of(parts.get(ENCODERS[0], {})), origin)
+    return Sizes(network, transformer, vae, encoders, shape, prompt, vae_config, class_of(parts.get(ENCODERS[0], {})), family, origin)
 
 
 def class_of(values: dict[str, Any]) -> str:
@@ -169,17 +172,18 @@ def class_of(values: dict[str, Any]) -> str:
 
 
 @cache
-def _network(values: str, lora: LoRAConfig, origin: str) -> tuple[PackedModel, bool]:
-    """The network of a config.json on the meta device, and whether it samples video. Raises ConfigError."""
+def _network(values: str, lora: LoRAConfig, origin: str) -> tuple[PackedModel, Family]:
+    """The network of a config.json on the meta device, and its family. Raises ConfigError."""
     import torch
 
-    from diffusion.families.registry import FAMILIES
+    from diffusion.families.registry import family_of
     from diffusion.lora import add_lora
 
     keys = json.loads(values)
-    if keys.get("_class_name") not in FAMILIES:
-        raise ConfigError(f"{origin}: the network is a {keys.get('_class_name')}; this build knows {', '.join(FAMILIES)}")
-    family = FAMILIES[keys["_class_name"]]
+    try:
+        family = family_of(keys.get("_class_name"))
+    except ValueError as error:
+        raise ConfigError(f"{origin}: the network is {error}") from None
     try:
         with torch.device("meta"):
             network = family.build(keys, "sdpa")
@@ -187,7 +191,7 @@ def _network(values: str, lora: LoRAConfig, origin: str) -> tuple[PackedModel, b
             add_lora(network, lora, None)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{origin}: {error}") from None
-    return network, family.video
+    return network, family
 
 
 def _vae(parts: Parts) -> tuple[Component | None, dict[str, Any]]:
@@ -253,7 +257,7 @@ def _language_parameters(c: dict[str, Any]) -> int:
 
 
 def encoder_parameters(values: dict[str, Any]) -> int:
-    """Parameters of a CLIP text model with projection, of a T5 encoder, or of the language model of Qwen2.5-VL, which is all that is kept of
+    """Parameters of a CLIP text model with projection, of a T5 encoder, or of the language model of Qwen2.5-VL, which is all that is read of
     it; 0 for the glyph encoder, whose tables are 1 MB."""
     if class_of(values) == REASON_CLASS:
         return _language_parameters(values.get("text_config", values))

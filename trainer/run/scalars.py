@@ -26,7 +26,7 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class Scalars:
-    """Writes metrics lines to TensorBoard, and sample grids beside them as they appear.
+    """Writes metrics lines to TensorBoard, and sample grids beside them as they appear; of clips strips and an animation.
 
     Args:
         folder: where its files lie.
@@ -70,6 +70,19 @@ class Scalars:
                 step = int(number)
             if step is not None:
                 self._writer.add_image("samples", pixels, step, dataformats="HWC")
+                self._play(path.with_suffix(".mp4"), step)
+
+    def _play(self, path: Path, step: int) -> None:
+        """An animated GIF, which TensorBoard shows where it shows images; its own `add_video` writes the same with a package more."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        from actors.clips import animated
+
+        if not path.exists():  # pictures
+            return
+        data, (width, height) = animated(path)
+        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=data)
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="clips", image=image)]), step)
 
     def __enter__(self) -> Self:
         return self

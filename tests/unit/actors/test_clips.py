@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
-from actors.clips import playing_sheet, strip, write_clip
+from actors.clips import GIF_FRAMES, GIF_WIDTH, animated, playing_sheet, strip, write_clip
 
 
 def moving(frames: int = 9, height: int = 17, width: int = 33) -> np.ndarray:
@@ -49,3 +51,14 @@ def test_a_sheet_of_clips_plays_them_in_step() -> None:
     sheet = playing_sheet(clips, ["right", "left"], columns=2)
     assert len(sheet) == 9
     np.testing.assert_array_equal(sheet[0][:, : sheet.shape[2] // 2][2:53], sheet[8][:, sheet.shape[2] // 2 :][2:53])
+
+
+def test_an_animation_of_a_large_clip_is_bounded(tmp_path: Path) -> None:
+    clip = np.zeros((2 * GIF_FRAMES + 1, 18, 2 * GIF_WIDTH, 3), np.uint8)
+    clip[:, :, :, 0] = np.linspace(0, 255, len(clip)).astype(np.uint8)[:, None, None]
+    write_clip(tmp_path / "a.mp4", clip, 24.0)
+    data, size = animated(tmp_path / "a.mp4")
+    with Image.open(io.BytesIO(data)) as gif:
+        assert gif.size == size == (GIF_WIDTH, 9)
+        assert gif.n_frames == -(-len(clip) // 3)  # type: ignore[attr-defined]
+        assert gif.info["duration"] == 120  # three frames of 1/24 s, in hundredths

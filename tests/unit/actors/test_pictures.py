@@ -44,3 +44,13 @@ def test_long_captions_are_wrapped_and_none_is_cut_off() -> None:
     sheet = np.asarray(contact_sheet(pictures, [text * 5, "x"], columns=1, width=64))
     assert sheet.shape == (2 * (64 + 6 + CAPTION_LINES * LINE), 64 + 8, 3)
     assert (sheet[66:, [0, -1]] == 255).all(), "the caption runs into the edge"
+
+
+def test_the_last_line_of_a_caption_is_whole_below_short_strips() -> None:
+    """Its ink, descenders among it, is that of the same words with room below."""
+    words = ["gypsy, jog (by) day", "fog jumping by " * 6]
+    strips = [np.full((16, 192, 3), 255, np.uint8)] * 2
+    sheet = np.asarray(contact_sheet(strips, words, columns=2))
+    roomy = np.asarray(contact_sheet([*strips, strips[0]], [*words, ""], columns=2))
+    assert sheet.min() < 128
+    assert (roomy < 255).sum() == (sheet < 255).sum()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from diffusion.checkpoint import load_network, load_text_encoder
 from diffusion.config import LoRAConfig, ModelConfig
@@ -45,6 +51,56 @@ def test_bfloat16_rounds_as_the_pipeline_does(folder: Path) -> None:
     found = CosmosTextEncoder.load(folder, torch.bfloat16).encode(PROMPTS[:1]).prompt_embeds
     expected = theirs(folder, PROMPTS[:1], torch.bfloat16).float()
     assert (found - expected).abs().mean() < 0.01
+
+
+def newer(name: str) -> str:
+    """Name of a tensor as files of newer classes have it."""
+    if name.startswith("visual."):
+        return "model." + name
+    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+
+@pytest.mark.parametrize("rename", [str, newer], ids=["published", "newer"])
+@torch.no_grad()
+def test_the_language_model_is_transformers_own_and_nothing_else_is_read(folder: Path, tmp_path: Path, rename: Callable[[str], str]) -> None:
+    """Features are equal to the bit. The vision tower and the head, here 128 MB each, come into no memory, not even while files are read."""
+    made: Any = transformers.Qwen2_5_VLForConditionalGeneration
+    language = made.from_pretrained(folder / "text_encoder").model.language_model
+    shutil.copytree(folder, tmp_path / "pipeline")
+    tensors = load_file(folder / "text_encoder" / "model.safetensors")
+    for name in ("visual.blocks.0.mlp.up_proj.weight", "lm_head.weight"):
+        assert name in tensors
+        tensors[name] = torch.ones(2**25)
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, tmp_path / "pipeline" / "text_encoder" / "model.safetensors", {"format": "pt"})
+    del tensors
+    gc.collect()
+
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    before = resident("VmRSS")
+    encoder = CosmosTextEncoder.load(tmp_path / "pipeline")
+    assert resident("VmHWM") - before < 64e6
+    assert encoder.model.state_dict().keys() == language.state_dict().keys()
+    for prompt in PROMPTS[:2]:
+        ids = encoder.tokens.ids(prompt)
+        expected, found = (model(ids, output_hidden_states=True).hidden_states for model in (language, encoder.model))
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def resident(line: str) -> float:
+    """A line of this process's memory, in bytes: VmRSS, or VmHWM, its peak."""
+    found = re.search(rf"^{line}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found.group(1)) * 1024.0
+
+
+def test_a_language_model_with_a_tensor_missing_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing \(norm.weight\)"):
+        CosmosTextEncoder.load(tmp_path / "pipeline")
 
 
 def test_an_adapters_encoder_projects_as_the_network_would(folder: Path) -> None:

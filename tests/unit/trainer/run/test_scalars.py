@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import img_mime_type_detector
 
+from actors.clips import write_clip
 from trainer.run.errors import RunFailed
 from trainer.run.scalars import Scalars, Wandb, scalars
 
@@ -68,6 +72,29 @@ def test_sample_grids_are_written_once_each_at_their_step(tmp_path: Path) -> Non
         second.add({"kind": "update", "step": 5, "loss": 0.5})
         picture.save(samples / "after.png")
     assert [event.step for event in written(tmp_path / "tb", purged=False).Images("samples")] == [0, 2, 5]
+
+
+def test_clips_play_where_tensorboard_shows_images(tmp_path: Path) -> None:
+    """The event holds a GIF with every frame of the mp4, beside the strips of the same step; it is served as one."""
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    Image.new("RGB", (64, 8), "red").save(samples / "before.png")
+    clip = np.stack([np.full((16, 34, 3), level, np.uint8) for level in (0, 120, 240)])
+    write_clip(samples / "step-000002.mp4", clip, 8.0)
+    Image.new("RGB", (64, 8), "red").save(samples / "step-000002.png")
+    with Scalars(tmp_path / "tb", samples=samples) as writer:
+        writer.add({"kind": "update", "step": 2, "loss": 0.5})
+        writer.add({"kind": "update", "step": 3, "loss": 0.5})
+    found = written(tmp_path / "tb", purged=False)
+    assert [event.step for event in found.Images("samples")] == [0, 2]
+    (event,) = found.Images("clips")
+    assert (event.step, event.width, event.height) == (2, 34, 16)
+    assert img_mime_type_detector.from_bytes(event.encoded_image_string) == "image/gif"
+    with Image.open(io.BytesIO(event.encoded_image_string)) as gif:
+        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(gif)]
+        assert gif.info["duration"] == 120  # of 125 ms: a GIF counts hundredths of a second
+        assert gif.info["loop"] == 0
+    assert np.abs(np.stack(frames) - clip).max() <= 4
 
 
 def test_wandb_says_what_to_install_when_it_is_missing(tmp_path: Path) -> None:
