@@ -72,7 +72,7 @@ def make_plan(config: RunConfig, gpu: GPU, count: int, assumptions: Assumptions,
     """The plan of `config` on `count` GPUs. Raises ConfigError for a recipe that no machine could run."""
     setting = Setting(config, assumptions, gpu, count)
     sizes, sampler = setting.sizes(), config.sampler
-    vae = vae_pass(sizes, sampler.height, sampler.width)
+    vae = vae_pass(sizes, sampler.height, sampler.width, sampler.frames)
     storage, placement = storage_of(config, sizes), setting.placement()
     work, machines = work_of(config, sizes, vae, storage, gpu, count, assumptions, price), hosts(config, sizes)
     found = [*_placed(placement, gpu), *_stored(config, storage), *_noted(config, sizes, work, machines, placement)]
@@ -183,8 +183,8 @@ def _trainable(sizes: Sizes) -> list[Finding]:
     """What of the policy this build cannot run."""
     from diffusion.families.registry import TEXT_ENCODERS
 
-    if len(sizes.shape) == 4:
-        return [Finding("warning", "build", "this build can plan video policies and not yet train them")]
+    if sizes.network.needs_picture:
+        return [Finding("warning", "build", "this build can plan image-to-video and not yet train it: a run has no pictures to give it")]
     if sizes.encoder_class not in TEXT_ENCODERS:
         name = sizes.encoder_class or "text encoder that its config.json names"
         return [Finding("warning", "build", f"this build can plan this policy and not yet train it: it has no {name}")]
