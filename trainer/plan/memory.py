@@ -231,7 +231,8 @@ def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     merged = BYTES[based] * sizes.adapted_weights if config.model.lora.merge else 0
     members = rollout.concurrent_groups * rollout.group_size if config.uses_policy else 0
     evaluated = max(config.evaluation.diversity_samples, min(PARCEL, config.evaluation.test_prompts))
-    tokens = min(sampler.max_tokens, max(members * sizes.tokens * (2 if sampler.guidance > 1 else 1), evaluated * sizes.tokens))
+    one = sizes.tokens * (2 if sampler.guidance > 1 else 1)  # more than the budget, it runs alone
+    tokens = max(one if members else sizes.tokens, min(sampler.max_tokens, max(members * one, evaluated * sizes.tokens)))
     prompts = config.updates * rollout.groups_per_step * config.uses_policy + config.evaluation.test_prompts
     history = 3 if sampler.kernel == "edm_2ab" else 2
     states = members * (history * trained_steps(config) + 3) * sizes.latent_values * 4.0
