@@ -142,8 +142,7 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
     if placement.devices and not asks:
         found.append(Finding("warning", "cpu", "the recipe asks for no GPU: set learner.gpus and rollout.gpus (0.5 each share one)"))
     elif placement.idle:
-        counts = f"learner.ranks={config.learner.ranks}, rollout.generators={config.rollout.generators}"
-        found.append(Finding("warning", "idle", f"{placement.idle} of {len(placement.devices)} GPUs hold nothing: raise {counts}"))
+        found.append(Finding("warning", "idle", f"{placement.idle} of {len(placement.devices)} GPUs hold nothing: {_more(config)}"))
     seconds = work.seconds
     if asks and seconds["encoding"] > seconds["update"]:
         told = f"anchor data with its texts of an update take {seconds['encoding']:.0f} s, GPUs {seconds['update']:.0f} s: training would wait for it"
@@ -173,6 +172,17 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
         found.append(Finding("note", "offload", "learner.offload has no effect while learner.gpus=0"))
     found += _trainable(sizes)
     return found
+
+
+def _more(config: RunConfig) -> str:
+    """What would put idle GPUs to use: more ranks and generators, as long as an update has rollouts and groups for them."""
+    r, ranks = config.rollout, config.learner.ranks
+    rollouts, groups = r.groups_per_step * r.group_size, r.groups_per_step * (1 + config.replay.max_staleness)
+    if config.uses_policy and ranks >= rollouts and r.generators >= groups:
+        return (
+            f"{rollouts} rollouts an update, {groups} groups in the making, keep no more than so many ranks and generators busy; raise rollout.groups_per_step"
+        )
+    return f"raise learner.ranks={ranks}, rollout.generators={r.generators}"
 
 
 def _largest(process: Process) -> str:
