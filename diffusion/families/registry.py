@@ -18,15 +18,17 @@ from diffusion.codecs import Codec, VAECodec
 from diffusion.config import ModelConfig
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import TextEncoder
+from diffusion.families.cosmos import tiny as tiny_cosmos
 from diffusion.families.cosmos.config import CosmosConfig
 from diffusion.families.cosmos.network import CosmosTransformer
 from diffusion.families.cosmos.text import REASON_CLASS, CosmosTextEncoder, CosmosTokens, frozen_projection
 from diffusion.families.frames import FrameEncoder
 from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
+from diffusion.families.sd3 import tiny as tiny_sd3
 from diffusion.families.sd3.network import SD3Config, SD3Transformer
 from diffusion.families.sd3.text import CLIP_CLASS, SD3TextEncoder, SD3Tokens
-from diffusion.families.sd3.tiny import write_like
 from diffusion.families.wan import codec as clips
+from diffusion.families.wan import tiny as tiny_wan
 from diffusion.families.wan.config import WanConfig
 from diffusion.families.wan.image import WanImageEncoder
 from diffusion.families.wan.network import WanTransformer
@@ -111,6 +113,10 @@ SIGNATURES: dict[str, SignatureReader] = {
 }
 """`TextEncoder.signature` of the encoders of a policy's folder, without their weights. Raises as `TEXT_ENCODERS`."""
 
-TINY: dict[str, Callable[[Path, Mapping[str, Mapping[str, Any]]], None]] = {CLIP_CLASS: write_like}
+TINY: dict[str, Callable[[Path, Mapping[str, Mapping[str, Any]]], None]] = {
+    CLIP_CLASS: tiny_sd3.write_like,
+    REASON_CLASS: tiny_cosmos.write_like,
+    UMT5_CLASS: tiny_wan.write_like,
+}
 """Writes the tiny policy of a policy's kind (its classes, its layout, random weights) into a folder, by the class of its `text_encoder`, from
 the keys of its components' config.json. One whose encoder is not listed is small itself. Raises ValueError for a layout it does not know."""

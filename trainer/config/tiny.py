@@ -4,6 +4,7 @@ Invariant: no key comes or goes, and nothing but sizes changes: kinds, kernel, n
 they are. A number only ever falls, GPUs fall to none, and what the command line sets stays.
 
 Worked example: of 10 steps, of which 0 … 8 are trained, 4 are left, of which 0, 1, 2 are trained; 512 x 768 pixels become 32 x 48.
+A clip of 81 frames has 9, which are 4 k + 1 as a clip's VAE wants them; how many a second stays.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ MOST: dict[str, int] = {
     "updates": 4,
     "checkpoint_every": 2,
     "sampler.eval_steps": 6,
+    "sampler.frames": 9,
     "rollout.generators": 1,
     "rollout.group_size": 4,
     "rollout.threads": 1,

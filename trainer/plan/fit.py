@@ -143,7 +143,7 @@ class Setting:
     def placement(self) -> Placement:
         """Raises ConfigError for a recipe that does not work."""
         sizes, sampler = self.sizes(), self.config.sampler
-        parts = processes(self.config, sizes, vae_pass(sizes, sampler.height, sampler.width), self.assumptions)
+        parts = processes(self.config, sizes, vae_pass(sizes, sampler.height, sampler.width, sampler.frames), self.assumptions)
         return place(parts, self.count, self.gpu.memory, self.assumptions.usable)
 
     def with_keys(self, **changes: Any) -> Setting | None:

@@ -20,6 +20,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from services.scorers.settings import RewardSettings
+from services.scorers.videoalign import cost
+from services.scorers.videoalign.config import VideoAlignConfig
 from trainer.config.learner import scales
 from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
@@ -228,7 +231,8 @@ def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     merged = BYTES[based] * sizes.adapted_weights if config.model.lora.merge else 0
     members = rollout.concurrent_groups * rollout.group_size if config.uses_policy else 0
     evaluated = max(config.evaluation.diversity_samples, min(PARCEL, config.evaluation.test_prompts))
-    tokens = min(sampler.max_tokens, max(members * sizes.tokens * (2 if sampler.guidance > 1 else 1), evaluated * sizes.tokens))
+    one = sizes.tokens * (2 if sampler.guidance > 1 else 1)  # more than the budget, it runs alone
+    tokens = max(one if members else sizes.tokens, min(sampler.max_tokens, max(members * one, evaluated * sizes.tokens)))
     prompts = config.updates * rollout.groups_per_step * config.uses_policy + config.evaluation.test_prompts
     history = 3 if sampler.kernel == "edm_2ab" else 2
     states = members * (history * trained_steps(config) + 3) * sizes.latent_values * 4.0
@@ -246,9 +250,10 @@ def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     if sizes.vae is not None:
         parts.append(Part("VAE", vae_bytes(sizes), "fp32"))
         batch = min(vae.batch, max(members, evaluated))
+        what = f"{batch} pictures of {sampler.height}x{sampler.width} in one call" if len(sizes.shape) == 3 else f"a clip{' in tiles' * vae.tiled}"
         if config.data.kind != "prepared":
-            parts.append(Part("encoding", vae.batch * vae.encode.peak, "held-out pictures of an evaluation, in one call"))
-        parts.append(Part("decoding", batch * vae.decode.peak, f"{batch} pictures of {sampler.height}x{sampler.width} in one call"))
+            parts.append(Part("encoding", vae.batch * vae.encode.peak, "held-out pictures of an evaluation, in one call" if len(sizes.shape) == 3 else what))
+        parts.append(Part("decoding", batch * vae.decode.peak, what))
     return tuple(part for part in parts if part.bytes)
 
 
@@ -261,14 +266,21 @@ def encoder(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
 
 
 def rewards(config: RunConfig) -> list[Process]:
-    """Rewards on GPUs, which are taken to fill the share that they ask for."""
+    """Rewards on GPUs. VideoAlign's parts are known; others are taken to fill the share that they ask for."""
     from services.config import fleet_of
 
     if config.fleet.url is not None or not config.reward_names:
         return []
     fleet = fleet_of(config.fleet, config.reward_names)
-    found = fleet.rewards.items()
-    return [Process(f"reward {name}", r.replicas.min, r.gpus, (), reserved=True) for name, r in found if r.gpus]
+    return [_reward(name, reward) for name, reward in fleet.rewards.items() if reward.gpus]
+
+
+def _reward(name: str, reward: RewardSettings) -> Process:
+    if not isinstance(reward, VideoAlignConfig):
+        return Process(f"reward {name}", reward.replicas.min, reward.gpus, (), reserved=True)
+    batch = f"{reward.batch_cost:,} pixels of frames, {reward.batch_items} clips at most"
+    held = (Part("weights", cost.weights_bytes(reward), "Qwen2-VL-2B with its head"), Part("activations", cost.batch_bytes(reward), batch))
+    return Process(f"reward {name}", reward.replicas.min, reward.gpus, held)
 
 
 def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assumptions) -> list[Process]:
@@ -278,7 +290,7 @@ def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     found.append(Process("generator", config.rollout.generators, config.rollout.gpus, generator(config, sizes, vae, assumptions)))
     if config.encoder.actors:
         found.append(Process("encoder", config.encoder.actors, config.encoder.gpus, encoder(config, sizes)))
-    return [replace(p, parts=(*p.parts, own)) if p.gpus else p for p in found] + rewards(config)
+    return [replace(p, parts=(*p.parts, own)) if p.gpus and not p.reserved else p for p in (*found, *rewards(config))]
 
 
 def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
@@ -291,7 +303,7 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     evaluations = config.data_rows * repeats if config.uses_data else 0
     network, version = weights_bytes(config, sizes) + buffers_bytes(config, sizes), version_bytes(config, sizes)
     data = -(-anchors // repeats)
-    texts = sizes.prompt_values * 4.0 * (data + (config.rollout.groups_per_step if config.uses_policy else 0))
+    texts = sizes.prompt_values * 4.0 * (config.feeds_data * data + config.uses_policy * config.rollout.groups_per_step)
     rank = [
         *offloaded(config, sizes),
         Part("part of the weights", min(PART, version / config.learner.ranks), "while it hands in"),

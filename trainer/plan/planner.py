@@ -72,7 +72,7 @@ def make_plan(config: RunConfig, gpu: GPU, count: int, assumptions: Assumptions,
     """The plan of `config` on `count` GPUs. Raises ConfigError for a recipe that no machine could run."""
     setting = Setting(config, assumptions, gpu, count)
     sizes, sampler = setting.sizes(), config.sampler
-    vae = vae_pass(sizes, sampler.height, sampler.width)
+    vae = vae_pass(sizes, sampler.height, sampler.width, sampler.frames)
     storage, placement = storage_of(config, sizes), setting.placement()
     work, machines = work_of(config, sizes, vae, storage, gpu, count, assumptions, price), hosts(config, sizes)
     found = [*_placed(placement, gpu), *_stored(config, storage), *_noted(config, sizes, work, machines, placement)]
@@ -142,8 +142,7 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
     if placement.devices and not asks:
         found.append(Finding("warning", "cpu", "the recipe asks for no GPU: set learner.gpus and rollout.gpus (0.5 each share one)"))
     elif placement.idle:
-        counts = f"learner.ranks={config.learner.ranks}, rollout.generators={config.rollout.generators}"
-        found.append(Finding("warning", "idle", f"{placement.idle} of {len(placement.devices)} GPUs hold nothing: raise {counts}"))
+        found.append(Finding("warning", "idle", f"{placement.idle} of {len(placement.devices)} GPUs hold nothing: {_more(config)}"))
     seconds = work.seconds
     if asks and seconds["encoding"] > seconds["update"]:
         told = f"anchor data with its texts of an update take {seconds['encoding']:.0f} s, GPUs {seconds['update']:.0f} s: training would wait for it"
@@ -175,6 +174,17 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
     return found
 
 
+def _more(config: RunConfig) -> str:
+    """What would put idle GPUs to use: more ranks and generators, as long as an update has rollouts and groups for them."""
+    r, ranks = config.rollout, config.learner.ranks
+    rollouts, groups = r.groups_per_step * r.group_size, r.groups_per_step * (1 + config.replay.max_staleness)
+    if config.uses_policy and ranks >= rollouts and r.generators >= groups:
+        return (
+            f"{rollouts} rollouts an update, {groups} groups in the making, keep no more than so many ranks and generators busy; raise rollout.groups_per_step"
+        )
+    return f"raise learner.ranks={ranks}, rollout.generators={r.generators}"
+
+
 def _largest(process: Process) -> str:
     return ", ".join(f"{p.name} {p.bytes / GB:.0f} GB" for p in sorted(process.parts, key=lambda p: -p.bytes)[:2])
 
@@ -183,9 +193,15 @@ def _trainable(sizes: Sizes) -> list[Finding]:
     """What of the policy this build cannot run."""
     from diffusion.families.registry import TEXT_ENCODERS
 
+<<<<<<< HEAD
     if len(sizes.shape) == 4:
         return [Finding("warning", "build", "this build can plan video policies and not yet train them")]
     if sizes.encoder_class not in {**TEXT_ENCODERS, **sizes.family.text_encoders}:
+=======
+    if sizes.network.needs_picture:
+        return [Finding("warning", "build", "this build can plan image-to-video and not yet train it: a run has no pictures to give it")]
+    if sizes.encoder_class not in TEXT_ENCODERS:
+>>>>>>> recipes
         name = sizes.encoder_class or "text encoder that its config.json names"
         return [Finding("warning", "build", f"this build can plan this policy and not yet train it: it has no {name}")]
     return []

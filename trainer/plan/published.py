@@ -1,8 +1,10 @@
 """Published architectures by their hub id, so that a plan needs neither network nor weights: the keys of the folders' config.json files.
 
 Sources: diffusers 0.42.1 `models/transformers/transformer_sd3.py` (keys and defaults) and `scripts/convert_sd3_to_diffusers.py` of its
-repository (SD3-medium, SD3.5-medium and -large, the VAE); the configurations of OpenAI CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5 v1.1 XXL in
-transformers. The glyph base is `diffusion.families.glyph.policy`'s.
+repository (SD3-medium, SD3.5-medium and -large, the VAE), `transformer_wan.py`, `transformer_cosmos.py`, `autoencoder_kl_wan.py`,
+`scripts/convert_wan_to_diffusers.py` and `scripts/convert_cosmos_to_diffusers.py`; the configurations of OpenAI CLIP ViT-L/14, OpenCLIP
+ViT-bigG/14 and ViT-H/14, T5 v1.1 XXL and UMT5-XXL in transformers; of Cosmos-Reason1-7B the values that cosmos-rl's recipes
+(`configs/cosmos-predict2-5`) build it with, which are Qwen2.5-VL-7B's. The glyph base is `diffusion.families.glyph.policy`'s.
 """
 
 from __future__ import annotations
@@ -68,6 +70,78 @@ _T5_XXL = {
 }
 
 
+_UMT5_XXL = _T5_XXL | {"architectures": ["UMT5EncoderModel"], "vocab_size": 256384}
+_CLIP_H_VISION = {
+    "architectures": ["CLIPVisionModel"],
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+}
+_WAN_VAE = {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+}
+_WAN_14B = {
+    "_class_name": "WanTransformer3DModel",
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+}
+_WAN_1_3B = _WAN_14B | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+_WAN_I2V = _WAN_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+_COSMOS_2B = {
+    "_class_name": "CosmosTransformer3DModel",
+    "in_channels": 17,
+    "out_channels": 16,
+    "num_attention_heads": 16,
+    "attention_head_dim": 128,
+    "num_layers": 28,
+    "mlp_ratio": 4.0,
+    "text_embed_dim": 1024,
+    "adaln_lora_dim": 256,
+    "max_size": [128, 240, 240],
+    "patch_size": [1, 2, 2],
+    "rope_scale": [1.0, 3.0, 3.0],
+    "concat_padding_mask": True,
+    "extra_pos_embed_type": None,
+    "use_crossattn_projection": True,
+    "crossattn_proj_in_channels": 100352,
+    "encoder_hidden_states_channels": 1024,
+}
+_COSMOS_14B = _COSMOS_2B | {"num_attention_heads": 40, "num_layers": 36}
+_REASON1 = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}
+
+
+def _wan(transformer: dict[str, Any], **more: dict[str, Any]) -> Parts:
+    return {"transformer": transformer, "vae": _WAN_VAE, "text_encoder": _UMT5_XXL, **more}
+
+
+def _cosmos(transformer: dict[str, Any]) -> Parts:
+    return {"transformer": transformer, "vae": _WAN_VAE, "text_encoder": _REASON1}
+
+
 def _sd3(transformer: dict[str, Any]) -> Parts:
     return {"transformer": transformer, "vae": _VAE, "text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5_XXL}
 
@@ -76,6 +150,12 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(_SD3),
     "stabilityai/stable-diffusion-3.5-medium": _sd3(_SD35_MEDIUM),
     "stabilityai/stable-diffusion-3.5-large": _sd3(_SD35_LARGE),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan(_WAN_1_3B),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan(_WAN_14B),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _wan(_WAN_I2V, image_encoder=_CLIP_H_VISION),
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _wan(_WAN_I2V, image_encoder=_CLIP_H_VISION),
+    "nvidia/Cosmos-Predict2.5-2B": _cosmos(_COSMOS_2B),
+    "nvidia/Cosmos-Predict2.5-14B": _cosmos(_COSMOS_14B),
 }
 GLYPH = "glyph-base"
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from diffusion.families.base import PackedModel
     from diffusion.families.registry import Family
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+"""Parts that read what a policy is given."""
 UMT5_TOKENS = 512
+"""Tokens that the diffusers pipeline of Wan pads a prompt to."""
 REASON_CLASS, REASON_TOKENS = "Qwen2_5_VLForConditionalGeneration", 512
 """Text encoder of Cosmos-Predict2.5."""
-"""Tokens that the diffusers pipeline of Wan pads a prompt to."""
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,8 @@ def _language_parameters(c: dict[str, Any]) -> int:
 
 
 def encoder_parameters(values: dict[str, Any]) -> int:
-    """Parameters of a CLIP text model with projection, of a T5 encoder, or of the language model of Qwen2.5-VL, which is all that is read of
-    it; 0 for the glyph encoder, whose tables are 1 MB."""
+    """Parameters of a CLIP text model with projection, of a CLIP vision model, of a T5 encoder, or of the language model of Qwen2.5-VL, which is
+    all that is read of it; 0 for the glyph encoder, whose tables are 1 MB."""
     if class_of(values) == REASON_CLASS:
         return _language_parameters(values.get("text_config", values))
     if "d_model" in values:
@@ -270,6 +271,9 @@ def encoder_parameters(values: dict[str, Any]) -> int:
     if "hidden_size" in values:
         h, ff = values["hidden_size"], values["intermediate_size"]
         layer = 4 * (h * h + h) + 2 * h * ff + ff + h + 4 * h
+        if "patch_size" in values:
+            positions = (values["image_size"] // values["patch_size"]) ** 2 + 1
+            return int(values["num_hidden_layers"] * layer + (3 * values["patch_size"] ** 2 + positions + 1) * h + 4 * h)
         tables = (values["vocab_size"] + values["max_position_embeddings"]) * h
         return int(tables + values["num_hidden_layers"] * layer + 2 * h + h * values.get("projection_dim", 0))
     return 0

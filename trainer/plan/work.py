@@ -21,7 +21,8 @@ class Work:
         tokens: of one sample, text included where the network computes on it.
         forward: operations of one forward pass of one sample.
         forwards: passes of the network in an update, in forwards: `sampling`, and `training` with its backward passes.
-        sampling, prompts, decoding, training: operations of an update where generators and learner run; `prompts` through the text encoders.
+        sampling, prompts, decoding, training: operations of an update where generators and learner run; `prompts` through the text encoders;
+            `decoding` has the encoding of groups' own examples (`data.pairing: own`) in it.
         encoding: operations of an update beside generators and learner: anchor pictures through the VAE, on a CPU thread, and their captions
             through the text encoders (without Encoder actors ranks do that while they would train); a set that `ddrl prepare-data` made has its
             pictures encoded.
@@ -99,15 +100,25 @@ def evaluators(config: RunConfig) -> float:
     return max(1.0, sum(sizes) / (PARCEL * rounds))
 
 
+def samplers(config: RunConfig) -> float:
+    """Generators that an update keeps busy in the mean: a group is one generator's, and no more groups are in the making than may be waiting."""
+    generators, groups = config.rollout.generators, config.rollout.groups_per_step
+    if config.replay.max_staleness:
+        return min(generators, groups * (1 + config.replay.max_staleness))
+    return groups / -(-groups // generators)
+
+
 def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu: GPU, count: int, assumptions: Assumptions, price: float | None) -> Work:
     """See `Work`. `count`: GPUs that there are; `price`: of one GPU an hour."""
     forward, passes = float(sizes.network.forward_flops(sizes.shape, sizes.prompt[0])), forwards(config)
     rollouts = config.rollout.groups_per_step * config.rollout.group_size if config.uses_policy else 0
     prompt = 2.0 * sizes.prompt[0] * sum(e.parameters for e in sizes.encoders)
-    anchors = config.data_rows if config.uses_data else 0
+    anchors = config.data_rows if config.feeds_data else 0
     pictures = anchors if config.data.kind != "prepared" else 0
     prompts = prompt * config.rollout.groups_per_step if config.uses_policy else 0.0
     sampling, decoding = passes["sampling"] * forward, rollouts * vae.decode.flops
+    if config.uses_data and not config.feeds_data and config.data.kind != "prepared":
+        decoding += config.rollout.groups_per_step * vae.encode.flops
     training = (passes["policy loss"] + passes["data loss"]) * forward
     drawn = pictures * vae.encode.flops
     encoding = drawn + anchors * prompt
@@ -127,12 +138,13 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
 
     r, learner, rate = config.rollout, config.learner, gpu.rate(config.model.dtype)
     text_rate = gpu.rate(config.model.text_dtype) * assumptions.rollout_utilisation
-    sample_s = seconds(sampling, r.generators, r.gpus, rate * assumptions.rollout_utilisation)
+    busy = samplers(config) if config.uses_policy else r.generators
+    sample_s = seconds(sampling, busy, r.gpus, rate * assumptions.rollout_utilisation)
     texts = config.encoder
     actors = texts.actors * (1 if texts.gpus else texts.threads)
-    sample_s += seconds(prompts, actors, texts.gpus, text_rate) if actors else seconds(prompts, r.generators, r.gpus, text_rate)
+    sample_s += seconds(prompts, actors, texts.gpus, text_rate) if actors else seconds(prompts, busy, r.gpus, text_rate)
     encoding_s = drawn / cpu + (seconds(anchors * prompt, actors, texts.gpus, text_rate) if actors else 0.0)
-    sample_s += seconds(decoding, r.generators, r.gpus, gpu.fp32 * assumptions.rollout_utilisation)  # the VAE runs in fp32
+    sample_s += seconds(decoding, busy, r.gpus, gpu.fp32 * assumptions.rollout_utilisation)  # the VAE runs in fp32
     train_s = seconds(training, learner.ranks, learner.gpus, rate * assumptions.train_utilisation)
     over_pcie, on_host = offloaded_bytes(config, sizes)
     offload_s = over_pcie / (assumptions.pcie_gb_s * 1e9) + on_host / (assumptions.host_gb_s * 1e9)
@@ -148,7 +160,8 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     hours = config.updates * update / 3600
     version = version_bytes(config, sizes)
     generators = r.generators if config.uses_policy else 0
-    embeds = (config.data_rows + (config.rollout.groups_per_step if config.uses_policy else 0)) * sizes.prompt_values * 4.0 if config.encoder.actors else 0.0
+    read = config.feeds_data * config.data_rows + config.uses_policy * config.rollout.groups_per_step  # a group's own datum has its text
+    embeds = read * sizes.prompt_values * 4.0 if config.encoder.actors else 0.0
     return Work(
         tokens=sizes.tokens,
         forward=forward,

@@ -7,6 +7,7 @@ text, Wan 2.1's autoencoder, UniPC on Karras' grid.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
 )
 """Turns as the published template makes them, text alone."""
+
+
+def write_like(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the tiny one of a policy's kind, of which there is one. Raises ValueError where `parts` has no VAE."""
+    if "vae" not in parts:
+        raise ValueError("it has Cosmos-Reason1 and no vae/, and a tiny policy of that layout is not known")
+    write_tiny(folder)
 
 
 def write_tiny(folder: Path, seed: int = 0) -> None:

@@ -6,6 +6,7 @@ and has 16 channels (48), CLIP's vision model of 224 pixels where the published 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,24 @@ Style = Literal["t2v", "i2v", "ti2v"]
 WIDTH = 32
 """Channels of a prompt's embeddings."""
 HEADS, HEAD = 2, 12
+
+
+def write_like(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the tiny one of a policy's kind.
+
+    Args:
+        parts: the policy's components, by name, and the keys of their config.json.
+
+    Raises:
+        ValueError: it is none of the styles: it has no VAE, or takes a picture without CLIP's features of it, as Wan 2.2's A14B.
+    """
+    network = parts["transformer"]
+    channels, made = network.get("in_channels", 16), network.get("out_channels") or network.get("in_channels", 16)
+    if "vae" not in parts:
+        raise ValueError("it has UMT5 and no vae/, and a tiny policy of that layout is not known")
+    if channels > made and not network.get("image_dim"):
+        raise ValueError("it takes a picture and has no CLIP features of it (Wan 2.2 A14B), and a tiny policy of that layout is not known")
+    write_tiny(folder, "i2v" if channels > made else "ti2v" if parts["vae"].get("is_residual") else "t2v")
 
 
 def write_tiny(folder: Path, style: Style = "t2v", seed: int = 0) -> None:

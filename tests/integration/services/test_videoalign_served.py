@@ -15,8 +15,8 @@ from services.fleet.file import parse_fleet
 from services.fleet.start import start_fleet, stop_fleet
 from services.media.base import Media
 from services.scorers.registry import build_scorer, parse_reward
+from services.scorers.videoalign import tiny
 from services.scorers.videoalign.convert import convert
-from tests.unit.services.scorers.videoalign import tiny
 
 CLIPS = [Media(tiny.clip(frames, height, width, seed), fps) for seed, (frames, height, width, fps) in enumerate([(8, 48, 64, 8.0), (40, 64, 40, 16.0)] * 4)]
 PROMPTS = [f"a cat, and {i} birds" for i in range(len(CLIPS))]

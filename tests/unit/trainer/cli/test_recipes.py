@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
+from actors.clips import write_clip
 from actors.prepared import Row, begin, finish, write_shard
 from actors.sources.example import split_of
 from trainer.cli.main import app
@@ -46,15 +48,27 @@ def anchors(_elsewhere: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def clips(_elsewhere: Path) -> Path:
+    """A folder of captioned clips, as long as the recipes want them: one file under many captions."""
+    folder = _elsewhere / "clips"
+    folder.mkdir()
+    write_clip(folder / "a.mp4", np.zeros((93, 16, 16, 3), np.uint8), 16.0)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": "a.mp4", "text": f"a clip, number {i}"}) + "\n" for i in range(1500)))
+    return folder
+
+
 @recipes
-def test_config_takes_it(recipe: Path, anchors: Path) -> None:
+def test_config_takes_it(recipe: Path, anchors: Path, clips: Path) -> None:
     config = load_config(recipe)
-    drawn = config.data.kind == "prepared"
-    if drawn:  # what the recipe says to draw beforehand is asked for by name
+    given = {"prepared": (anchors, "is no prepared set"), "folder": (clips, "needs a metadata.jsonl")}.get(config.data.kind)
+    if given is not None:  # what the recipe says to bring or to draw beforehand is asked for by name
         refused = CliRunner().invoke(app, ["config", str(recipe)])
         assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
-        assert f"data: {config.data.path} is no prepared set" in refused.stderr
-    there = [f"data.path={anchors}"] if drawn else []
+        assert f"{config.data.path} {given[1]}" in refused.stderr
+    there = [] if given is None else [f"data.path={given[0]}"]
+    if config.data.kind == "folder":
+        there += ["sampler.height=64", "sampler.width=112"]  # some clips are read, in the run's size
     done = CliRunner().invoke(app, ["config", str(recipe), *(w for s in there for w in ("--set", s))])
     assert done.exit_code == 0, done.output
     assert parse_config(yaml.safe_load(done.stdout)) == load_config(recipe, there)
@@ -62,7 +76,8 @@ def test_config_takes_it(recipe: Path, anchors: Path) -> None:
 
 @recipes
 def test_plan_takes_it(recipe: Path) -> None:
-    gpus = "1" if load_config(recipe).learner.gpus else "0"
+    learner = load_config(recipe).learner
+    gpus = "8" if learner.gpus == 1 else "1" if learner.gpus else "0"
     done = CliRunner().invoke(app, ["plan", str(recipe), "--gpus", gpus])
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-1].strip() == "fits"

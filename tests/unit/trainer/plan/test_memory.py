@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from actors.evaluator import SAMPLES_A_PARCEL
 from actors.weights.shards import PART_BYTES
+from diffusion.checkpoint import load_codec
 from diffusion.engine.cache import MAX_BYTES
+from diffusion.families.wan.tiny import write_tiny as write_wan
 from diffusion.weights import SHARD_BYTES
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
@@ -16,7 +22,7 @@ from trainer.learn.optimizer import AdamW8bit
 from trainer.plan import memory
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass, vae_pass
-from trainer.plan.memory import generator, hosts, learner_rank, micro_rows, pass_count, processes, rank_rows
+from trainer.plan.memory import generator, hosts, learner_rank, micro_rows, pass_count, processes, rank_rows, rewards
 from trainer.plan.sizes import sizes_of
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
@@ -244,3 +250,41 @@ def test_sizes_that_the_plan_knows_are_those_of_the_code() -> None:
     assert memory.PROMPT_CACHE == MAX_BYTES
     assert memory.SHARD == SHARD_BYTES
     assert memory.PART == PART_BYTES
+
+
+def test_a_clip_goes_through_the_vae_a_latent_frame_at_a_time() -> None:
+    """Operations are those of the codec; memory does not grow with the length; above 832 pixels it is that of a tile."""
+    wan = {"model": {"path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}}
+    large = vae_pass(sizes_of(recipe(**wan), Assumptions()), 480, 832, 81)
+    assert (large.decode.flops, large.encode.flops) == (pytest.approx(275e12, rel=0.01), pytest.approx(164e12, rel=0.01))  # counted of the class, whole
+    assert large.decode.peak == vae_pass(sizes_of(recipe(**wan), Assumptions()), 480, 832, 17).decode.peak == pytest.approx(20e3 * 480 * 832, rel=0.05)
+    assert (large.tiled, large.batch) == (False, 1)
+    tiled = vae_pass(sizes_of(recipe(**wan), Assumptions()), 704, 1280, 93)
+    assert tiled.tiled
+    assert tiled.decode.peak == pytest.approx(large.decode.peak * 256**2 / (480 * 832), rel=0.05)
+
+
+def test_operations_of_a_clip_are_those_of_the_codec(tmp_path: Path) -> None:
+    write_wan(tmp_path)
+    sizes = sizes_of(recipe(model={"path": str(tmp_path)}, sampler={"height": 32, "width": 48, "frames": 9}), Assumptions())
+    codec = load_codec(tmp_path)
+    planned = vae_pass(sizes, 32, 48, 9)
+    for pass_, run in (
+        (planned.decode, lambda: codec.decode(torch.zeros(1, 16, 3, 4, 6))),
+        (planned.encode, lambda: codec.encode(np.zeros((1, 9, 32, 48, 3), np.uint8))),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        assert pass_.flops == pytest.approx(counter.get_total_flops(), rel=0.05)  # 1 x 1 convolutions before and after are not counted
+
+
+def test_what_videoalign_takes() -> None:
+    """Weights of Qwen2-VL-2B and a batch, however large the share that it asks for; a share of another reward is taken to be filled."""
+    settings = {"kind": "videoalign", "path": "/m", "device": "cuda", "gpus": 0.25}
+    found = rewards(recipe(rewards={"judge": {}}, fleet={"rewards": {"judge": settings}}))
+    assert [(p.name, p.gpus, p.reserved) for p in found] == [("reward judge", 0.25, False)]
+    parts = {part.name: part.bytes for part in found[0].parts}
+    assert parts["weights"] == 2 * 2_208_563_200
+    assert 1e9 < parts["activations"] < 4e9  # 51,000 patches, or 13,000 tokens of video and 32 templates
+    small = rewards(recipe(rewards={"judge": {}}, fleet={"rewards": {"judge": {**settings, "batch_cost": 5_000_000, "batch_items": 4}}}))[0]
+    assert {part.name: part.bytes for part in small.parts}["activations"] < 0.4 * parts["activations"]

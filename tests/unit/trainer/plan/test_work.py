@@ -13,7 +13,7 @@ from trainer.plan.dry import vae_pass
 from trainer.plan.gpus import GPUS
 from trainer.plan.sizes import sizes_of
 from trainer.plan.storage import storage_of
-from trainer.plan.work import Work, evaluators, forwards, offloaded_bytes, work_of
+from trainer.plan.work import Work, evaluators, forwards, offloaded_bytes, samplers, work_of
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -128,3 +128,23 @@ def test_an_evaluation_keeps_as_many_generators_busy_as_it_has_parcels(generator
     """32 prompts are one parcel, 8 prompts of 16 samples are four."""
     config = recipe(rollout={"generators": generators}, evaluation={"dev_prompts": 32, "diversity_prompts": 32, "diversity_samples": 16})
     assert evaluators(config) == busy
+
+
+def test_an_own_datum_is_encoded_where_its_group_is_sampled() -> None:
+    """Once a group, on the generator's GPU, its text with the prompt's; a feeder encodes every row apart."""
+    data = {"kind": "folder", "path": "pictures"}
+    free, own = (work(recipe(data={**data, "pairing": pairing}, encoder={"actors": 1, "gpus": 0.1})) for pairing in ("free", "own"))
+    assert own.encoding == own.links["anchor batch, written and read"] == 0 < free.encoding
+    assert own.decoding - free.decoding == pytest.approx(4 * 1.12e12, rel=0.01)
+    assert free.links["encoded texts, read by ranks"] == 7 * own.links["encoded texts, read by ranks"]  # 24 rows and 4 groups
+
+
+def test_a_group_is_sampled_by_one_generator() -> None:
+    """4 groups keep 4 of 16 generators busy while none may be older than the step, 8 while they may be one older; 3 generators take two rounds."""
+
+    def busy(generators: int, staleness: int) -> float:
+        return samplers(recipe(rollout={"generators": generators}, replay={"max_staleness": staleness}))
+
+    assert (busy(16, 0), busy(16, 1), busy(3, 0), busy(3, 1)) == (4, 8, 2, 3)
+    one, many = (work(recipe(rollout={"generators": n}, replay={"max_staleness": 0}), count=64).seconds["sampling"] for n in (4, 60))
+    assert one == many

@@ -17,7 +17,8 @@ from trainer.cli.main import app
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_config
 from trainer.run.preflight import check_files, check_policy
-from trainer.run.tiny import cache_folder, tiny_config
+from trainer.run.tiny import tiny_config
+from trainer.run.tiny_cache import cache_folder
 
 RECIPES = Path(__file__).resolve().parents[4] / "recipes"
 SD35 = RECIPES / "sd35-medium-ocr.yaml"

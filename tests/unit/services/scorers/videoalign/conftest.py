@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from services.scorers.videoalign import tiny
 from services.scorers.videoalign.config import VideoAlignConfig
 from services.scorers.videoalign.scorer import VideoAlignScorer
-from tests.unit.services.scorers.videoalign import tiny
 
 DIMS = tiny.Dims()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.unit.services.scorers.videoalign.tiny import Dims
+from services.scorers.videoalign.tiny import Dims
 
 PRE = "base_model.model."
 

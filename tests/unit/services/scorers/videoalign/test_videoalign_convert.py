@@ -13,11 +13,11 @@ from torch import Tensor
 
 from services.contract import ItemScore
 from services.media.base import Media
+from services.scorers.videoalign import tiny
 from services.scorers.videoalign.checkpoint import find
 from services.scorers.videoalign.convert import convert
 from services.scorers.videoalign.errors import CheckpointError, KeyMismatch
 from services.scorers.videoalign.scorer import VideoAlignScorer
-from tests.unit.services.scorers.videoalign import tiny
 from tests.unit.services.scorers.videoalign.conftest import DIMS
 
 Make = Callable[..., VideoAlignScorer]

@@ -17,9 +17,9 @@ import yaml
 from services.scorers.registry import parse_reward
 from services.scorers.settings import RewardSettings
 from services.scorers.videoalign import convert as module
+from services.scorers.videoalign import tiny
 from services.scorers.videoalign.config import VideoAlignConfig
 from services.scorers.videoalign.scorer import VideoAlignScorer
-from tests.unit.services.scorers.videoalign import tiny
 from tests.unit.services.scorers.videoalign.conftest import DIMS
 
 ROOT = Path(__file__).resolve().parents[5]

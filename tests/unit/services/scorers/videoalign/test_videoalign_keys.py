@@ -6,9 +6,10 @@ import math
 
 import pytest
 
+from services.scorers.videoalign import cost
 from services.scorers.videoalign.layout import QWEN2_VL_2B, empty_model, expected, known_base, style_of
 from services.scorers.videoalign.settings import LoraSettings, ModelSettings
-from tests.unit.services.scorers.videoalign.tiny import VIDEOREWARD, published_shapes
+from services.scorers.videoalign.tiny import VIDEOREWARD, published_shapes
 
 SETTINGS = ModelSettings(
     base="Qwen/Qwen2-VL-2B-Instruct",
@@ -58,3 +59,11 @@ def test_the_2b_base_is_known_by_name(name: str) -> None:
 
 def test_other_bases_are_not_guessed() -> None:
     assert known_base("Qwen/Qwen2-VL-7B-Instruct") is None
+
+
+def test_the_plan_counts_the_model_that_is_loaded() -> None:
+    model = empty_model(QWEN2_VL_2B, VIDEOREWARD.vocab)
+    assert sum(p.numel() for p in model.parameters()) + VIDEOREWARD.hidden == cost.PARAMETERS
+    text, vision = QWEN2_VL_2B["text_config"], QWEN2_VL_2B["vision_config"]
+    assert (text["hidden_size"], text["intermediate_size"]) == (cost.WORDS, cost.WORDS_MLP)
+    assert (vision["embed_dim"], vision["embed_dim"] * vision["mlp_ratio"]) == (cost.VISION, cost.VISION_MLP)

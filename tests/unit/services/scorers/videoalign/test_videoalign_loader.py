@@ -17,12 +17,13 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from services.contract import ItemScore
 from services.media.base import Media
+from services.scorers.videoalign import tiny
 from services.scorers.videoalign.checkpoint import find, read
 from services.scorers.videoalign.errors import CheckpointError, KeyMismatch
 from services.scorers.videoalign.layout import empty_model, stock_name
 from services.scorers.videoalign.pixels import patchify
 from services.scorers.videoalign.scorer import Prepared, VideoAlignScorer
-from tests.unit.services.scorers.videoalign import oracle, tiny
+from tests.unit.services.scorers.videoalign import oracle
 from tests.unit.services.scorers.videoalign.conftest import DIMS
 
 PROMPTS = ["a cat", "a dog runs far away"]

@@ -18,13 +18,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from services.contract import ScoreFailure
 from services.media.base import Media
 from services.media.frames import TooFewFrames, frame_count, take
+from services.scorers.videoalign import tiny
 from services.scorers.videoalign.config import PUBLIC_TEMPLATE_SHA256
 from services.scorers.videoalign.errors import CheckpointError
 from services.scorers.videoalign.frames import MIN_PIXELS, UnusableSize, frame_spec, grid, resized, video_tokens
 from services.scorers.videoalign.pixels import CLIP_MEAN, CLIP_STD, patchify, resize
 from services.scorers.videoalign.template import fill, read_template
 from services.scorers.videoalign.tokens import RewardTokenizer
-from tests.unit.services.scorers.videoalign import tiny
 
 MAX_PIXELS = 200704
 SPEC = frame_spec(2.0, None, MAX_PIXELS)

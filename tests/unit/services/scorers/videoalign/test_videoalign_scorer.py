@@ -22,12 +22,12 @@ from services.media.base import Media
 from services.media.frames import take
 from services.scorers.base import ScorerUnfit
 from services.scorers.registry import build_scorer, parse_reward
+from services.scorers.videoalign import tiny
 from services.scorers.videoalign.config import VideoAlignConfig
 from services.scorers.videoalign.errors import CheckpointError
 from services.scorers.videoalign.model import RewardModel, pool, reward_places
 from services.scorers.videoalign.pixels import patchify
 from services.scorers.videoalign.scorer import VideoAlignScorer
-from tests.unit.services.scorers.videoalign import tiny
 from tests.unit.services.scorers.videoalign.conftest import DIMS
 
 Make = Callable[..., VideoAlignScorer]

@@ -1,4 +1,7 @@
-"""VideoAlign checkpoints in their real layouts, small: names, files and settings as published, random weights, byte-level tokenizer."""
+"""Tiny VideoAlign checkpoints in their real layouts: names, files and settings as published, random weights, a byte-level tokenizer.
+
+Sizes, weights, tokenizer and the words of the template are all that differs. A run with `--tiny` scores with one; the scorer's tests too.
+"""
 
 from __future__ import annotations
 
@@ -219,6 +222,19 @@ def write_adapter(root: Path, d: Dims, tensors: dict[str, torch.Tensor], frozen:
     (root / "model_config.json").write_text(json.dumps(model_config(d)))
     (root / "prompt_template.txt").write_bytes(TEMPLATE.encode())
     return root
+
+
+def write_reward(folder: Path) -> None:
+    """Write ``folder/checkpoint``, as published with VideoReward's mean and deviation, and ``folder/base``, the config.json of its base model; 1 MB."""
+    sizes = Dims()
+    write_checkpoint(folder / "checkpoint", sizes, published_tensors(sizes), VIDEOREWARD_SPREAD)
+    write_base(folder / "base", sizes)
+
+
+def reward_settings(folder: Path) -> dict[str, Any]:
+    """Settings of a ``videoalign`` entry that scores with what ``write_reward`` wrote; those of a checkpoint of one's own are taken back."""
+    own: dict[str, Any] = dict.fromkeys(("checkpoint", "tokenizer", "template"))
+    return own | {"path": str(folder / "checkpoint"), "base": str(folder / "base"), "template_sha256": TEMPLATE_SHA256}
 
 
 def clip(frames: int = 8, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:

@@ -1,0 +1,118 @@
+"""Recipes of video policies through the whole pipeline, with `--tiny` and a tiny VideoAlign: to a report with clips, and to diffusers' own pipelines."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file
+
+from diffusion.checkpoint import load_policy
+from diffusion.config import ModelConfig
+from diffusion.lora import PREFIX, WEIGHTS
+from tests.pipeline import ROOT, Run, check_ledger, command, records, settings
+from tests.unit.diffusion.cosmos import pipeline as open_cosmos
+from trainer.config.load import load_config
+from trainer.run.resume import registered_step
+
+RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*videoalign*.yaml"))
+NO_PICTURES = pytest.mark.xfail(reason="a run has no pictures to give an image-to-video policy yet", strict=True)
+FRAMES, FPS = 9, 16
+FAMILIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "wan21-1.3b-videoalign": ("WanPipeline", lambda folder: WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)),
+    "cosmos25-2b-videoalign": ("Cosmos2_5_PredictBasePipeline", open_cosmos),
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Start tiny runs of recipes, with a cache of their own; they are ended whatever happens."""
+    runs: list[Run] = []
+
+    def make(recipe: str, *arguments: str) -> Run:
+        found = Run(tmp_path / "run", "--tiny", *arguments, recipe=f"recipes/{recipe}.yaml", environment={"XDG_CACHE_HOME": str(tmp_path / "cache")})
+        runs.append(found)
+        return found
+
+    yield make
+    for run in runs:
+        run.end()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=NO_PICTURES) if "i2v" in name else name for name in RECIPES])
+def test_a_recipe_runs_to_its_report(recipe: str, tiny: Callable[..., Run]) -> None:
+    run = tiny(recipe)
+    code, out, err = run.finish()
+    assert code == 0, (out, err)
+    assert re.search(r"^  sampler\.frames +\d+ → 9$", out, re.MULTILINE)
+    full, config = load_config(ROOT / "recipes" / f"{recipe}.yaml"), load_config(run.folder / "config.yaml")
+    assert (config.objective, config.optimizer, config.model.lora, config.rewards) == (full.objective, full.optimizer, full.model.lora, full.rewards)
+    check_ledger(run.folder, config.updates, config.rollout.groups_per_step)
+    updates = records(run.folder, "update")
+    assert all(update["skipped"] == 0 and update["failed_scores"]["videoalign"] == 0 for update in updates)
+    assert all(("data_loss" in update) == full.uses_data for update in updates)
+    assert all(("reverse_kl" in update) == (full.objective.kl_weight > 0) for update in updates)
+    assert all(update["rewards_std"]["videoalign"] > 0 for update in updates)  # a judge of random weights tells clips of noise apart
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["missing"] == []
+    assert set(summary["rewards"]) == {*full.rewards, *full.held_out_rewards}
+    for name in ("before", "after"):
+        with av.open(str(run.folder / "samples" / f"{name}.mp4")) as file:
+            assert (file.streams.video[0].frames, file.streams.video[0].average_rate) == (FRAMES, FPS)
+    assert (run.folder / "report.html").read_text().count("<video ") == 2
+    assert run.leftovers() == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", FAMILIES)
+def test_stopped_resumed_exported_and_opened_by_diffusers(recipe: str, tiny: Callable[..., Run], tmp_path: Path) -> None:
+    """A checkpoint, an end in the middle, the rest; then the export, and where there is one its adapter, in the policy's own pipeline class."""
+    learning = settings("optimizer.lr=0.01", "optimizer.warmup=0")
+    run = tiny(recipe, *learning)
+    run.wait_for(lambda: registered_step(run.folder / "checkpoints") >= 2, "the first checkpoint")
+    run.process.send_signal(signal.SIGINT)
+    code, out, err = run.finish()
+    assert code in (0, 130), (out, err)  # 0: it was quicker
+    if code == 130:
+        run = tiny(recipe, *learning, "--resume")
+        run.succeed()
+    config = load_config(run.folder / "config.yaml")
+    check_ledger(run.folder, config.updates, config.rollout.groups_per_step)
+    assert (run.folder / "report.html").exists()
+
+    exported = tmp_path / "exported"
+    done = subprocess.run(command("export", str(run.folder), str(exported)), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    kind, opened = FAMILIES[recipe]
+    pipeline, ours = opened(exported), load_policy(ModelConfig(path=str(exported))).transformer.state_dict()
+    assert type(pipeline).__name__ == kind
+    theirs = pipeline.transformer.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    base = opened(Path(config.model.path))
+    before = base.transformer.state_dict()
+    assert any(not torch.equal(before[name].to(ours[name].dtype), ours[name]) for name in ours)
+    assert drawn(pipeline).shape == (1, FRAMES, 32, 48, 3)
+    if config.model.lora.rank:
+        base.load_lora_weights(exported, weight_name=WEIGHTS)
+        stored = load_file(exported / WEIGHTS)
+        loaded = {re.sub(r"\.default(_\d+)?", "", name): tensor for name, tensor in base.transformer.state_dict().items() if ".lora_" in name}
+        assert {PREFIX + name for name in loaded} == stored.keys()
+        assert all(torch.equal(loaded[name.removeprefix(PREFIX)], tensor) for name, tensor in stored.items())
+
+
+@torch.no_grad()
+def drawn(pipeline: Any) -> Any:
+    """A clip of the pipeline, with its own solver."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(prompt="a small red circle", height=32, width=48, num_frames=FRAMES, num_inference_steps=2, output_type="np").frames
