@@ -66,6 +66,17 @@ def test_save_and_load_give_the_same_encoder(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode([sign("90")]).prompt_embeds, ENCODER.encode([sign("90")]).prompt_embeds)
 
 
+def test_an_encoder_without_bindings_gives_no_pooled_vector(tmp_path: Path) -> None:
+    """Wan's networks take none; what stands in quotes may then be as long as there are tokens."""
+    GlyphTextEncoder.create(pooled_dim=0).save(tmp_path)
+    encoder = GlyphTextEncoder.load(tmp_path)
+    found = encoder.encode([sign("407"), "", '"1234567890"'])
+    assert set(found.tensors) == {"prompt_embeds"}
+    assert torch.equal(found.prompt_embeds[0, 3:7] != found.prompt_embeds[1, 3:7], torch.ones(4, 64, dtype=torch.bool))
+    with pytest.raises(ValueError, match="holds 10 tokens of which 10 quoted characters"):
+        encoder.encode(['"12345678901"'])
+
+
 def test_tables_follow_the_seed() -> None:
     again, other = GlyphTextEncoder.create(), GlyphTextEncoder.create(seed=1)
     assert all(torch.equal(again.tables[k], ENCODER.tables[k]) for k in ENCODER.tables)
