@@ -78,6 +78,21 @@ class GlyphTextEncoder:
         config = json.loads((folder / "config.json").read_text())
         return cls(load_file(folder / "model.safetensors"), int(config["max_tokens"]), int(config.get("version", 1)))
 
+    @classmethod
+    def of_policy(cls, folder: Path) -> GlyphTextEncoder:
+        """The encoder of a policy's folder. Raises ValueError for one that gives something else than the network there takes."""
+        found = cls.load(folder / "text_encoder")
+        values = json.loads((folder / "transformer" / "config.json").read_text())
+        takes = values.get("joint_attention_dim", values.get("text_dim")), values.get("pooled_projection_dim", 0)
+        bindings = found.tables.get("bindings")
+        gives = len(found.tables["padding"]), 0 if bindings is None else bindings.shape[2]
+        if gives != takes:
+            raise ValueError(
+                f"it gives tokens of {gives[0]} channels and a pooled vector of {gives[1]} (0: none), the network takes {takes[0]} and {takes[1]}; "
+                f"write another: GlyphTextEncoder.create(dim={takes[0]}, pooled_dim={takes[1]})"
+            )
+        return found
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"_class_name": CLASS_NAME, "version": self.version, "max_tokens": self.max_tokens}, indent=2) + "\n")
