@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_every_frame_is_the_one_before_shifted(direction: str) -> None:
         number, _ = moving.draw_number(rng)
         clip = moving.render_clip(number, direction, rng, 16, 40)
         assert (clip.shape, clip.dtype) == ((moving.FRAMES, 16, 40, 3), np.uint8)
-        for a, b in zip(clip, clip[1:], strict=False):
+        for a, b in itertools.pairwise(clip):
             np.testing.assert_array_equal(np.roll(a, (down, right), (0, 1)), b)
         assert len(np.unique(clip[:, 0, 0], axis=0)) == 1
 
