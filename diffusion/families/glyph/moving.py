@@ -31,12 +31,12 @@ def draw_number(rng: np.random.Generator) -> tuple[str, str]:
 
 def render_clip(number: str, direction: str, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Clip of a moving number, uint8 `[FRAMES, height, width, 3]`: digits in cells of equal width, in one font and two colours, in the
-    middle of the picture, give or take a pixel, in the middle of the clip.
+    middle of the picture in the middle of the clip, give or take a pixel to the sides.
 
     Font, place and colours are drawn from `rng`. Luminance of ink and ground differs by at least 0.35, so that every clip can be read.
     """
-    cell, face = width * 9 / 40, font(FONTS[int(rng.integers(len(FONTS)))], round(height * 0.8))
-    x, y = np.array([width / 2, height / 2]) + rng.integers(-1, 2, 2) * [1.0, 0.5]
+    cell, face = width * 9 / 40, font(FONTS[int(rng.integers(len(FONTS)))], round(height * 0.75))
+    x, y = width / 2 + int(rng.integers(-1, 2)), height / 2
     ground, ink = two_colours(rng)
     path = [tuple(step * (i - FRAMES // 2) for step in STEP[direction]) for i in range(FRAMES)]
     margin = max(abs(step) for place in path for step in place)

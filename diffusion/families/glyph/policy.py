@@ -60,7 +60,7 @@ CLIPS = Kind(
     network="WanTransformer3DModel",
     # every frame has patches of its own, so that the first may be given while the others are sampled
     config=WanConfig(
-        patch_size=(1, 4, 8),
+        patch_size=(1, 4, 4),
         num_attention_heads=4,
         attention_head_dim=24,
         in_channels=3,
@@ -68,7 +68,7 @@ CLIPS = Kind(
         text_dim=64,
         freq_dim=64,
         ffn_dim=384,
-        num_layers=6,
+        num_layers=5,
         rope_max_seq_len=64,
     ),
     shift=3.0,  # frames repeat each other, and withstand more noise together: half of the grid lies above 3/4

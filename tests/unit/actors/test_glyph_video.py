@@ -43,28 +43,28 @@ def test_every_frame_is_the_one_before_shifted(direction: str) -> None:
     for seed in range(40):
         rng = np.random.default_rng(seed)
         number, _ = moving.draw_number(rng)
-        clip = moving.render_clip(number, direction, rng, 16, 40)
-        assert (clip.shape, clip.dtype) == ((moving.FRAMES, 16, 40, 3), np.uint8)
+        clip = moving.render_clip(number, direction, rng, 12, 32)
+        assert (clip.shape, clip.dtype) == ((moving.FRAMES, 12, 32, 3), np.uint8)
         for a, b in itertools.pairwise(clip):
             np.testing.assert_array_equal(np.roll(a, (down, right), (0, 1)), b)
         assert len(np.unique(clip[:, 0, 0], axis=0)) == 1
 
 
 def test_a_larger_clip_is_drawn_larger() -> None:
-    clip = moving.render_clip("407", "down", np.random.default_rng(0), 32, 80)
-    assert clip.shape == (moving.FRAMES, 32, 80, 3)
+    clip = moving.render_clip("407", "down", np.random.default_rng(0), 24, 64)
+    assert clip.shape == (moving.FRAMES, 24, 64, 3)
     ink = np.abs(clip[0].astype(int) - clip[0, 0, 0]).sum(-1) > 60
-    assert 40 <= np.flatnonzero(ink.any(0)).size <= 60
+    assert 32 <= np.flatnonzero(ink.any(0)).size <= 48
 
 
 def test_an_example_looks_the_same_every_time_and_goes_by_its_text() -> None:
     for example in drawn(5):
         assert example.id == example.text
-        np.testing.assert_array_equal(example.pixels(16, 40), example.pixels(16, 40))
+        np.testing.assert_array_equal(example.pixels(12, 32), example.pixels(12, 32))
     rows = training_rows(SOURCE, 0.0, 3, 7, 6)
     again = training_rows(SOURCE, 0.0, 3, 7, 6)
     assert [caption for caption, _ in rows] == [caption for caption, _ in again]
-    np.testing.assert_array_equal(pixels_of([e for _, e in rows], 16, 40, 5), pixels_of([e for _, e in again], 16, 40, 5))
+    np.testing.assert_array_equal(pixels_of([e for _, e in rows], 12, 32, 5), pixels_of([e for _, e in again], 12, 32, 5))
     assert {e.split for _, e in rows} == {"train"}
 
 
@@ -81,15 +81,15 @@ def test_it_goes_by_its_kind_without_a_path() -> None:
 
 
 def test_a_clip_longer_than_the_world_s_is_refused() -> None:
-    assert pixels_of(drawn(2), 16, 40, 3).shape == (2, 3, 16, 40, 3)
+    assert pixels_of(drawn(2), 12, 32, 3).shape == (2, 3, 12, 32, 3)
     with pytest.raises(SourceError, match=r"a clip of 5 frames, sampler.frames is 9"):
-        pixels_of(drawn(1), 16, 40, 9)
+        pixels_of(drawn(1), 12, 32, 9)
 
 
 def test_the_rewards_of_the_recipes_see_what_was_rendered() -> None:
     """Real OCR reads the worst frame of nearly every clip, and every clip moves as it says, and not otherwise."""
     examples = drawn(60)
-    media = [Media(example.pixels(16, 40), 8.0) for example in examples]
+    media = [Media(example.pixels(12, 32), 8.0) for example in examples]
     texts = [example.text for example in examples]
     read = OcrScorer(OcrReward(mode="strict", frame_stride=2)).score(texts, media)
     assert np.mean([score.reward for score in read if isinstance(score, ItemScore)]) > 0.97
