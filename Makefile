@@ -12,7 +12,7 @@ PARALLEL = --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo control glyph-base results test test-long test-chaos test-fullsize test-mutation benchmark-replay benchmark-rollout benchmark-pipeline lint format clean
+.PHONY: help setup setup-dev demo control glyph-base results glyph-video-base results-video test test-long test-chaos test-fullsize test-mutation benchmark-replay benchmark-rollout benchmark-pipeline lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,23 @@ glyph-base: setup  ## train the demo's starting policy again (about 35 minutes)
 	@$(BIN)/python -m diffusion.families.glyph.policy recipes/glyph-base
 	@$(BIN)/ddrl train recipes/glyph-base.yaml
 	@$(BIN)/ddrl export runs/glyph-base recipes/glyph-base --ema --overwrite
+
+# `learn RECIPE RUN SETTING…`: a run of its own name; one that is finished is left alone, one that was interrupted goes on
+LEARN = learn() { recipe=$$1; name=$$2; shift 2; test -e runs/$$name/summary.json || \
+	$(BIN)/ddrl train recipes/$$recipe.yaml --set name=$$name "$$@" $$(test ! -e runs/$$name || echo --resume); }
+
+results-video: setup  ## every run of docs/results.md with clips; again goes on where it stopped (about 2 hours on two idle cores)
+	@$(LEARN); for s in 0 1 2; do \
+	  learn glyph-video-control glyph-video-control-$$s --set seed=$$s && learn glyph-video glyph-video-$$s --set seed=$$s && \
+	  learn glyph-video-motion glyph-video-motion-$$s --set seed=$$s || exit 1; done; \
+	learn glyph-video glyph-video-free --set objective.data_weight=0 && learn glyph-video-motion glyph-video-motion-free --set objective.data_weight=0
+	@$(BIN)/python -m benchmarks.results --reward ocr --held-out motion --ddrl runs/glyph-video-[012] --control runs/glyph-video-control-[012] --free runs/glyph-video-free
+	@$(BIN)/python -m benchmarks.results --reward motion --sub-score motion.direction --held-out ocr --ddrl runs/glyph-video-motion-[012] --control runs/glyph-video-control-[012] --free runs/glyph-video-motion-free
+
+glyph-video-base: setup  ## train the starting policy of the clips again (about 30 minutes)
+	@$(BIN)/python -m diffusion.families.glyph.policy recipes/glyph-video-base --clips
+	@$(BIN)/ddrl train recipes/glyph-video-base.yaml
+	@$(BIN)/ddrl export runs/glyph-video-base recipes/glyph-video-base --ema --overwrite
 
 test: setup-dev  ## the tests: unit, integration and a whole run (about 10 minutes on 2 cores)
 	@$(PYTEST) $(PARALLEL) -m "not long and not chaos"

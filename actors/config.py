@@ -12,10 +12,10 @@ from diffusion.config import Strict
 class PromptConfig(Strict):
     """Where prompts come from. They are split into train, dev and test by a hash of the example's id."""
 
-    kind: Literal["data", "glyph", "ocr_scenes", "file", "folder"] = Field(
+    kind: Literal["data", "glyph", "glyph_video", "ocr_scenes", "file", "folder"] = Field(
         "data",
-        description="data = captions of the anchor data; glyph = signs with 2 to 4 digits; ocr_scenes = sentences with a text to be written in quotes; "
-        "file = one prompt a line; folder = captions of pictures",
+        description="data = captions of the anchor data; glyph = signs with 2 to 4 digits; glyph_video = numbers that move; "
+        "ocr_scenes = sentences with a text to be written in quotes; file = one prompt a line; folder = captions of pictures",
     )
     seed: int = Field(0, ge=0, description="kind: ocr_scenes: which of its endless collections; another seed has other prompts")
     path: str | None = Field(None, description="file of prompts (kind: file) or image folder (kind: folder)")
@@ -30,10 +30,10 @@ class PromptConfig(Strict):
 class DataConfig(Strict):
     """Anchor data: the distribution that the data term holds the policy to."""
 
-    kind: Literal["glyph", "folder", "prepared"] = Field(
+    kind: Literal["glyph", "glyph_video", "folder", "prepared"] = Field(
         "glyph",
-        description="glyph = rendered signs; folder = images or clips with a metadata.jsonl (file_name, text); "
-        "prepared = latents that ddrl prepare-data or ddrl presample made",
+        description="glyph = rendered signs; glyph_video = rendered clips of moving numbers; "
+        "folder = images or clips with a metadata.jsonl (file_name, text); prepared = latents that ddrl prepare-data or ddrl presample made",
     )
     path: str | None = Field(None, description="image folder (kind: folder) or prepared set (kind: prepared)")
     pairing: Literal["free", "own"] = Field(
@@ -44,7 +44,7 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _path_given(self) -> DataConfig:
-        if self.kind != "glyph" and not self.path:
+        if self.kind not in ("glyph", "glyph_video") and not self.path:
             raise ValueError(f"data.kind={self.kind} needs data.path")
         return self
 

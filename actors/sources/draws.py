@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from actors.config import DataConfig, PromptConfig
 from actors.sources.example import DRAWS, Example, Source, SourceError, draw_of
 from actors.sources.folder import FolderSource
-from actors.sources.glyph import GlyphSource
+from actors.sources.glyph import GlyphSource, GlyphVideoSource
 from actors.sources.ocr_scenes import OCRScenesSource
 from actors.sources.prepared import PreparedSource
 from actors.sources.text import TextSource
@@ -26,6 +26,8 @@ def make_source(kind: str, path: str | None, seed: int = 0) -> Source:
     """A source by its kind. Raises SourceError for a file or folder that cannot be used."""
     if kind == "glyph":
         return GlyphSource()
+    if kind == "glyph_video":
+        return GlyphVideoSource()
     if kind == "ocr_scenes":
         return OCRScenesSource(seed)
     if kind == "prepared":

@@ -1,4 +1,5 @@
-"""The glyph world as a source: signs such as `a sign that says "407"`, each with its rendered picture."""
+"""The glyph world as sources: signs such as `a sign that says "407"`, each with its rendered picture, and numbers that move, each with
+its clip."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.sources.example import Example
-from diffusion.families.glyph import signs
+from diffusion.families.glyph import moving, signs
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,24 @@ class GlyphSource:
         target = signs.draw_target(rng)
         text = signs.prompt_of(target)
         return Example(text, text, Sign(target, copy.deepcopy(rng)))
+
+
+@dataclass(frozen=True)
+class MovingNumber:
+    """A clip of `number` in motion, in the style that `rng` draws; the generator is copied, so every look is the same."""
+
+    number: str
+    direction: str
+    rng: np.random.Generator
+
+    def load(self, height: int, width: int) -> NDArray[np.uint8]:
+        return moving.render_clip(self.number, self.direction, copy.deepcopy(self.rng), height, width)
+
+
+class GlyphVideoSource:
+    """Endless clips of numbers of 2 or 3 digits that move left, right, up or down; the text is the id."""
+
+    def draw(self, rng: np.random.Generator) -> Example:
+        number, direction = moving.draw_number(rng)
+        text = moving.prompt_of(number, direction)
+        return Example(text, text, MovingNumber(number, direction, copy.deepcopy(rng)))

@@ -2,8 +2,10 @@
 
 The names are those of the arguments of the family's `forward`, so that a batch of conditioning is passed as `**conditioning.tensors`:
 
-    SD3, glyph   prompt_embeds [L, D], pooled [P]
+    SD3          prompt_embeds [L, D], pooled [P]
     Wan, Cosmos  prompt_embeds [L, D]; of image- and video-to-video also what `diffusion.families.frames` names
+
+The glyph world's encoder gives what its policy takes: the pooled vector where its tables have one.
 
 It is a function of (encoder, text, frames): whoever needs it asks the encoder, and nothing that is stored carries it.
 """

@@ -97,7 +97,7 @@ def _sd3_text(folder: Path, config: ModelConfig, device: torch.device) -> TextEn
 
 
 TEXT_ENCODERS: dict[str, Reader] = {
-    CLASS_NAME: lambda folder, config, device: GlyphTextEncoder.load(folder / "text_encoder"),
+    CLASS_NAME: lambda folder, config, device: GlyphTextEncoder.of_policy(folder),
     CLIP_CLASS: _sd3_text,
     REASON_CLASS: lambda folder, config, device: CosmosTextEncoder.load(folder, getattr(torch, config.text_dtype), device, frozen_projection(config)),
     UMT5_CLASS: lambda folder, config, device: WanTextEncoder.load(folder, getattr(torch, config.text_dtype), device),
@@ -106,7 +106,7 @@ TEXT_ENCODERS: dict[str, Reader] = {
 reading files raises."""
 
 SIGNATURES: dict[str, SignatureReader] = {
-    CLASS_NAME: lambda folder, config: GlyphTextEncoder.load(folder / "text_encoder").signature,
+    CLASS_NAME: lambda folder, config: GlyphTextEncoder.of_policy(folder).signature,
     CLIP_CLASS: lambda folder, config: SD3Tokens.load(folder, config.t5_tokens).signature,
     REASON_CLASS: lambda folder, config: CosmosTokens.load(folder).signature,
     UMT5_CLASS: lambda folder, config: WanTokens.load(folder).signature,

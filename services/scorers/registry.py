@@ -30,6 +30,7 @@ BUILT_IN = {
     "ocr": Kind("services.scorers.settings:OcrReward", "services.scorers.ocr:OcrScorer"),
     "jpeg": Kind("services.scorers.settings:JpegReward", "services.scorers.jpeg:JpegScorer"),
     "scene": Kind("services.scorers.settings:SceneReward", "services.scorers.scene:SceneScorer"),
+    "motion": Kind("services.scorers.settings:MotionReward", "services.scorers.motion:MotionScorer"),
     "clipscore": Kind("services.scorers.settings:ClipScoreReward", "services.scorers.clip.scorers:ClipScorer"),
     "pickscore": Kind("services.scorers.settings:PickScoreReward", "services.scorers.clip.scorers:PickScorer"),
     "hpsv2": Kind("services.scorers.settings:Hpsv2Reward", "services.scorers.clip.scorers:Hpsv2Scorer"),

@@ -103,6 +103,12 @@ class SceneReward(RewardSettings):
     ] = Field(default="colour_entropy", description="Sub-score that is the reward; motion and flicker are for clips only.")
 
 
+class MotionReward(RewardSettings):
+    """Whether a clip moves the way its prompt says."""
+
+    kind: Literal["motion"] = Field(default="motion", description="Direction and steadiness of a clip's motion against its prompt.")
+
+
 class TowerReward(RewardSettings):
     """What the rewards on a pre-trained image model have in common."""
 

@@ -193,15 +193,7 @@ def _trainable(sizes: Sizes) -> list[Finding]:
     """What of the policy this build cannot run."""
     from diffusion.families.registry import TEXT_ENCODERS
 
-<<<<<<< HEAD
-    if len(sizes.shape) == 4:
-        return [Finding("warning", "build", "this build can plan video policies and not yet train them")]
     if sizes.encoder_class not in {**TEXT_ENCODERS, **sizes.family.text_encoders}:
-=======
-    if sizes.network.needs_picture:
-        return [Finding("warning", "build", "this build can plan image-to-video and not yet train it: a run has no pictures to give it")]
-    if sizes.encoder_class not in TEXT_ENCODERS:
->>>>>>> recipes
         name = sizes.encoder_class or "text encoder that its config.json names"
         return [Finding("warning", "build", f"this build can plan this policy and not yet train it: it has no {name}")]
     return []

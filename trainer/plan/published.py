@@ -157,14 +157,15 @@ PUBLISHED = {
     "nvidia/Cosmos-Predict2.5-2B": _cosmos(_COSMOS_2B),
     "nvidia/Cosmos-Predict2.5-14B": _cosmos(_COSMOS_14B),
 }
-GLYPH = "glyph-base"
+GLYPH = ("glyph-base", "glyph-video-base")
 
 
 def published(name: str) -> Parts | None:
-    """The parts of a hub id or of the glyph base, None for another name."""
-    if name == GLYPH:
-        from diffusion.families.glyph.policy import CONFIG, MODEL_CLASS
+    """The parts of a hub id or of a glyph base, None for another name."""
+    if name in GLYPH:
+        from diffusion.families.glyph.policy import CLIPS, SIGNS
         from diffusion.families.glyph.text import CLASS_NAME
 
-        return {"transformer": {"_class_name": MODEL_CLASS, **CONFIG.to_dict()}, "text_encoder": {"_class_name": CLASS_NAME, "max_tokens": 10}}
+        kind = CLIPS if name == "glyph-video-base" else SIGNS
+        return {"transformer": {"_class_name": kind.network, **kind.config.to_dict()}, "text_encoder": {"_class_name": CLASS_NAME, "max_tokens": 10}}
     return PUBLISHED.get(name)

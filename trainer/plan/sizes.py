@@ -123,10 +123,10 @@ class Sizes:
 def read_parts(path: str) -> tuple[Parts, str]:
     """Configuration of a policy folder, or of a published policy, and where it is from. Raises ConfigError."""
     folder = Path(path)
-    known = published(path) or (published(GLYPH) if path.endswith(GLYPH) and not folder.is_dir() else None)
+    known = published(path) or (published(folder.name) if folder.name in GLYPH and not folder.is_dir() else None)
     if not folder.is_dir():
         if known is None:
-            raise ConfigError(f"model.path: {path} is neither a folder nor a published policy that is known here ({', '.join((*PUBLISHED, GLYPH))})")
+            raise ConfigError(f"model.path: {path} is neither a folder nor a published policy that is known here ({', '.join((*PUBLISHED, *GLYPH))})")
         return known, f"built-in configuration of {path}"
     parts: Parts = {}
     for name in ("transformer", "vae", *ENCODERS):

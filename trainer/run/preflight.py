@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from actors.sources.prepared import PreparedSource
     from diffusion.checkpoint import Skeleton
 
+DRAWN = ("glyph", "glyph_video")
+"""Kinds of sources that read no file and have every split."""
 TEXTS_READ = 5000
 """Texts that the policy's encoder is tried on at start."""
 SCENES_READ = 200
@@ -31,9 +33,9 @@ def check_files(config: RunConfig) -> None:
     if folder is not None:
         _check_model(folder, config.model.init)
         _check_size(folder, config)
-    if (config.data.kind if config.prompts.kind == "data" else config.prompts.kind) != "glyph":
+    if (config.data.kind if config.prompts.kind == "data" else config.prompts.kind) not in DRAWN:
         _check_prompts(config)
-    if config.data.kind != "glyph":
+    if config.data.kind not in DRAWN:
         _check_data(config, folder)
 
 

@@ -1,1 +1,1 @@
-"""The glyph world: a tiny SD3 policy that writes signs, its text encoder, and the signs."""
+"""The glyph world: a tiny SD3 policy that writes signs, a tiny Wan policy that writes moving numbers, their text encoder, the signs and the clips."""

@@ -1,6 +1,6 @@
-"""The tiny SD3-family policy of the glyph world: its folder without weights.
+"""The tiny policies of the glyph world, SD3's of signs and Wan's of moving numbers: their folders without weights.
 
-`python -m diffusion.families.glyph.policy FOLDER` writes configuration and the frozen text encoder; `ddrl train` with
+`python -m diffusion.families.glyph.policy FOLDER [--clips]` writes configuration and the frozen text encoder; `ddrl train` with
 `model.init=true` then starts from random weights.
 """
 
@@ -8,54 +8,99 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Config
+from diffusion.families.wan.config import WanConfig
 
-# pos_embed_max_size 24 holds 32x96 pixels at patch size 4; sample_size = 24 patches makes table positions integers
-CONFIG = SD3Config(
-    sample_size=96,
-    patch_size=4,
-    in_channels=3,
-    out_channels=3,
-    num_layers=4,
-    attention_head_dim=32,
-    num_attention_heads=3,
-    joint_attention_dim=64,
-    caption_projection_dim=96,
-    pooled_projection_dim=64,
-    pos_embed_max_size=24,
-    qk_norm="rms_norm",
+
+@dataclass(frozen=True)
+class Kind:
+    """What a policy of the glyph world is.
+
+    Attributes:
+        pipeline, network: classes in diffusers.
+        config: the network's architecture.
+        shift: of the time grid.
+        pooled_dim: width of the pooled text that the network takes; 0 = none.
+    """
+
+    pipeline: str
+    network: str
+    config: SD3Config | WanConfig
+    shift: float
+    pooled_dim: int
+
+
+SIGNS = Kind(
+    pipeline="StableDiffusion3Pipeline",
+    network="SD3Transformer2DModel",
+    # pos_embed_max_size 24 holds 32x96 pixels at patch size 4; sample_size = 24 patches makes table positions integers
+    config=SD3Config(
+        sample_size=96,
+        patch_size=4,
+        in_channels=3,
+        out_channels=3,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=64,
+        caption_projection_dim=96,
+        pooled_projection_dim=64,
+        pos_embed_max_size=24,
+        qk_norm="rms_norm",
+    ),
+    shift=2.0,  # signs are decided at high noise: half of the grid lies above t = 2/3
+    pooled_dim=64,
 )
-MODEL_CLASS = "SD3Transformer2DModel"
-SHIFT = 2.0
-"""Time shift: signs are decided at high noise, so half of the grid lies above t = 2/3."""
+CLIPS = Kind(
+    pipeline="WanPipeline",
+    network="WanTransformer3DModel",
+    # every frame has patches of its own, so that the first may be given while the others are sampled
+    config=WanConfig(
+        patch_size=(1, 4, 4),
+        num_attention_heads=4,
+        attention_head_dim=24,
+        in_channels=3,
+        out_channels=3,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=384,
+        num_layers=5,
+        rope_max_seq_len=64,
+    ),
+    shift=3.0,  # frames repeat each other, and withstand more noise together: half of the grid lies above 3/4
+    pooled_dim=0,
+)
 
 
-def write_skeleton(folder: Path) -> None:
-    """Write everything of the policy but its weights."""
+def write_skeleton(folder: Path, kind: Kind = SIGNS) -> None:
+    """Write everything of a policy but its weights."""
     parts = {
         "model_index.json": {
-            "_class_name": "StableDiffusion3Pipeline",
-            "transformer": ["diffusers", MODEL_CLASS],
+            "_class_name": kind.pipeline,
+            "transformer": ["diffusers", kind.network],
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["ddrl", CLASS_NAME],
         },
-        "transformer/config.json": {"_class_name": MODEL_CLASS, **CONFIG.to_dict()},
-        "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": SHIFT},
+        "transformer/config.json": {"_class_name": kind.network, **kind.config.to_dict()},
+        "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": kind.shift},
     }
     for name, content in parts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")
-    GlyphTextEncoder.create().save(folder / "text_encoder")
+    GlyphTextEncoder.create(pooled_dim=kind.pooled_dim).save(folder / "text_encoder")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m diffusion.families.glyph.policy", description="Write the glyph policy's folder without weights.")
+    parser = argparse.ArgumentParser(prog="python -m diffusion.families.glyph.policy", description="Write a glyph policy's folder without weights.")
     parser.add_argument("folder", type=Path, help="where; it is made, and files of an earlier call are written anew")
-    write_skeleton(parser.parse_args().folder)
+    parser.add_argument("--clips", action="store_true", help="the policy of clips, of the Wan family")
+    options = parser.parse_args()
+    write_skeleton(options.folder, CLIPS if options.clips else SIGNS)
 
 
 if __name__ == "__main__":

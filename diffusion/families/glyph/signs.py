@@ -17,7 +17,8 @@ TEMPLATE = 'a sign that says "{}"'
 
 
 @lru_cache(maxsize=256)
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+def font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """A face of DejaVu in this size, in pixels."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / f"{name}.ttf"), size)
@@ -33,6 +34,15 @@ def draw_target(rng: np.random.Generator) -> str:
     return f"{int(rng.integers(10**digits)):0{digits}d}"
 
 
+def two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Colours of ground and ink, `[3]` each in 0 … 1, whose luminance differs by at least 0.35."""
+    luma = np.array([0.299, 0.587, 0.114])
+    while True:
+        ground, ink = rng.uniform(0, 1, (2, 3))
+        if abs(float((ground - ink) @ luma)) >= 0.35:
+            return ground, ink
+
+
 def render_sign(target: str, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Picture of a sign, uint8 `[height, width, 3]`: digits in cells of equal width, centred, in one font and two colours.
 
@@ -41,17 +51,13 @@ def render_sign(target: str, rng: np.random.Generator, height: int, width: int) 
     """
     cell = width / 4.3
     size = round(height * float(rng.choice([0.8, 0.9])))
-    font = _font(FONTS[int(rng.integers(len(FONTS)))], size)
+    face = font(FONTS[int(rng.integers(len(FONTS)))], size)
     shift_x, shift_y = rng.uniform(-1.5, 1.5, 2)
     mask = Image.new("L", (width, height))
     draw = ImageDraw.Draw(mask)
     for i, character in enumerate(target):
         x = width / 2 + (i - (len(target) - 1) / 2) * cell + shift_x
-        draw.text((x, height / 2 + shift_y), character, fill=255, font=font, anchor="mm")
-    luma = np.array([0.299, 0.587, 0.114])
-    while True:
-        ground, ink = rng.uniform(0, 1, (2, 3))
-        if abs(float((ground - ink) @ luma)) >= 0.35:
-            break
+        draw.text((x, height / 2 + shift_y), character, fill=255, font=face, anchor="mm")
+    ground, ink = two_colours(rng)
     alpha = np.asarray(mask, np.float64)[..., None] / 255
     return np.rint((ground * (1 - alpha) + ink * alpha) * 255).astype(np.uint8)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from diffusion.checkpoint import Policy, StartingWeights, load_codec, load_network, load_policy, save_policy
 from diffusion.codecs import VAECodec
 from diffusion.config import LoRAConfig, ModelConfig
-from diffusion.families.glyph.policy import CONFIG, SHIFT, write_skeleton
+from diffusion.families.glyph.policy import SIGNS, write_skeleton
 from diffusion.families.glyph.text import GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Transformer
 from diffusion.lora import trained_weights
@@ -75,14 +75,14 @@ def test_the_committed_folder_is_the_skeleton_the_code_writes(tmp_path: Path) ->
 
 
 def test_the_committed_policy_is_small_and_fits_its_parts() -> None:
-    model = SD3Transformer(CONFIG)
+    model = SD3Transformer(SIGNS.config)
     assert sum(v.numel() for v in model.state_dict().values()) <= 1_800_000
     assert model.tokens((3, 32, 96)) == 8 * 24
     policy = load(COMMITTED, init=True)
     text = policy.text_encoder.encode(['a sign that says "4071"'])
     assert text.prompt_embeds.shape[-1] == policy.transformer.config.joint_attention_dim
     assert text.tensors["pooled"].shape[-1] == policy.transformer.config.pooled_projection_dim
-    torch.testing.assert_close(policy.process.time_grid(2)[1], torch.tensor(SHIFT / (1 + SHIFT)))
+    torch.testing.assert_close(policy.process.time_grid(2)[1], torch.tensor(SIGNS.shift / (1 + SIGNS.shift)))
     assert policy.codec.channels == policy.transformer.config.in_channels == policy.transformer.out_channels
 
 

@@ -10,7 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion.checkpoint import load_text_encoder
+from diffusion.config import ModelConfig
+from diffusion.families.glyph.policy import CLIPS, write_skeleton
 from diffusion.families.glyph.text import PRINTABLE, GlyphTextEncoder
+from diffusion.source import CheckpointError
 
 ENCODER = GlyphTextEncoder.create()
 QUOTED = st.text([c for c in PRINTABLE if c != '"'], min_size=1, max_size=6)
@@ -64,6 +68,25 @@ def test_save_and_load_give_the_same_encoder(tmp_path: Path) -> None:
     assert loaded.tables.keys() == ENCODER.tables.keys()
     assert all(torch.equal(loaded.tables[k], ENCODER.tables[k]) for k in ENCODER.tables)
     assert torch.equal(loaded.encode([sign("90")]).prompt_embeds, ENCODER.encode([sign("90")]).prompt_embeds)
+
+
+def test_an_encoder_without_bindings_gives_no_pooled_vector(tmp_path: Path) -> None:
+    """Wan's networks take none; what stands in quotes may then be as long as there are tokens."""
+    GlyphTextEncoder.create(pooled_dim=0).save(tmp_path)
+    encoder = GlyphTextEncoder.load(tmp_path)
+    found = encoder.encode([sign("407"), "", '"1234567890"'])
+    assert set(found.tensors) == {"prompt_embeds"}
+    assert torch.equal(found.prompt_embeds[0, 3:7] != found.prompt_embeds[1, 3:7], torch.ones(4, 64, dtype=torch.bool))
+    with pytest.raises(ValueError, match="holds 10 tokens of which 10 quoted characters"):
+        encoder.encode(['"12345678901"'])
+
+
+def test_an_encoder_that_gives_what_the_network_does_not_take_is_refused(tmp_path: Path) -> None:
+    write_skeleton(tmp_path, CLIPS)
+    assert "bindings" not in GlyphTextEncoder.of_policy(tmp_path).tables
+    ENCODER.save(tmp_path / "text_encoder")
+    with pytest.raises(CheckpointError, match=r"a pooled vector of 64 \(0: none\), the network takes 64 and 0; write another: .*pooled_dim=0"):
+        load_text_encoder(tmp_path, ModelConfig(path=str(tmp_path)))
 
 
 def test_tables_follow_the_seed() -> None:

@@ -24,7 +24,7 @@ def test_every_built_in_kind_is_complete(kind: str) -> None:
     assert all(field.description for field in settings.model_fields.values())
 
 
-@pytest.mark.parametrize("kind", ["ocr", "jpeg", "scene"])
+@pytest.mark.parametrize("kind", ["ocr", "jpeg", "scene", "motion"])
 def test_rewards_without_weights_build_and_pass_their_self_test(kind: str) -> None:
     scorer = build_scorer(parse_reward({"kind": kind}))
     scorer.self_test()

@@ -18,7 +18,7 @@ from diffusion.lora import trained_weights
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_config
 from trainer.plan.assumptions import Assumptions, parse_assumptions
-from trainer.plan.published import PUBLISHED
+from trainer.plan.published import GLYPH, PUBLISHED
 from trainer.plan.sizes import Sizes, encoder_parameters, prompt_tokens, sizes_of
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
@@ -54,13 +54,14 @@ def test_everything_around_the_network() -> None:
     assert sizes(MEDIUM, 512, prompt_tokens=205).tokens == 1024 + 205
 
 
-def test_the_glyph_base_is_what_is_loaded() -> None:
-    policy = load_policy(ModelConfig(path="recipes/glyph-base", lora={"rank": 4}))
-    found = sizes("recipes/glyph-base", 48, rank=4)
+@pytest.mark.parametrize("base", GLYPH)
+def test_the_glyph_bases_are_what_is_loaded(base: str) -> None:
+    policy = load_policy(ModelConfig(path=f"recipes/{base}", lora={"rank": 4}))
+    found, text = sizes(f"recipes/{base}", 48, rank=4), policy.text_encoder.encode(["a sign"])
     assert found.published_values == sum(t.numel() for t in trained_weights(policy.transformer).values())
     assert found.transformer.values == sum(t.numel() for t in policy.transformer.state_dict().values())
-    assert found.prompt == (*policy.text_encoder.encode(["a sign"]).prompt_embeds.shape[1:], policy.text_encoder.encode(["a sign"]).tensors["pooled"].shape[1])
-    assert sizes("glyph-base", 48).transformer == sizes("recipes/glyph-base", 48).transformer
+    assert found.prompt == (*text.prompt_embeds.shape[1:], text.tensors["pooled"].shape[1] if "pooled" in text.tensors else 0)
+    assert sizes(base, 48).transformer == sizes(f"recipes/{base}", 48).transformer
 
 
 def test_encoders_count_as_transformers_builds_them() -> None:

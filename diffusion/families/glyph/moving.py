@@ -1,0 +1,49 @@
+"""The glyph world in motion: prompts such as `the number "407" moving left` and rendered clips of such numbers.
+
+A number keeps its font and its two colours and moves by whole pixels, `STEP` of its direction from frame to frame, so that every
+frame of a clip is the one before, shifted, to the bit. Every clip is a pure function of (number, direction, generator).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from diffusion.families.glyph.signs import font, two_colours
+
+FONTS = ("DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")
+FRAMES = 5
+"""Frames of a clip."""
+STEP = {"left": (-2, 0), "right": (2, 0), "up": (0, -1), "down": (0, 1)}
+"""Pixels to the right and down from one frame to the next. A line of text is wide and low, so there is less room up and down."""
+TEMPLATE = 'the number "{}" moving {}'
+
+
+def prompt_of(number: str, direction: str) -> str:
+    return TEMPLATE.format(number, direction)
+
+
+def draw_number(rng: np.random.Generator) -> tuple[str, str]:
+    """A random number of 2 or 3 digits (10 %, 90 %: as many of each kind as there are) and a direction."""
+    digits = 2 if rng.uniform() < 0.1 else 3
+    return f"{int(rng.integers(10**digits)):0{digits}d}", list(STEP)[int(rng.integers(len(STEP)))]
+
+
+def render_clip(number: str, direction: str, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Clip of a moving number, uint8 `[FRAMES, height, width, 3]`: digits in cells of equal width, in one font and two colours, in the
+    middle of the picture in the middle of the clip, give or take a pixel to the sides.
+
+    Font, place and colours are drawn from `rng`. Luminance of ink and ground differs by at least 0.35, so that every clip can be read.
+    """
+    cell, face = width * 9 / 40, font(FONTS[int(rng.integers(len(FONTS)))], round(height * 0.75))
+    x, y = width / 2 + int(rng.integers(-1, 2)), height / 2
+    ground, ink = two_colours(rng)
+    path = [tuple(step * (i - FRAMES // 2) for step in STEP[direction]) for i in range(FRAMES)]
+    margin = max(abs(step) for place in path for step in place)
+    mask = Image.new("L", (width + 2 * margin, height + 2 * margin))
+    draw = ImageDraw.Draw(mask)
+    for i, character in enumerate(number):
+        draw.text((margin + x + (i - (len(number) - 1) / 2) * cell, margin + y), character, fill=255, font=face, anchor="mm")
+    still = np.asarray(mask, np.float64)[..., None] / 255
+    alpha = np.stack([still[margin - down :, margin - right :][:height, :width] for right, down in path])
+    return np.rint((ground * (1 - alpha) + ink * alpha) * 255).astype(np.uint8)

@@ -1,0 +1,103 @@
+"""The glyph world in motion: clips that are exact, drawn by name alone, and judged as they should be by the rewards of the recipes."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from actors.config import DataConfig, PromptConfig
+from actors.sources.draws import data_source, held_out_prompts, pixels_of, prompt_source, training_example, training_rows
+from actors.sources.example import Example, SourceError
+from actors.sources.glyph import GlyphVideoSource
+from diffusion.families.glyph import moving
+from services.contract import ItemScore
+from services.media.base import Media
+from services.scorers.motion import MotionScorer
+from services.scorers.ocr import OcrScorer
+from services.scorers.settings import MotionReward, OcrReward
+
+SOURCE = GlyphVideoSource()
+
+
+def drawn(count: int) -> list[Example]:
+    rng = np.random.default_rng(0)
+    return [SOURCE.draw(rng) for _ in range(count)]
+
+
+def test_numbers_and_directions_in_their_shares() -> None:
+    rng = np.random.default_rng(0)
+    found = [moving.draw_number(rng) for _ in range(4000)]
+    lengths, directions = Counter(len(number) for number, _ in found), Counter(direction for _, direction in found)
+    assert [lengths[n] / 4000 for n in (2, 3)] == pytest.approx([0.1, 0.9], abs=0.03)
+    assert [directions[d] / 4000 for d in moving.STEP] == pytest.approx([0.25] * 4, abs=0.03)
+    assert moving.prompt_of("07", "up") == 'the number "07" moving up'
+
+
+@pytest.mark.parametrize("direction", moving.STEP)
+def test_every_frame_is_the_one_before_shifted(direction: str) -> None:
+    """To the bit, and nothing of the number leaves the picture: what comes in at the edges is ground."""
+    right, down = moving.STEP[direction]
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        number, _ = moving.draw_number(rng)
+        clip = moving.render_clip(number, direction, rng, 12, 32)
+        assert (clip.shape, clip.dtype) == ((moving.FRAMES, 12, 32, 3), np.uint8)
+        for a, b in itertools.pairwise(clip):
+            np.testing.assert_array_equal(np.roll(a, (down, right), (0, 1)), b)
+        assert len(np.unique(clip[:, 0, 0], axis=0)) == 1
+
+
+def test_a_larger_clip_is_drawn_larger() -> None:
+    clip = moving.render_clip("407", "down", np.random.default_rng(0), 24, 64)
+    assert clip.shape == (moving.FRAMES, 24, 64, 3)
+    ink = np.abs(clip[0].astype(int) - clip[0, 0, 0]).sum(-1) > 60
+    assert 32 <= np.flatnonzero(ink.any(0)).size <= 48
+
+
+def test_an_example_looks_the_same_every_time_and_goes_by_its_text() -> None:
+    for example in drawn(5):
+        assert example.id == example.text
+        np.testing.assert_array_equal(example.pixels(12, 32), example.pixels(12, 32))
+    rows = training_rows(SOURCE, 0.0, 3, 7, 6)
+    again = training_rows(SOURCE, 0.0, 3, 7, 6)
+    assert [caption for caption, _ in rows] == [caption for caption, _ in again]
+    np.testing.assert_array_equal(pixels_of([e for _, e in rows], 12, 32, 5), pixels_of([e for _, e in again], 12, 32, 5))
+    assert {e.split for _, e in rows} == {"train"}
+
+
+def test_there_are_enough_prompts_for_the_recipes() -> None:
+    dev, test = held_out_prompts(SOURCE, "dev", 96), held_out_prompts(SOURCE, "test", 384)
+    assert not {*dev} & {*test}
+    assert training_example(SOURCE, 0, 0).text not in {*dev, *test}
+
+
+def test_it_goes_by_its_kind_without_a_path() -> None:
+    assert isinstance(data_source(DataConfig(kind="glyph_video")), GlyphVideoSource)
+    assert isinstance(prompt_source(PromptConfig(kind="glyph_video"), DataConfig()), GlyphVideoSource)
+    assert isinstance(prompt_source(PromptConfig(), DataConfig(kind="glyph_video")), GlyphVideoSource)
+
+
+def test_a_clip_longer_than_the_world_s_is_refused() -> None:
+    assert pixels_of(drawn(2), 12, 32, 3).shape == (2, 3, 12, 32, 3)
+    with pytest.raises(SourceError, match=r"a clip of 5 frames, sampler.frames is 9"):
+        pixels_of(drawn(1), 12, 32, 9)
+
+
+def test_the_rewards_of_the_recipes_see_what_was_rendered() -> None:
+    """Real OCR reads the worst frame of nearly every clip, and every clip moves as it says, and not otherwise."""
+    examples = drawn(60)
+    media = [Media(example.pixels(12, 32), 8.0) for example in examples]
+    texts = [example.text for example in examples]
+    read = OcrScorer(OcrReward(mode="strict", frame_stride=2)).score(texts, media)
+    assert np.mean([score.reward for score in read if isinstance(score, ItemScore)]) > 0.97
+    scorer = MotionScorer(MotionReward())
+    own = [score.reward for score in scorer.score(texts, media) if isinstance(score, ItemScore)]
+    turned = [text.rpartition(" ")[0] + " " + {"left": "up", "up": "right", "right": "down", "down": "left"}[text.split()[-1]] for text in texts]
+    other = [score.reward for score in scorer.score(turned, media) if isinstance(score, ItemScore)]
+    assert len(own) == len(other) == len(examples)
+    assert min(own) > 0.7
+    assert np.mean(own) > 0.9
+    assert max(other) < 0.1
