@@ -34,7 +34,7 @@ def parallelize(model: PackedModel, mesh: DeviceMesh, config: LearnerConfig) -> 
     """
     if config.recompute:
         for block in model.blocks:
-            _recompute(block)
+            recompute(block)
     shard = mesh[SHARD]
     rest = CPUOffloadPolicy(pin_memory=shard.device_type != "cpu") if config.offload else OffloadPolicy()
     if config.shard_blocks:
@@ -51,7 +51,7 @@ def buffers_to(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _recompute(block: nn.Module) -> None:
+def recompute(block: nn.Module) -> None:
     """Keep of the block's forward pass only its inputs. FSDP's hooks stand outside, so that weights are gathered once for the
     recomputation and the backward pass behind it. No block draws random numbers, so none of their state is kept."""
     forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
