@@ -80,6 +80,7 @@ class Learner:
         encoder: of prompts and captions; None = the policy's own text encoders, loaded.
     Attributes:
         attention: the provider in use, and why.
+        mesh: the ranks, and which rows are this one's.
         process: the policy's forward process.
         kernel: step kernel of its rollouts; `kernel.process` is the space of their states.
         guidance: guidance of rollouts and of their replay, None without.
@@ -90,7 +91,7 @@ class Learner:
     """
 
     def __init__(self, config: RunConfig, device: torch.device, encoder: TextEncoder | None = None) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.mesh = config, device, mesh_of(device, config.learner)
         policy = open_policy(config.model, device)
         self.attention = policy.attention
         self.process = policy.process
@@ -115,13 +116,9 @@ class Learner:
         """Conditioning `[B, …]` of texts, on the CPU; no collective. Raises ValueError naming one that does not fit, EncoderUnavailable."""
         return stacked(self._texts.get(texts))
 
-    def _spread(self, model: PackedModel) -> None:
-        """Shard a network over the ranks."""
-        parallelize(model, mesh_of(self.device), self.config.learner)
-
     def _filled(self, model: PackedModel) -> PackedModel:
         """A network without values, sharded and then given those of the starting policy; no rank ever holds the whole of it."""
-        self._spread(model)
+        parallelize(model, self.mesh, self.config.learner)
         fill_network(model, self.config.model, "cpu" if self.config.learner.offload else self.device, self.config.seed)
         buffers_to(model, self.device)
         return model
@@ -136,7 +133,10 @@ class Learner:
 
     def describe(self, step: int) -> dict[str, Any]:
         """How the ranks compute, as a line of metrics.jsonl; `step`: updates made so far."""
-        network = f"{self.config.model.dtype} on {self.device}, {dist.get_world_size()} ranks"
+        learner, ranks = self.config.learner, f"{dist.get_world_size()} ranks"
+        if learner.replicas > 1 or learner.sequence_ranks > 1:
+            ranks += f" (replicas {learner.replicas}, sequence ranks {learner.sequence_ranks})"
+        network = f"{self.config.model.dtype} on {self.device}, {ranks}"
         return {"kind": "learner", "step": step, "network": network, "attention": self.attention.why}
 
     def update(self, batch: StepBatch, step: int) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Learner:
         assert isinstance(self.model, FSDPModule)
         for i, compute in enumerate(losses):
             self.model.set_requires_gradient_sync(self.config.learner.accumulate == "sharded" or i == len(losses) - 1)
-            # FSDP averages gradients over ranks; the sums are divided by global counts, hence the factor
+            # FSDP averages gradients over ranks; the sums are divided by global counts, hence the factor (`trainer.learn.parallel`)
             (compute() * world).backward()
         norm = self._clip()
         skipped = not math.isfinite(norm)
@@ -164,7 +164,7 @@ class Learner:
             self.optimizer.step()
             self._update_ema()
         self.optimizer.zero_grad()
-        dist.all_reduce(sums)
+        self.add_up(sums)
         stats = {"lr": lr, "skipped": float(skipped)} | ({} if skipped else {"grad_norm": norm})
         if batch.transition_count:
             policy, ratio, clipped, kl = (sums[:4] / batch.transition_count).tolist()
@@ -179,6 +179,10 @@ class Learner:
             for name, value in zip(BY_STEP[1:], values, strict=True):
                 found[name] = _finite({str(i): v / n for i, (v, n) in enumerate(zip(value, count, strict=True)) if n})
         return found
+
+    def add_up(self, sums: Tensor) -> None:
+        """Add up, in place, what ranks have summed over their rows, each row once; collective."""
+        dist.all_reduce(sums if self.mesh.speaks else sums.zero_())
 
     def replay(self, rows: Transitions, conditioning: Conditioning) -> Tensor:
         """The policy's prediction for stored transitions on this rank's device, with gradient; collective."""
@@ -228,9 +232,10 @@ class Learner:
         longest = torch.tensor(self.model.packed_tokens(latents.shape[1:], text_tokens), device=self.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         tokens = int(longest)
-        if tokens > learner.micro_tokens and not self._warned and dist.get_rank() == 0:
+        if tokens > learner.sequence_ranks * learner.micro_tokens and not self._warned and dist.get_rank() == 0:
             self._warned = True
-            logger.warning("a sample of %d tokens exceeds learner.micro_tokens=%d and takes a pass of its own", tokens, learner.micro_tokens)
+            told = f" on each of {learner.sequence_ranks} ranks" if learner.sequence_ranks > 1 else ""
+            logger.warning("a sample of %d tokens exceeds learner.micro_tokens=%d%s and takes a pass of its own", tokens, learner.micro_tokens, told)
         return learner.rows(tokens)
 
     def _clip(self) -> float:

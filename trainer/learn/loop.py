@@ -82,7 +82,7 @@ def run(spec: LoopSpec) -> None:
         if claim is None:
             break
         claimed = time.monotonic()
-        batch = step_batch(config, learner.process, learner.kernel, buffer, claim, rank, world, learner.encode)
+        batch = step_batch(config, learner.process, learner.kernel, buffer, claim, learner.mesh.data_rank, learner.mesh.data_ranks, learner.encode)
         stats = learner.update(batch, step)
         trained = time.monotonic()
         progress.step = step
