@@ -23,9 +23,7 @@ def launched(module: str, world: int, folder: Path) -> list[Any]:
     """Run `module` as `world` ranks; what each of them returned."""
     logs = [(folder / f"log-{rank}").open("w") for rank in range(world)]
     command = [sys.executable, "-m", module]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(world), str(folder)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT) for rank, log in enumerate(logs)
-    ]
+    ranks = [subprocess.Popen([*command, str(rank), str(world), str(folder)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT) for rank, log in enumerate(logs)]
     try:
         codes = [rank.wait(2 * DEADLINE_S) for rank in ranks]
     finally:

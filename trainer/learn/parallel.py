@@ -80,9 +80,9 @@ def _replicated(device: torch.device, replicas: int, deadline: timedelta) -> Dev
 
 def parallelize(model: PackedModel, mesh: Mesh, config: LearnerConfig) -> None:
     """Have the mesh's sequence ranks share every forward pass, recompute every block in the backward pass (`recompute`) and shard the network
-    with FSDP2: block by block and the rest (`shard_blocks`), or as one unit. With `offload` shards, their gradients and so the optimiser's state rest in host memory, pinned
-    where the mesh is of GPUs; parameters must then be given their values there, and buffers on the device. Works on the meta device;
-    names of parameters stay as they are.
+    with FSDP2: block by block and the rest (`shard_blocks`), or as one unit. With `offload` shards, their gradients and so the optimiser's
+    state rest in host memory, pinned where the mesh is of GPUs; parameters must then be given their values there, and buffers on the device.
+    Works on the meta device; names of parameters stay as they are.
 
     Raises:
         ValueError: attention heads that the sequence ranks cannot share.

@@ -1,9 +1,10 @@
 """The log-probability self-test: before the first claim, does the learner find the densities that the sampling engine stores?
 
-Every rank, or group of ranks that share their tokens, samples a few rollouts with the run's own settings, in packed batches of two sizes where the model allows, sends
-them through the wire format, and replays their trained transitions as the learner does. The weights are the same on both
-sides, so each ratio should be 1; how far it is from it is the noise that arithmetic alone (precision, batch shapes, attention
-kernels) puts into the ratios of this run. A ratio that is clipped at 1 ± c means nothing when the noise is of that size.
+Every rank, or group of ranks that share their tokens, samples a few rollouts with the run's own settings, in packed batches of two
+sizes where the model allows, sends them through the wire format, and replays their trained transitions as the learner does. The
+weights are the same on both sides, so each ratio should be 1; how far it is from it is the noise that arithmetic alone (precision,
+batch shapes, attention kernels) puts into the ratios of this run. A ratio that is clipped at 1 ± c means nothing when the noise is of
+that size.
 
 Engine and replay run on this rank's device: a difference between the generators' devices and the learner's shows in
 `ratio_deviation` of the updates, not here.

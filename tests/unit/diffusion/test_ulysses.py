@@ -5,7 +5,6 @@ The ranks run every case of `sequence_ranks.py` once, in processes of their own,
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
