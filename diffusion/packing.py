@@ -4,8 +4,8 @@ A stream has shape `[rows, tokens, dim]`. Requests of one length stand as one ro
 requests of unequal length are laid end to end in a single row (`[1, T, dim]`). Everything that acts on tokens alone
 (linear layers, norms) does not care; what acts per request goes through the `Stream` that describes the layout.
 
-Ranks may share a stream (`diffusion.ulysses`): each then holds consecutive tokens of it, in one row. `pack` and what is made per token give a
-rank its own; `flat` and `join` give attention all tokens of a share of the heads, `unflat` and `split` undo that; `collected` is everything.
+Ranks may share a stream (`diffusion.ulysses`): each then holds consecutive tokens of every row. `pack` and what is made per token give a rank
+its own; `flat` and `join` give attention all tokens of a share of the heads, `unflat` and `split` undo that; `collected` is everything.
 
 Where shapes should repeat (compiled code), a stream is always one row and ends in padding up to a rung of a ladder
 (`rung`). Padding belongs to no request: attention leaves it out, its tokens are modulated by a row of their own, and
@@ -80,7 +80,7 @@ class Stream:
     @cached_property
     def even(self) -> bool:
         """Whether requests stand as rows."""
-        return self.padding is None and len(set(self.lens)) == 1 and self.ranks.count == 1
+        return self.padding is None and len(set(self.lens)) == 1 and self.lens[0] >= self.ranks.count
 
     @cached_property
     def total(self) -> int:
@@ -95,7 +95,7 @@ class Stream:
     def pack(self, parts: Sequence[Tensor] | Tensor) -> Tensor:
         """Tokens per request (`[L_i, dim]` each, or `[B, L, dim]`) to a stream, or this rank's part of it."""
         if self.even:
-            return parts if isinstance(parts, Tensor) else torch.stack(list(parts))
+            return self.ranks.cut(parts if isinstance(parts, Tensor) else torch.stack(list(parts)))
         flat = parts.flatten(0, 1) if isinstance(parts, Tensor) else torch.cat(list(parts))
         return self.ranks.cut((F.pad(flat, (0, 0, 0, self.padding)) if self.padding else flat)[None])
 
@@ -124,23 +124,39 @@ class Stream:
         """Per-request values `[B, dim]` (one row more where there is padding) in a shape that broadcasts over the stream's tokens."""
         return spread(values, self.owner(values.device))
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row, those of other ranks included."""
+        return self.lens[0] if self.even else self.size
+
+    def whole(self, tokens: Tensor) -> Tensor:
+        """All tokens of the rows; where ranks share them, of a rank's own heads (dimension 2)."""
+        return self.ranks.to_heads(tokens, self.length)
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """Inverse of `whole`."""
+        return self.ranks.to_tokens(tokens)
+
     def flat(self, tokens: Tensor) -> Tensor:
-        """The requests' tokens in one row, without padding: `[1, total, …]`; where ranks share them, of a rank's own heads (dimension 2)."""
-        return self.ranks.to_heads(tokens.reshape(1, -1, *tokens.shape[2:]), self.size)[:, : self.total]
+        """`whole`, the requests' tokens in one row, without padding: `[1, total, …]`."""
+        return self._flat(self.whole(tokens))
 
     def unflat(self, tokens: Tensor) -> Tensor:
-        """Inverse of `flat`, heads in dimension 2; padding becomes zeros."""
+        """Inverse of `flat`; padding becomes zeros."""
         if self.even:
-            return tokens.reshape(len(self.lens), self.lens[0], *tokens.shape[2:])
-        return self.ranks.to_tokens(torch.cat([tokens, tokens.new_zeros(1, self.padding, *tokens.shape[2:])], 1) if self.padding else tokens)
+            return self.own(tokens.reshape(len(self.lens), self.lens[0], *tokens.shape[2:]))
+        return self.own(torch.cat([tokens, tokens.new_zeros(1, self.padding, *tokens.shape[2:])], 1) if self.padding else tokens)
 
     def collected(self, tokens: Tensor) -> Tensor:
         """The requests' tokens in one row, without padding: `[1, total, …]`, on every rank."""
-        return self.ranks.gather(tokens.reshape(1, -1, *tokens.shape[2:]), self.size)[:, : self.total]
+        return self._flat(self.ranks.gather(tokens, self.length))
+
+    def _flat(self, rows: Tensor) -> Tensor:
+        return rows.reshape(1, -1, *rows.shape[2:])[:, : self.total]
 
     def unpack(self, tokens: Tensor) -> list[Tensor]:
         """Stream to a list of `[L_i, dim]`."""
-        return list(tokens) if self.even else list(self.collected(tokens)[0].split(self.lens))
+        return list(self.collected(tokens)[0].split(self.lens))
 
 
 class Layout:
@@ -183,7 +199,7 @@ class Layout:
     def join(self, image: Tensor, text: Tensor) -> Tensor:
         """Two streams `[rows, tokens, …]` to the joint packed sequence `[1, T, …]`, request after request, image before text."""
         if self.even:
-            both = torch.cat([image, text], 1)
+            both = torch.cat([self.image.whole(image), self.text.whole(text)], 1)
             return both.reshape(1, -1, *both.shape[2:])
         flat = torch.cat([self.image.flat(image), self.text.flat(text)], 1)
         return flat.index_select(1, self._order(flat.device))
@@ -192,7 +208,7 @@ class Layout:
         """Inverse of `join`; padding becomes zeros."""
         if self.even:
             rows = joint.reshape(len(self.image.lens), -1, *joint.shape[2:])
-            return rows[:, : self.image.lens[0]], rows[:, self.image.lens[0] :]
+            return self.image.own(rows[:, : self.image.lens[0]]), self.text.own(rows[:, self.image.lens[0] :])
         flat = torch.empty_like(joint).index_copy(1, self._order(joint.device), joint)
         image, text = flat.split((self.image.total, self.text.total), 1)
         return self.image.unflat(image), self.text.unflat(text)

@@ -1,10 +1,10 @@
 """Ulysses sequence parallelism (arXiv 2309.14509): ranks share the tokens of a stream, and for the time of an attention its heads.
 
-A packed stream of T tokens is cut into consecutive parts, whose lengths differ by one at most, so no token is padding. What acts on tokens
-alone sees a rank's own; attention, by whatever provider, sees all tokens of a share of the heads:
+The T tokens of each row of a packed stream are cut into consecutive parts, whose lengths differ by one at most, so no token is padding. What
+acts on tokens alone sees a rank's own; attention, by whatever provider, sees all tokens of a share of the heads:
 
-    own tokens, all heads [1, T_r, H, d]  ── to_heads ──►  all tokens, own heads [1, T, H / S, d]  ─► varlen_attention
-    own tokens            [1, T_r, H d]   ◄── to_tokens ─  all tokens            [1, T, H / S d]   ◄┘
+    own tokens, all heads [R, T_r, H, d]  ── to_heads ──►  all tokens, own heads [R, T, H / S, d]  ─► varlen_attention
+    own tokens            [R, T_r, H d]   ◄── to_tokens ─  all tokens            [R, T, H / S d]   ◄┘
 
 Invariant: all ranks of a group are given the same requests and, behind `gather`, the same output, so each computes the same loss. Its
 gradient enters a rank at the rank's own tokens (`gather` passes back that part and adds nothing up), and what a rank finds for a parameter
@@ -62,15 +62,15 @@ class SequenceRanks:
         return tokens.narrow(dim, sum(lens[: self.index]), lens[self.index]).clone()
 
     def to_heads(self, tokens: Tensor, total: int) -> Tensor:
-        """This rank's tokens `[1, T_r, H, …]` to this rank's share of the heads of all `total` tokens, `[1, T, H / S, …]`."""
+        """This rank's tokens `[R, T_r, H, …]` to this rank's share of the heads of all `total` tokens of a row, `[R, T, H / S, …]`."""
         return tokens if self.count == 1 else _apply(_ToHeads, tokens, self, total)
 
     def to_tokens(self, heads: Tensor) -> Tensor:
-        """Inverse of `to_heads`: `[1, T, C / S, …]` to `[1, T_r, C, …]`."""
+        """Inverse of `to_heads`: `[R, T, C / S, …]` to `[R, T_r, C, …]`."""
         return heads if self.count == 1 else _apply(_ToTokens, heads, self, heads.shape[1])
 
     def gather(self, tokens: Tensor, total: int) -> Tensor:
-        """All `total` tokens `[1, T, …]`, on every rank. Backward: the part of the gradient that is of this rank's tokens."""
+        """All `total` tokens of a row `[R, T, …]`, on every rank. Backward: the part of the gradient that is of this rank's tokens."""
         return tokens if self.count == 1 else _apply(_Gather, tokens, self, total)
 
 
@@ -83,21 +83,29 @@ def _apply(function: type[torch.autograd.Function], tokens: Tensor, ranks: Seque
 
 
 def _exchange(rows: Tensor, received: Sequence[int], sent: Sequence[int], ranks: SequenceRanks) -> Tensor:
-    """Rows for each rank, one rank's behind the other's, for those that each has sent."""
+    """Entries for each rank, one rank's behind the other's, for those that each has sent."""
     out = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=ranks.group)
     return out
 
 
+def _to_each(by_rank: Tensor, rows: int, ranks: SequenceRanks, total: int) -> Tensor:
+    """Send each rank what stands for it in `[S, R, T_r, …]`; what all have sent, `[R, T, …]`."""
+    sizes = [rows * n for n in ranks.lens(total)]
+    out = _exchange(by_rank.flatten(0, 2), sizes, [sizes[ranks.index]] * ranks.count, ranks)
+    return out[None] if rows == 1 else torch.cat([part.unflatten(0, (rows, -1)) for part in out.split(sizes)], 1)
+
+
 def _heads_of(tokens: Tensor, ranks: SequenceRanks, total: int) -> Tensor:
-    by_rank = tokens[0].unflatten(1, (ranks.count, -1)).transpose(0, 1)  # [S, T_r, H / S, …]
-    return _exchange(by_rank.flatten(0, 1), ranks.lens(total), [tokens.shape[1]] * ranks.count, ranks)[None]
+    return _to_each(tokens.unflatten(2, (ranks.count, -1)).movedim(2, 0), len(tokens), ranks, total)
 
 
 def _tokens_of(heads: Tensor, ranks: SequenceRanks, total: int) -> Tensor:
-    lens = ranks.lens(total)
-    by_rank = _exchange(heads[0], [lens[ranks.index]] * ranks.count, lens, ranks).unflatten(0, (ranks.count, -1))
-    return by_rank.transpose(0, 1).flatten(1, 2)[None]
+    rows, lens = len(heads), ranks.lens(total)
+    entries = heads[0] if rows == 1 else torch.cat([part.flatten(0, 1) for part in heads.split(lens, 1)])
+    own = rows * lens[ranks.index]
+    out = _exchange(entries, [own] * ranks.count, [rows * n for n in lens], ranks)
+    return out.unflatten(0, (ranks.count, rows, -1)).movedim(0, 2).flatten(2, 3)
 
 
 class _ToHeads(torch.autograd.Function):
@@ -128,8 +136,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, ranks: SequenceRanks, total: int) -> Tensor:
         ctx.ranks = ranks
-        to_each = tokens[0].repeat(ranks.count, *[1] * (tokens.dim() - 2))
-        return _exchange(to_each, ranks.lens(total), [tokens.shape[1]] * ranks.count, ranks)[None]
+        return _to_each(tokens.expand(ranks.count, *tokens.shape), len(tokens), ranks, total)
 
     @staticmethod
     @once_differentiable

@@ -232,8 +232,7 @@ class PackedModel(nn.Module, ABC):
     def _unpack(self, tokens: Tensor, latents: Tensor | list[Tensor], stream: Stream) -> Tensor | list[Tensor]:
         """Network output over the image stream to velocities shaped as `latents`, of all ranks that share it."""
         if isinstance(latents, Tensor):
-            rows = tokens if stream.even else stream.collected(tokens).unflatten(1, (len(latents), -1))[0]
-            return self._unpatchify(rows, latents.shape[1:])
+            return self._unpatchify(stream.collected(tokens).unflatten(1, (len(latents), -1))[0], latents.shape[1:])
         out: list[Tensor] = []
         parts = zip(stream.unpack(tokens), latents, strict=True)
         for shape, run in groupby(parts, key=lambda pair: pair[1].shape):

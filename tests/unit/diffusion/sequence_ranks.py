@@ -25,6 +25,7 @@ from diffusion.families.wan.config import WanConfig
 from diffusion.families.wan.network import WanTransformer
 from diffusion.ulysses import ALONE, SequenceRanks
 from tests.gloo import join, leave
+from tests.unit.diffusion import test_saved
 from trainer.learn.parallel import recompute
 
 HEADS = 12
@@ -159,21 +160,45 @@ def computed(case: Case, ranks: SequenceRanks = ALONE) -> dict[str, Any]:
     return {"velocities": [v.detach() for v in out], "loss": loss.detach(), "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
 
 
+def numbered() -> Tensor:
+    return (torch.arange(2 * 7 * HEADS * 2) % 251).to(torch.bfloat16).reshape(2, 7, HEADS, 2)
+
+
 def exchanged(ranks: SequenceRanks) -> dict[str, Any]:
-    """Seven tokens of twelve heads, numbered, there and back; in bf16."""
-    whole = torch.arange(7 * HEADS * 2, dtype=torch.bfloat16).reshape(1, 7, HEADS, 2)
+    """Two rows of seven tokens of twelve heads, numbered, there and back; in bf16."""
+    whole = numbered()
     own = ranks.cut(whole).requires_grad_()
     heads = ranks.to_heads(own, 7)
     back = ranks.to_tokens(heads)
     (back * back.detach()).sum().backward()
-    return {"heads": heads.detach(), "back": torch.equal(back, own), "gradient": torch.equal(own.grad, own) if own.grad is not None else False}
+    return {
+        "heads": heads.detach(),
+        "gathered": ranks.gather(own, 7).detach(),
+        "back": torch.equal(back, own),
+        "gradient": torch.equal(own.grad, own) if own.grad is not None else False,
+    }
+
+
+def kept(ranks: SequenceRanks) -> dict[str, tuple[int, int]]:
+    """Bytes of activations that this rank keeps for a backward pass, and those of one that has all tokens to itself, by architecture. (A
+    picture's features, few beside a clip's tokens, are embedded by every rank.)"""
+    found = {}
+    for name, config in (("SD3", test_saved.SD35), ("Wan", test_saved.WAN), ("Cosmos", test_saved.COSMOS)):
+        model = test_saved.network(config)
+        inputs, bytes_of = test_saved.inputs(model), partial(test_saved.kept, model)
+        alone = bytes_of(inputs, "float32")[0]
+        model.share(ranks)
+        found[name] = (bytes_of(inputs, "float32")[0], alone)
+    return found
 
 
 def main(rank: int, world: int, folder: Path) -> None:
     join(rank, world, folder)
     assert dist.group.WORLD is not None
     ranks = SequenceRanks.of(dist.group.WORLD)
-    leave(rank, folder, {name: computed(case, ranks) for name, case in CASES.items()} | {"exchanged": exchanged(ranks)})
+    leave(
+        rank, folder, {name: computed(case, ranks) for name, case in CASES.items()} | {"exchanged": exchanged(ranks), "kept": kept(ranks) if world < 4 else {}}
+    )
 
 
 if __name__ == "__main__":

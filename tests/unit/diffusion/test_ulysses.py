@@ -15,7 +15,7 @@ from diffusion.families.wan.network import WanTransformer
 from diffusion.packing import layout
 from diffusion.ulysses import SequenceRanks
 from tests.gloo import launched
-from tests.unit.diffusion.sequence_ranks import CASES, HEADS, WAN, computed
+from tests.unit.diffusion.sequence_ranks import CASES, WAN, computed, numbered
 
 WORLDS = [2, pytest.param(3, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)]
 
@@ -54,9 +54,16 @@ def test_ranks_that_share_streams_compute_what_one_does(name: str, alone: dict[s
 
 
 def test_heads_come_in_order_and_go_back_to_the_bit(group: list[dict[str, Any]]) -> None:
-    whole = torch.arange(7 * HEADS * 2, dtype=torch.bfloat16).reshape(1, 7, HEADS, 2)
-    assert torch.equal(torch.cat([rank["exchanged"]["heads"] for rank in group], 2), whole)
+    assert torch.equal(torch.cat([rank["exchanged"]["heads"] for rank in group], 2), numbered())
+    assert all(torch.equal(rank["exchanged"]["gathered"], numbered()) for rank in group)
     assert all(rank["exchanged"]["back"] and rank["exchanged"]["gradient"] for rank in group)
+
+
+def test_each_rank_keeps_its_share_of_the_activations(group: list[dict[str, Any]]) -> None:
+    """What the plan divides by the number of ranks."""
+    for rank in group:
+        for name, (own, whole) in rank["kept"].items():
+            assert own == pytest.approx(whole / len(group), rel=0.05), name
 
 
 @pytest.mark.parametrize("total", [8, 9, 15, 31])
