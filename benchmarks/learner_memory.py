@@ -94,7 +94,7 @@ def rank_main(side: str, rank: int, world: int, folder: Path) -> None:
             "optimizer": {"ema": 0.0},
         }
     )
-    mesh_of(CPU)
+    mesh_of(CPU, config.learner)
     gc.collect()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again

@@ -4,6 +4,9 @@ A stream has shape `[rows, tokens, dim]`. Requests of one length stand as one ro
 requests of unequal length are laid end to end in a single row (`[1, T, dim]`). Everything that acts on tokens alone
 (linear layers, norms) does not care; what acts per request goes through the `Stream` that describes the layout.
 
+Ranks may share a stream (`diffusion.ulysses`): each then holds consecutive tokens of every row. `pack` and what is made per token give a rank
+its own; `flat` and `join` give attention all tokens of a share of the heads, `unflat` and `split` undo that; `collected` is everything.
+
 Where shapes should repeat (compiled code), a stream is always one row and ends in padding up to a rung of a ladder
 (`rung`). Padding belongs to no request: attention leaves it out, its tokens are modulated by a row of their own, and
 nothing reads what becomes of them.
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.attention import Segments, constants
+from diffusion.ulysses import ALONE, SequenceRanks
 
 MIN_RUNGS = 8
 """Fewest rungs an octave: padding then stays below 1/8 of the tokens."""
@@ -58,17 +62,25 @@ class Stream:
         lens: token count of each request, in request order.
         padding: None: requests of equal length stand as rows. A number: all requests in one row with that many tokens
             of padding behind them.
+        ranks: who shares it.
+    Raises:
+        ValueError: fewer tokens than ranks.
     """
 
     lens: tuple[int, ...]
     padding: int | None = None
+    ranks: SequenceRanks = ALONE
     _owners: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _parts: dict[tuple[torch.device, tuple[int, ...]], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.size < self.ranks.count:
+            raise ValueError(f"a stream of {self.size} tokens cannot be shared by {self.ranks.count} sequence ranks")
 
     @cached_property
     def even(self) -> bool:
         """Whether requests stand as rows."""
-        return self.padding is None and len(set(self.lens)) == 1
+        return self.padding is None and len(set(self.lens)) == 1 and self.lens[0] >= self.ranks.count
 
     @cached_property
     def total(self) -> int:
@@ -77,24 +89,24 @@ class Stream:
 
     @property
     def size(self) -> int:
-        """Tokens of the stream, padding included."""
+        """Tokens of the stream, padding and those of other ranks included."""
         return self.total + (self.padding or 0)
 
     def pack(self, parts: Sequence[Tensor] | Tensor) -> Tensor:
-        """Tokens per request (`[L_i, dim]` each, or `[B, L, dim]`) to a stream."""
+        """Tokens per request (`[L_i, dim]` each, or `[B, L, dim]`) to a stream, or this rank's part of it."""
         if self.even:
-            return parts if isinstance(parts, Tensor) else torch.stack(list(parts))
+            return self.ranks.cut(parts if isinstance(parts, Tensor) else torch.stack(list(parts)))
         flat = parts.flatten(0, 1) if isinstance(parts, Tensor) else torch.cat(list(parts))
-        return (F.pad(flat, (0, 0, 0, self.padding)) if self.padding else flat)[None]
+        return self.ranks.cut((F.pad(flat, (0, 0, 0, self.padding)) if self.padding else flat)[None])
 
     def owner(self, device: torch.device) -> Tensor | None:
-        """Request of each token `[size]`, len(lens) for padding; None where requests stand as rows."""
+        """Request of each token that is held here `[size]`, len(lens) for padding; None where requests stand as rows."""
         if self.even:
             return None
         if device not in self._owners:
             with constants():
                 lens = torch.tensor([*self.lens, self.padding or 0])
-                self._owners[device] = torch.arange(len(lens)).repeat_interleave(lens).to(device)
+                self._owners[device] = self.ranks.cut(torch.arange(len(lens)).repeat_interleave(lens), 0).to(device)
         return self._owners[device]
 
     def parts(self, first: tuple[int, ...], device: torch.device) -> Tensor:
@@ -104,27 +116,47 @@ class Stream:
             counts = [n for a, length in zip(first, self.lens, strict=True) for n in (a, length - a)]
             with constants():
                 lens = torch.tensor([*counts, self.padding or 0])
-                numbers = torch.arange(len(lens)).repeat_interleave(lens)
-                self._parts[device, first] = numbers.view(len(self.lens) if self.even else 1, -1).to(device)
+                numbers = torch.arange(len(lens)).repeat_interleave(lens).view(len(self.lens) if self.even else 1, -1)
+                self._parts[device, first] = self.ranks.cut(numbers).to(device)
         return self._parts[device, first]
 
     def per_token(self, values: Tensor) -> Tensor:
         """Per-request values `[B, dim]` (one row more where there is padding) in a shape that broadcasts over the stream's tokens."""
         return spread(values, self.owner(values.device))
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row, those of other ranks included."""
+        return self.lens[0] if self.even else self.size
+
+    def whole(self, tokens: Tensor) -> Tensor:
+        """All tokens of the rows; where ranks share them, of a rank's own heads (dimension 2)."""
+        return self.ranks.to_heads(tokens, self.length)
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """Inverse of `whole`."""
+        return self.ranks.to_tokens(tokens)
+
     def flat(self, tokens: Tensor) -> Tensor:
-        """The requests' tokens in one row, without padding: `[1, total, …]`."""
-        return tokens.reshape(1, -1, *tokens.shape[2:])[:, : self.total]
+        """`whole`, the requests' tokens in one row, without padding: `[1, total, …]`."""
+        return self._flat(self.whole(tokens))
 
     def unflat(self, tokens: Tensor) -> Tensor:
         """Inverse of `flat`; padding becomes zeros."""
         if self.even:
-            return tokens.reshape(len(self.lens), self.lens[0], *tokens.shape[2:])
-        return torch.cat([tokens, tokens.new_zeros(1, self.padding, *tokens.shape[2:])], 1) if self.padding else tokens
+            return self.own(tokens.reshape(len(self.lens), self.lens[0], *tokens.shape[2:]))
+        return self.own(torch.cat([tokens, tokens.new_zeros(1, self.padding, *tokens.shape[2:])], 1) if self.padding else tokens)
+
+    def collected(self, tokens: Tensor) -> Tensor:
+        """The requests' tokens in one row, without padding: `[1, total, …]`, on every rank."""
+        return self._flat(self.ranks.gather(tokens, self.length))
+
+    def _flat(self, rows: Tensor) -> Tensor:
+        return rows.reshape(1, -1, *rows.shape[2:])[:, : self.total]
 
     def unpack(self, tokens: Tensor) -> list[Tensor]:
         """Stream to a list of `[L_i, dim]`."""
-        return list(tokens) if self.even else list(self.flat(tokens)[0].split(self.lens))
+        return list(self.collected(tokens)[0].split(self.lens))
 
 
 class Layout:
@@ -156,39 +188,40 @@ class Layout:
         return Segments(self.image.lens, self.text.lens)
 
     def _order(self, device: torch.device) -> Tensor:
-        """Position in `[image stream, text stream]` of each token of the joint order, padding left out."""
+        """Position in `[image tokens, text tokens]` of each token of the joint order."""
         if device not in self._orders:
             with constants():
                 images = torch.arange(self.image.total).split(self.image.lens)
-                texts = (torch.arange(self.text.total) + self.image.size).split(self.text.lens)
+                texts = (torch.arange(self.text.total) + self.image.total).split(self.text.lens)
                 self._orders[device] = torch.cat([p for pair in zip(images, texts, strict=True) for p in pair]).to(device)
         return self._orders[device]
 
     def join(self, image: Tensor, text: Tensor) -> Tensor:
         """Two streams `[rows, tokens, …]` to the joint packed sequence `[1, T, …]`, request after request, image before text."""
         if self.even:
-            both = torch.cat([image, text], 1)
+            both = torch.cat([self.image.whole(image), self.text.whole(text)], 1)
             return both.reshape(1, -1, *both.shape[2:])
-        flat = torch.cat([a.reshape(-1, *a.shape[2:]) for a in (image, text)])
-        return flat.index_select(0, self._order(flat.device))[None]
+        flat = torch.cat([self.image.flat(image), self.text.flat(text)], 1)
+        return flat.index_select(1, self._order(flat.device))
 
     def split(self, joint: Tensor) -> tuple[Tensor, Tensor]:
         """Inverse of `join`; padding becomes zeros."""
         if self.even:
             rows = joint.reshape(len(self.image.lens), -1, *joint.shape[2:])
-            return rows[:, : self.image.lens[0]], rows[:, self.image.lens[0] :]
-        flat = joint.new_zeros(self.image.size + self.text.size, *joint.shape[2:]).index_copy(0, self._order(joint.device), joint[0])
-        image, text = flat.split((self.image.size, self.text.size))
-        return self.image.unflat(image[None]) if self.image.even else image[None], self.text.unflat(text[None]) if self.text.even else text[None]
+            return self.image.own(rows[:, : self.image.lens[0]]), self.text.own(rows[:, self.image.lens[0] :])
+        flat = torch.empty_like(joint).index_copy(1, self._order(joint.device), joint)
+        image, text = flat.split((self.image.total, self.text.total), 1)
+        return self.image.unflat(image), self.text.unflat(text)
 
 
 @lru_cache(maxsize=16)
-def layout(image: tuple[int, ...], text: tuple[int, ...], buckets: int | None) -> Layout:
+def layout(image: tuple[int, ...], text: tuple[int, ...], buckets: int | None, ranks: SequenceRanks = ALONE) -> Layout:
     """Layout of requests with these token counts; remembered, since an engine's batch repeats for many steps.
 
     Args:
         buckets: rungs an octave that both streams are padded to (see `rung`); None: no padding.
+        ranks: who shares both streams.
+    Raises:
+        ValueError: a stream with fewer tokens than there are ranks.
     """
-    if buckets is None:
-        return Layout(Stream(image), Stream(text))
-    return Layout(*(Stream(lens, rung(sum(lens), buckets) - sum(lens)) for lens in (image, text)))
+    return Layout(*(Stream(lens, None if buckets is None else rung(sum(lens), buckets) - sum(lens), ranks) for lens in (image, text)))

@@ -31,6 +31,7 @@ LONG = (
     "e2e/test_serve_signals.py",
     "e2e/test_refusals.py",
     "unit/trainer/learn/test_ranks.py",
+    "unit/trainer/learn/test_mesh.py",
     "e2e/test_rest_docs.py",
     "e2e/test_docs.py",
     "e2e/test_kernels.py",

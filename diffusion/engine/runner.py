@@ -61,7 +61,8 @@ class Runner:
         if self.device.type == "cpu":
             keep_freed_memory()
         second = sum(tensor.nbytes for tensor in trained_weights(model).values()) if side else 0
-        self.plan = plan_memory(model.activation_bytes(itemsize(dtype)), self.device, max_tokens, second)
+        own = -(-model.activation_bytes(itemsize(dtype)) // model.sequence_ranks.count)  # of a token, on each of those that share it
+        self.plan = plan_memory(own, self.device, max_tokens, second)
         self.version = 0
         self.digest: str | None = None
         self._next: tuple[Incoming, int, str | None] | None = None

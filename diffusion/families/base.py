@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.packing import Layout, Stream, layout
+from diffusion.ulysses import ALONE, SequenceRanks, check_heads
 
 COMPILED_SHAPES = 256
 """Compiled variants of one region that are kept: buckets x request counts x kinds of block."""
@@ -23,6 +24,9 @@ class ModelConfigLike(Protocol):
 
     @property
     def in_channels(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
 
     def to_dict(self) -> dict[str, Any]: ...
 
@@ -81,10 +85,12 @@ class PackedModel(nn.Module, ABC):
         provider: attention provider (see `diffusion.attention`), changeable at any time.
         buckets: None, or rungs an octave (at least 8) that the streams' token counts are padded to, so that shapes
             repeat from batch to batch; changeable at any time.
+        sequence_ranks: who shares the tokens of every forward pass (`share`).
     """
 
     provider: str
     buckets: int | None = None
+    sequence_ranks: SequenceRanks = ALONE
     out_channels: int
     block_list: ClassVar[str]
     """Name of the block list in the checkpoint."""
@@ -136,6 +142,12 @@ class PackedModel(nn.Module, ABC):
     def latent_channels(self) -> int:
         """Channels of what is sampled; the network's input has more where conditioning stands beside it."""
         return self.config.in_channels
+
+    def share(self, ranks: SequenceRanks) -> None:
+        """Have each forward pass shared by `ranks`, who all make it with the same requests and get the same velocities; what they find as
+        gradients of parameters adds up to the gradient (`diffusion.ulysses`). Raises ValueError where heads cannot be shared evenly."""
+        check_heads(self.config.num_attention_heads, ranks.count)
+        self.sequence_ranks = ranks
 
     @property
     @abstractmethod
@@ -231,7 +243,7 @@ class PackedModel(nn.Module, ABC):
 
     def _layout(self, latents: Tensor | list[Tensor], prompt_embeds: Tensor | list[Tensor]) -> Layout:
         image = tuple(self.tokens(x.shape) for x in latents)
-        return layout(image, tuple(len(e) for e in prompt_embeds), self.buckets)
+        return layout(image, tuple(len(e) for e in prompt_embeds), self.buckets, self.sequence_ranks)
 
     def _per_request(self, values: Tensor) -> Tensor:
         """Per-request values `[B, dim]`; where shapes must repeat, with rows of zeros up to a power of two above B."""
@@ -240,10 +252,9 @@ class PackedModel(nn.Module, ABC):
         return F.pad(values, (0, 0, 0, (1 << len(values).bit_length()) - len(values)))
 
     def _unpack(self, tokens: Tensor, latents: Tensor | list[Tensor], stream: Stream) -> Tensor | list[Tensor]:
-        """Network output over the image stream to velocities shaped as `latents`."""
+        """Network output over the image stream to velocities shaped as `latents`, of all ranks that share it."""
         if isinstance(latents, Tensor):
-            rows = tokens if stream.even else stream.flat(tokens).unflatten(1, (len(latents), -1))[0]
-            return self._unpatchify(rows, latents.shape[1:])
+            return self._unpatchify(stream.collected(tokens).unflatten(1, (len(latents), -1))[0], latents.shape[1:])
         out: list[Tensor] = []
         parts = zip(stream.unpack(tokens), latents, strict=True)
         for shape, run in groupby(parts, key=lambda pair: pair[1].shape):

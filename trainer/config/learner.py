@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffusion.config import Strict
 
@@ -46,7 +46,11 @@ class OptimizerConfig(Strict):
 class LearnerConfig(Strict):
     """The FSDP learner group."""
 
-    ranks: int = Field(2, ge=1, description="learner processes (FSDP2 shards)")
+    ranks: int = Field(2, ge=1, description="learner processes: replicas x FSDP2 shards; rows are shared over ranks / sequence_ranks of them")
+    replicas: int = Field(1, ge=1, description="copies of the sharded network (HSDP): each lies on ranks / replicas neighbours, as a node's; 1 = FSDP")
+    sequence_ranks: int = Field(
+        1, ge=1, description="neighbouring ranks that share the tokens of every pass, and in attention its heads (Ulysses); 1 = a rank has whole rows"
+    )
     shard_blocks: bool = Field(
         True, description="shard every transformer block on its own; false = the whole model as one unit (small models: fewer collectives)"
     )
@@ -75,6 +79,26 @@ class LearnerConfig(Strict):
     collective_timeout_s: float = Field(120.0, gt=0, description="deadline of a collective among ranks")
     max_skipped: int = Field(20, ge=0, description="updates skipped in a row for non-finite gradients before the run gives up")
 
+    @model_validator(mode="after")
+    def _is_a_mesh(self) -> LearnerConfig:
+        if self.ranks % self.replicas:
+            raise ValueError(f"ranks={self.ranks} is no multiple of replicas={self.replicas}")
+        if self.shards % self.sequence_ranks:
+            raise ValueError(f"{self.shards} ranks of a replica are no multiple of sequence_ranks={self.sequence_ranks}")
+        return self
+
+    @property
+    def shards(self) -> int:
+        """Parts that weights, gradients and moments are cut into."""
+        return self.ranks // self.replicas
+
+    @property
+    def data_ranks(self) -> int:
+        """Groups of ranks that have rows of their own."""
+        return self.ranks // self.sequence_ranks
+
     def rows(self, tokens: int) -> int:
-        """Most samples of `tokens` tokens each in one forward pass of a rank; 1 where a single one exceeds `micro_tokens`."""
-        return self.micro_batch if self.micro_tokens is None else max(1, min(self.micro_batch, self.micro_tokens // tokens))
+        """Most samples of `tokens` tokens each in one forward pass of a rank, with those that share it; 1 where a single one exceeds `micro_tokens`."""
+        if self.micro_tokens is None:
+            return self.micro_batch
+        return max(1, min(self.micro_batch, self.sequence_ranks * self.micro_tokens // tokens))

@@ -110,9 +110,10 @@ class RunConfig(Strict):
             )
         members = self.rollout.groups_per_step * self.rollout.enough_members  # those that are there when rewards fail
         rows = min([members] * self.uses_policy + [self.data_rows] * self.uses_data)
-        if self.learner.ranks > rows:
+        if self.learner.data_ranks > rows:
+            groups = f" / sequence_ranks={self.learner.sequence_ranks}" if self.learner.sequence_ranks > 1 else ""
             raise ValueError(
-                f"learner.ranks={self.learner.ranks} exceeds the {rows} rollouts or anchor samples of an update: some rank would have nothing to do"
+                f"learner.ranks={self.learner.ranks}{groups} exceeds the {rows} rollouts or anchor samples of an update: some rank would have nothing to do"
             )
         if self.model.lora.merge and self.model.lora.rank and self.objective.old_log_prob == "rollout":
             raise ValueError(

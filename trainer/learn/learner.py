@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from trainer.learn.batch import StepBatch, step_batches, take
 from trainer.learn.forward import Guidance, data_prediction, policy_prediction
 from trainer.learn.objective import Anchors, Transitions, data_terms, policy_terms
 from trainer.learn.optimizer import make_optimizer
-from trainer.learn.parallel import buffers_to, mesh_of, parallelize
+from trainer.learn.parallel import Mesh, buffers_to, mesh_of, parallelize
 from trainer.learn.plan import passes, slices
 
 logger = logging.getLogger(__name__)
@@ -128,9 +128,14 @@ class Learner:
         """This rank's rows of a claim; no collective. Raises as `step_batches`."""
         return step_batches(self.config, self.process, self.kernel, buffer, claim, rank, world, self.encode, self.subjects, self.model.free_part)
 
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The ranks, and which rows are this one's; collective when first asked for."""
+        return mesh_of(self.device, self.config.learner)
+
     def _spread(self, model: PackedModel) -> None:
         """Shard a network over the ranks."""
-        parallelize(model, mesh_of(self.device), self.config.learner)
+        parallelize(model, self.mesh, self.config.learner)
 
     def _filled(self, model: PackedModel) -> PackedModel:
         """A network without values, sharded and then given those of the starting policy; no rank ever holds the whole of it."""
@@ -149,7 +154,10 @@ class Learner:
 
     def describe(self, step: int) -> dict[str, Any]:
         """How the ranks compute, as a line of metrics.jsonl; `step`: updates made so far."""
-        network = f"{self.config.model.dtype} on {self.device}, {dist.get_world_size()} ranks"
+        learner, ranks = self.config.learner, f"{dist.get_world_size()} ranks"
+        if learner.replicas > 1 or learner.sequence_ranks > 1:
+            ranks += f" (replicas {learner.replicas}, sequence ranks {learner.sequence_ranks})"
+        network = f"{self.config.model.dtype} on {self.device}, {ranks}"
         return {"kind": "learner", "step": step, "network": network, "attention": self.attention.why}
 
     def update(self, batches: Sequence[StepBatch], step: int) -> dict[str, Any]:
@@ -167,7 +175,7 @@ class Learner:
         assert isinstance(self.model, FSDPModule)
         for i, compute in enumerate(losses):
             self.model.set_requires_gradient_sync(self.config.learner.accumulate == "sharded" or i == len(losses) - 1)
-            # FSDP averages gradients over ranks; the sums are divided by global counts, hence the factor
+            # FSDP averages gradients over ranks; the sums are divided by global counts, hence the factor (`trainer.learn.parallel`)
             (compute() * world).backward()
         norm = self._clip()
         skipped = not math.isfinite(norm)
@@ -178,7 +186,7 @@ class Learner:
             self.optimizer.step()
             self._update_ema()
         self.optimizer.zero_grad()
-        dist.all_reduce(sums)
+        self.add_up(sums)
         stats = {"lr": lr, "skipped": float(skipped)} | ({} if skipped else {"grad_norm": norm})
         if batch.transition_count:
             policy, ratio, clipped, kl = (sums[:4] / batch.transition_count).tolist()
@@ -193,6 +201,10 @@ class Learner:
             for name, value in zip(BY_STEP[1:], values, strict=True):
                 found[name] = _finite({str(i): v / n for i, (v, n) in enumerate(zip(value, count, strict=True)) if n})
         return found
+
+    def add_up(self, sums: Tensor) -> None:
+        """Add up, in place, what ranks have summed over their rows, each row once; collective."""
+        dist.all_reduce(sums if self.mesh.speaks else sums.zero_())
 
     def replay(self, rows: Transitions, conditioning: Conditioning) -> Tensor:
         """The policy's prediction for stored transitions on this rank's device, with gradient; collective."""
@@ -243,9 +255,10 @@ class Learner:
         longest = torch.tensor(self.model.packed_tokens(shape, conditioning.tokens), device=self.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         tokens = int(longest)
-        if tokens > learner.micro_tokens and not self._warned and dist.get_rank() == 0:
+        if tokens > learner.sequence_ranks * learner.micro_tokens and not self._warned and dist.get_rank() == 0:
             self._warned = True
-            logger.warning("a sample of %d tokens exceeds learner.micro_tokens=%d and takes a pass of its own", tokens, learner.micro_tokens)
+            told = f" on each of {learner.sequence_ranks} ranks" if learner.sequence_ranks > 1 else ""
+            logger.warning("a sample of %d tokens exceeds learner.micro_tokens=%d%s and takes a pass of its own", tokens, learner.micro_tokens, told)
         return learner.rows(tokens)
 
     def _clip(self) -> float:

@@ -81,7 +81,7 @@ def run(spec: LoopSpec) -> None:
         if claim is None:
             break
         claimed = time.monotonic()
-        stats = learner.update(learner.batches(buffer, claim, rank, world), step)
+        stats = learner.update(learner.batches(buffer, claim, learner.mesh.data_rank, learner.mesh.data_ranks), step)
         trained = time.monotonic()
         progress.step = step
         progress.groups.extend(g.group for g in claim.groups)

@@ -1,9 +1,10 @@
 """The log-probability self-test: before the first claim, does the learner find the densities that the sampling engine stores?
 
-Every rank samples a few rollouts with the run's own settings, in packed batches of two sizes where the model allows, sends
-them through the wire format, and replays their trained transitions as the learner does. The weights are the same on both
-sides, so each ratio should be 1; how far it is from it is the noise that arithmetic alone (precision, batch shapes, attention
-kernels) puts into the ratios of this run. A ratio that is clipped at 1 ± c means nothing when the noise is of that size.
+Every rank, or group of ranks that share their tokens, samples a few rollouts with the run's own settings, in packed batches of two
+sizes where the model allows, sends them through the wire format, and replays their trained transitions as the learner does. The
+weights are the same on both sides, so each ratio should be 1; how far it is from it is the noise that arithmetic alone (precision,
+batch shapes, attention kernels) puts into the ratios of this run. A ratio that is clipped at 1 ± c means nothing when the noise is of
+that size.
 
 Engine and replay run on this rank's device: a difference between the generators' devices and the learner's shows in
 `ratio_deviation` of the updates, not here.
@@ -157,7 +158,7 @@ def replayed(learner: Learner, requests: list[SampleRequest], trajectories: list
 def self_test(learner: Learner, members: int = MEMBERS) -> SelfTest:
     """Sample `members` rollouts of each size on each rank, replay, compare; collective. The learner is left as it was."""
     started, device, steps = time.monotonic(), learner.device, learner.kernel.steps
-    requests = requests_of(learner, dist.get_rank(), members)
+    requests = requests_of(learner, learner.mesh.data_rank, members)
     largest = torch.zeros(2, dtype=torch.float64, device=device)
     sums = torch.zeros(2, steps, dtype=torch.float64, device=device)
     for rows, stats in replayed(learner, requests, sample(learner, requests)):
@@ -169,7 +170,7 @@ def self_test(learner: Learner, members: int = MEMBERS) -> SelfTest:
         if isinstance(module, FSDPModule):
             module.reshard()  # the last forward was followed by no backward, which would have done it
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    dist.all_reduce(sums)
+    learner.add_up(sums)
     count, total = sums
     by_step = {i: float(total[i] / count[i]) for i in range(steps) if count[i]}
     return SelfTest(int(count.sum()), float(largest[0]), float(total.sum() / count.sum()), float(largest[1]), by_step, time.monotonic() - started)

@@ -170,7 +170,7 @@ def _recompute(s: Setting) -> Iterator[Step]:
 
 
 def _gradients(s: Setting) -> Iterator[Step]:
-    if s.config.learner.ranks > 1 and s.config.learner.shard_blocks and gathers_gradients(s.config, s.sizes().tokens):
+    if s.config.learner.shards > 1 and s.config.learner.shard_blocks and gathers_gradients(s.config, s.sizes().tokens):
         yield "sharded gradients", ("learner.accumulate=sharded",), s.with_keys(learner__accumulate="sharded")
 
 
@@ -215,6 +215,13 @@ def _ranks(s: Setting) -> Iterator[Step]:
         ranks *= 2
 
 
+def _sequence(s: Setting) -> Iterator[Step]:
+    learner, heads = s.config.learner, s.sizes().network.config.num_attention_heads
+    for count in range(learner.sequence_ranks + 1, learner.shards + 1 if learner.gpus else 0):
+        if heads % count == 0 and learner.shards % count == 0:
+            yield "ranks that share the tokens of a sample", (f"learner.sequence_ranks={count}",), s.with_keys(learner__sequence_ranks=count)
+
+
 def _picture(s: Setting) -> Iterator[Step]:
     height, width = s.config.sampler.height, s.config.sampler.width
     for share in (0.75, 0.5):
@@ -250,6 +257,7 @@ CHANGES: tuple[Callable[[Setting], Iterator[Step]], ...] = (
     _frozen,
     _micro_batch,
     _ranks,
+    _sequence,
     _picture,
     _gpu,
 )

@@ -1,7 +1,7 @@
 """Memory of a learner rank, of a generator and of the hosts, as sums of named parts. Arithmetic on `Sizes` and the recipe.
 
-A learner rank of R, with P parameters of which T are trained (fp32 masters, as the learner keeps them; frozen ones in b bytes, as
-`model.base_dtype` says):
+A learner rank, with P parameters cut into R shards (`learner.ranks` / `learner.replicas`), of which T are trained (fp32 masters, as the
+learner keeps them; frozen ones in b bytes, as `model.base_dtype` says):
 
     weights (4 T + b (P - T)) / R + buffers     optimiser 8 T / R (adamw8bit: some 2 T / R)
     average 4 T / R     reference 4 P / R (reverse KL, full training)
@@ -11,7 +11,7 @@ A learner rank of R, with P parameters of which T are trained (fp32 masters, as 
     learner.offload  weights, optimiser, average and sharded gradients are in host memory then, and what is gathered on the GPU with one rank too
     casts      2 P under bf16 autocast; with an adapter those that its gradient passes through, of one block where blocks are recomputed;
                none of weights that are bf16 already
-    activations  of the rows of one pass, as the network counts them (`PackedModel.saved`)
+    activations  of the rows of one pass, as the network counts them (`PackedModel.saved`), shared by `learner.sequence_ranks`
 
 Without shard_blocks the gradients are reduced at once: three times 4 T at the end of the last pass, activations then gone.
 """
@@ -81,8 +81,8 @@ def trained_steps(config: RunConfig) -> int:
 
 
 def rank_rows(config: RunConfig) -> tuple[int, int]:
-    """Most transitions, and most diffusion-loss evaluations, of one rank in an update."""
-    ranks, rollout, k = config.learner.ranks, config.rollout, trained_steps(config)
+    """Most transitions, and most diffusion-loss evaluations, of one rank, or of those that share them, in an update."""
+    ranks, rollout, k = config.learner.data_ranks, config.rollout, trained_steps(config)
     transitions = -(-rollout.groups_per_step * rollout.group_size // ranks) * k if config.uses_policy else 0
     repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1
     anchors = -(-config.data_rows * repeats // ranks) if config.uses_data else 0
@@ -153,7 +153,7 @@ def vae_bytes(sizes: Sizes) -> float:
 
 def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     """A rank at the peak of an update. What the process itself takes is not counted."""
-    ranks, network = config.learner.ranks, sizes.transformer
+    ranks, network = config.learner.shards, sizes.transformer
     parameters, buffers, trained = weights_bytes(config, sizes), buffers_bytes(config, sizes), MASTER * network.trained
     e, rows, count, based = BYTES[config.model.dtype], micro_rows(config, sizes.tokens), pass_count(config, sizes.tokens), config.model.base_dtype
     saved = sizes.network.saved(sizes.shape, sizes.prompt[0], e, sizes.adapted)
@@ -168,7 +168,8 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     # autocast remembers casts of weights that are trained until the forward pass is over, recomputed or not; those of frozen ones autograd keeps
     kept = (max(saved.weights) if config.learner.recompute else sum(saved.weights)) if sizes.adapted else network.parameters
     casts = 0.0 if e == 4 else 2.0 * (network.trained if based == "bfloat16" else kept)
-    activations = rows * saved.peak(config.learner.recompute)
+    sharing = config.learner.sequence_ranks
+    activations = rows * saved.peak(config.learner.recompute) / sharing
     masters = "fp32 masters" if based == "float32" else f"fp32 adapters, frozen weights {based}"
     how = "blocks recomputed" if config.learner.recompute else "nothing recomputed"
     shards = tuple(replace(p, bytes=p.bytes + buffers, why=p.why + ", buffers whole") if p.name == "weights" else p for p in _shards(config, sizes, masters))
@@ -182,7 +183,7 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
             "root and three blocks: in use, fetched ahead, arriving" if sharded else "the whole network: shard_blocks is false",
         ),
         Part("casts of weights", casts, "bf16, kept for the backward pass"),
-        Part("activations", activations, f"{rows} rows a pass, {how}"),
+        Part("activations", activations, f"{rows} rows a pass{f' of {sharing} ranks' if sharing > 1 else ''}, {how}"),
         Part("rows of a pass", rows * (sizes.prompt_values + 4 * sizes.latent_values) * 4.0 + 6 * rows * sizes.latent_values * 8.0, "inputs; moments in fp64"),
     ]
     if config.objective.kl_weight and not sizes.adapted:
@@ -201,7 +202,7 @@ def learner_rank(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
 
 def _shards(config: RunConfig, sizes: Sizes, why: str) -> tuple[Part, ...]:
     """What a rank keeps between updates, wherever that is."""
-    ranks, trained = config.learner.ranks, MASTER * sizes.transformer.trained
+    ranks, trained = config.learner.shards, MASTER * sizes.transformer.trained
     held = "fp32" if config.optimizer.kind == "adamw" else "8 bits a value and scales of blocks"
     return (
         Part("weights", weights_bytes(config, sizes) / ranks, why + (f" over {ranks} ranks" if ranks > 1 else "")),
@@ -214,7 +215,7 @@ def offloaded(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     """What a rank on a GPU keeps in pinned host memory instead (`learner.offload`)."""
     if not offloads(config):
         return ()
-    ranks = config.learner.ranks
+    ranks = config.learner.shards
     kept = [*_shards(config, sizes, "offloaded"), Part("gradients", MASTER * sizes.transformer.trained / ranks, "offloaded")]
     if config.objective.kl_weight and not sizes.adapted:
         kept.append(Part("reference", weights_bytes(config, sizes) / ranks, "offloaded"))
@@ -306,12 +307,12 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     texts = sizes.prompt_values * 4.0 * (config.feeds_data * data + config.uses_policy * config.rollout.groups_per_step)
     rank = [
         *offloaded(config, sizes),
-        Part("part of the weights", min(PART, version / config.learner.ranks), "while it hands in"),
+        Part("part of the weights", min(PART, version / config.learner.shards), "while it hands in"),
         Part("transitions", transitions * row),
         Part("anchor evaluations", (anchors + data) * row, "and the data rows they are of"),
         Part("encoded texts", texts + min(PROMPT_CACHE, config.updates * texts), "of an update, and a cache of at most 256 MiB"),
         Part("anchor noise", evaluations * sizes.latent_values * 4.0, "of all ranks"),
-        Part("checkpoint", config.learner.checkpoint_async * checkpoint_bytes(config, sizes, config.learner.ranks), "a copy, while it is written"),
+        Part("checkpoint", config.learner.checkpoint_async * checkpoint_bytes(config, sizes, config.learner.shards), "a copy, while it is written"),
     ]
     copies = 2 if config.optimizer.ema else 1
     if sizes.adapted and not config.model.init:

@@ -162,11 +162,11 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
         found.append(
             Finding("warning", "host", f"each learner rank takes {rank / GB:.0f} GB of host memory ({_largest(machines[0])}), x {config.learner.ranks}")
         )
-    if config.learner.ranks > 1 and gathers_gradients(config, sizes.tokens) and not sizes.adapted:
+    if config.learner.shards > 1 and gathers_gradients(config, sizes.tokens) and not sizes.adapted:
         told = f"gradients are whole on every rank while the {pass_count(config, sizes.tokens)} passes of an update accumulate"
         found.append(Finding("note", "gradients", f"{told}: with learner.accumulate=sharded (and shard_blocks) each keeps its part"))
     bound = config.learner.micro_tokens
-    if bound is not None and sizes.tokens > bound:
+    if bound is not None and sizes.tokens > bound * config.learner.sequence_ranks:
         found.append(Finding("warning", "tokens", f"a sample has {sizes.tokens} tokens, more than learner.micro_tokens={bound}: each takes a pass of its own"))
     if config.learner.offload and not config.learner.gpus:
         found.append(Finding("note", "offload", "learner.offload has no effect while learner.gpus=0"))

@@ -143,6 +143,8 @@ def read_parts(path: str) -> tuple[Parts, str]:
 
 def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
     """The numbers of `config`'s policy. Raises ConfigError for a policy, targets or a size that do not work."""
+    from diffusion.ulysses import check_heads
+
     parts, origin = read_parts(config.model.path)
     network, family = _network(json.dumps(parts["transformer"], sort_keys=True), config.model.lora, origin)
     transformer = Component(
@@ -158,6 +160,10 @@ def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
         network.tokens(shape)
     except ValueError as error:
         raise ConfigError(f"sampler.height, sampler.width: {error}") from None
+    try:
+        check_heads(network.config.num_attention_heads, config.learner.sequence_ranks)
+    except ValueError as error:
+        raise ConfigError(f"learner.sequence_ranks: {error}") from None
     values = parts["transformer"]
     channels = prompt_channels(values, config.model)
     tokens: int = assumptions.prompt_tokens or sum(

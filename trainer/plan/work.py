@@ -75,7 +75,7 @@ def offloaded_bytes(config: RunConfig, sizes: Sizes) -> tuple[float, float]:
     """
     if not offloads(config):
         return 0.0, 0.0
-    ranks, trained = config.learner.ranks, MASTER * sizes.transformer.trained / config.learner.ranks
+    ranks, trained = config.learner.shards, MASTER * sizes.transformer.trained / config.learner.shards
     transitions, anchors = passes(config, sizes.tokens)
     guided, reference = config.sampler.guidance > 1, config.objective.kl_weight > 0
     again = 1 if config.learner.shard_blocks else 0  # gathered again; a network that is one unit stays until its backward pass
@@ -150,7 +150,7 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     offload_s = over_pcie / (assumptions.pcie_gb_s * 1e9) + on_host / (assumptions.host_gb_s * 1e9)
     train_s += offload_s
     if not actors:  # ranks encode what they train on, before they do
-        train_s += seconds(anchors * prompt + prompts, learner.ranks, learner.gpus, text_rate)
+        train_s += seconds(anchors * prompt + prompts, learner.data_ranks, learner.gpus, text_rate)
     colocated = r.gpus > 0 and learner.gpus > 0 and r.generators + learner.ranks > count
     evaluated: dict[str, float] = {}
     if evaluation is not None:

@@ -43,6 +43,7 @@ def check_policy(config: RunConfig) -> None:
     """Build the policy without its weights, whose headers are read, fit the size to it and let its tokenizers read the prompts. Raises ConfigError."""
     from diffusion.checkpoint import check_network, load_signature, open_policy
     from diffusion.families.conditioning import collisions
+    from diffusion.ulysses import check_heads
 
     try:
         policy = open_policy(config.model)
@@ -55,6 +56,10 @@ def check_policy(config: RunConfig) -> None:
             _check_given(config, policy, given)
     except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
         raise ConfigError(f"model: {error}") from None
+    try:
+        check_heads(policy.transformer.config.num_attention_heads, config.learner.sequence_ranks)
+    except ValueError as error:
+        raise ConfigError(f"learner.sequence_ranks: {error}") from None
     try:
         same = collisions(signature, _texts(config))
     except ValueError as error:

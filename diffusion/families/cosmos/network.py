@@ -161,7 +161,7 @@ class CosmosTransformer(PackedModel):
         keys = [(self.grid(x.shape), stretch) for x, stretch in zip(latents, stretches, strict=True)]
         tables = {key: self.rotary(key[0], latents[0].device, key[1]) for key in set(keys)}
         if stream.even and len(tables) == 1:
-            return tables[keys[0]][None]
+            return stream.ranks.cut(tables[keys[0]][None])
         return stream.pack([tables[key].flatten(1) for key in keys]).unflatten(-1, (2, -1))
 
     def _marked(self, whole: Batch, given: Batch | None) -> Batch:

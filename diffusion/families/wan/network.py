@@ -137,7 +137,7 @@ class WanTransformer(PackedModel):
         grids = [self.grid(x.shape) for x in latents]
         tables = {grid: self.rotary(grid, latents[0].device) for grid in set(grids)}
         if stream.even and len(tables) == 1:
-            return tables[grids[0]][None]
+            return stream.ranks.cut(tables[grids[0]][None])
         each = [tables[grid].flatten(1) for grid in grids]
         return stream.pack(each).unflatten(-1, (2, -1))
 

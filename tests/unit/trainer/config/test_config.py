@@ -288,11 +288,15 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"ema": 1.0}}, "optimizer.ema: "),
     ({"optimizer": {"lr": "fast"}}, "optimizer.lr: "),
     ({"learner": {"ranks": 0}}, "learner.ranks: "),
+    ({"learner": {"ranks": 6, "replicas": 4}}, "learner: ranks=6 is no multiple of replicas=4"),
+    ({"learner": {"ranks": 6, "sequence_ranks": 4}}, "learner: 6 ranks of a replica are no multiple of sequence_ranks=4"),
+    ({"learner": {"ranks": 8, "replicas": 4, "sequence_ranks": 4}}, "learner: 2 ranks of a replica are no multiple of sequence_ranks=4"),
     ({"model": None}, "model: "),
     # every rank needs a rollout and an anchor row: known before anything is started
     ({"rollout": {"groups_per_step": 1, "group_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),
     ({"rollout": {"groups_per_step": 1, "group_size": 4, "min_group_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),
     ({"objective": {"preset": "sft"}, "data": {"batch_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),
+    ({"rollout": {"groups_per_step": 1, "group_size": 2}, "learner": {"ranks": 6, "sequence_ranks": 2}}, "learner.ranks=6 / sequence_ranks=2 exceeds the 2"),
 ]
 
 

@@ -78,6 +78,15 @@ def test_what_the_command_line_says_stays_and_the_rest_goes_with_it(overrides: t
     assert low["updates"] == 4
 
 
+def test_the_mesh_of_ranks_falls_with_them() -> None:
+    full = load_config(RECIPES / "sd35-medium-ocr.yaml")
+    wide = full.model_copy(update={"learner": full.learner.model_copy(update={"ranks": 64, "replicas": 4, "sequence_ranks": 8})})
+    low = shrunk(wide)
+    assert (low["learner.ranks"], low["learner.replicas"], low["learner.sequence_ranks"]) == (2, 1, 2)
+    fixed = shrunk(wide, ("learner.ranks", "learner.replicas", "learner.sequence_ranks"))
+    assert not {"learner.ranks", "learner.replicas", "learner.sequence_ranks"} & fixed.keys()
+
+
 def test_few_steps_of_any_kernel_have_something_to_train() -> None:
     for kernel in ("edm_2ab", "cps", "flow_sde"):
         for trained in (5, [7], [0, 7]):

@@ -1,7 +1,8 @@
 """One rank of a real gloo group that runs the scenarios of `test_ranks.py`: `python -m tests.unit.trainer.learn.ranks RANK WORLD FOLDER`.
 
-Everything a rank needs lies in the folder, so that one rank in the test's own process and two in processes of their own do
-the same: `policy` with weights, `claim-NAME.pt` with the groups of a scenario, a FileStore to meet at (no ports).
+Everything a rank needs lies in the folder (`tests.gloo`), so that one rank in the test's own process and two in processes of their own do
+the same: `policy` with weights, `claim-NAME.pt` with the groups of a scenario. Whom a rank's rows, files and checkpoints are of is a label:
+the number of ranks, or the name of their mesh (`mesh_ranks.py`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -28,9 +27,11 @@ from actors.weights.transport import FolderTransport
 from diffusion.checkpoint import build_network, save_policy
 from diffusion.lora import trained_weights
 from replay.records import Claim
+from tests.gloo import join, leave
 from tests.unit.trainer.learn.reports import DEADLINE_S, Reports
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
+from trainer.learn.batch import StepBatch
 from trainer.learn.checkpoint import CheckpointFailed, Checkpoints, Progress, read
 from trainer.learn.exports import Exports
 from trainer.learn.learner import Learner
@@ -45,22 +46,25 @@ SAVED = ("plain", "lora", "moments in 8 bits")
 
 @dataclass(frozen=True)
 class Scenario:
-    """What a group of ranks trains, by section of the run's configuration."""
+    """What a group of ranks trains, by section of the run's configuration; the policy's folder and the shape of its latents."""
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    policy: str = "policy"
+    shape: tuple[int, ...] = SHAPE
 
-    def config(self, folder: Path) -> RunConfig:
+    def config(self, folder: Path, mesh: dict[str, int] | None = None) -> RunConfig:
         # a large eps keeps Adam's step proportional to the gradient: with a small one it is the gradient's sign, which
         # rounding decides where the gradient is almost 0
         base: dict[str, dict[str, Any]] = {
-            "model": {"path": str(folder / "policy")},
+            "model": {"path": str(folder / self.policy)},
             "sampler": {"steps": 4, "trained_steps": TRAINED, "height": SHAPE[1], "width": SHAPE[2]},
             "rollout": {"groups_per_step": GROUPS, "group_size": MEMBERS},
             "objective": {"clip": 2e-3, "data_weight": 0.3},
             "optimizer": {"lr": 5e-3, "ema": 0.9, "eps": 1e-2, "decay": "cosine"},
             "learner": {"ranks": 1, "micro_batch": 4},
         }
-        return parse_config({"updates": 10, **{name: values | self.sections.get(name, {}) for name, values in base.items()}})
+        sections = {name: values | self.sections.get(name, {}) for name, values in base.items()}
+        return parse_config({"updates": 10, **sections, "learner": sections["learner"] | (mesh or {})})
 
 
 SCENARIOS = {
@@ -113,42 +117,48 @@ def state_of(learner: Learner) -> dict[str, Any]:
     return {"model": learner.full_state(), "average": learner.full_state(ema=True), "optimizer": optimizer["state"]}
 
 
-def train(learner: Learner, held: Held, rank: int, world: int, steps: range) -> list[dict[str, Any]]:
+def rows_of(learner: Learner, held: Held, claim: Claim) -> list[StepBatch]:
+    """This rank's."""
+    return learner.batches(held, claim, learner.mesh.data_rank, learner.mesh.data_ranks)  # type: ignore[arg-type]
+
+
+def train(learner: Learner, held: Held, steps: range) -> list[dict[str, Any]]:
     """Updates on the same groups; what the learner says of each."""
     said = []
     for step in steps:
         claim = Claim(step, 1, held.claim.groups, held.claim.data)
-        said.append(learner.update(learner.batches(held, claim, rank, world), step))  # type: ignore[arg-type]
+        said.append(learner.update(rows_of(learner, held, claim), step))
     return said
 
 
-def scenario(name: str, folder: Path, rank: int, world: int) -> dict[str, Any]:
+def scenario(name: str, folder: Path, rank: int, world: int, mesh: dict[str, int] | None = None, label: int | str | None = None) -> dict[str, Any]:
     """Train and, where it is SAVED, write checkpoints: one that the ranks wait for, and one in the background, which begins only after
     one update more; what came of it."""
-    held, learner = Held(folder, name), Learner(SCENARIOS[name].config(folder), CPU)
-    out: dict[str, Any] = {"said": train(learner, held, rank, world, range(1, UPDATES + 1)), "state": state_of(learner)}
+    label = label or world
+    held, learner = Held(folder, name), Learner(SCENARIOS[name].config(folder, mesh), CPU)
+    out: dict[str, Any] = {"said": train(learner, held, range(1, UPDATES + 1)), "state": state_of(learner)}
     slices = local_slices(trained_weights(learner.model), rank)
-    out["published"] = write_slices(transport_of(folder, name, world), slices, (1, UPDATES), rank, world)[0]
+    out["published"] = write_slices(transport_of(folder, name, label), slices, (1, UPDATES), rank, world)[0]
     if name not in SAVED:
         return out
     with reporting() as reports:
         for background in (False, True):
-            checkpoints = Checkpoints(checkpoints_of(folder, name, world, background), rank, background)
+            checkpoints = Checkpoints(checkpoints_of(folder, name, label, background), rank, background)
             reports.gate.set() if not background else reports.gate.clear()
             checkpoints.take(learner, Progress(step=UPDATES, groups=[1, 2], data=[3]))
-        out["next"] = train(learner, held, rank, world, range(UPDATES + 1, UPDATES + 2))
+        out["next"] = train(learner, held, range(UPDATES + 1, UPDATES + 2))
         reports.gate.set()
         checkpoints.finish(DEADLINE_S)
     return out | {"next state": state_of(learner)}
 
 
-def resumed(name: str, folder: Path, rank: int, world: int, saved_by: int) -> dict[str, Any]:
-    """Load the checkpoint that a group of `saved_by` ranks wrote, and train one update more. The run has grown meanwhile."""
-    config = SCENARIOS[name].config(folder).model_copy(update={"updates": 50})
+def resumed(name: str, folder: Path, saved_by: int | str, mesh: dict[str, int] | None = None) -> dict[str, Any]:
+    """Load the checkpoint that a group of ranks wrote, and train one update more. The run has grown meanwhile."""
+    config = SCENARIOS[name].config(folder, mesh).model_copy(update={"updates": 50})
     learner = Learner(config, CPU)
     progress = read(checkpoint_of(folder, name, saved_by), learner)
     out: dict[str, Any] = {"progress": progress, "state": state_of(learner)}
-    out["next"] = train(learner, Held(folder, name), rank, world, range(UPDATES + 1, UPDATES + 2))
+    out["next"] = train(learner, Held(folder, name), range(UPDATES + 1, UPDATES + 2))
     return out | {"next state": state_of(learner)}
 
 
@@ -163,12 +173,12 @@ def reporting() -> Iterator[Reports]:
         ray.train.report = report
 
 
-def checkpoints_of(folder: Path, name: str, world: int, background: bool = True) -> Path:
-    return folder / f"checkpoints-{world}-{name}-{background}"
+def checkpoints_of(folder: Path, name: str, label: int | str, background: bool = True) -> Path:
+    return folder / f"checkpoints-{label}-{name}-{background}"
 
 
-def checkpoint_of(folder: Path, name: str, world: int, background: bool = True) -> Path:
-    return checkpoints_of(folder, name, world, background) / f"step-{UPDATES:06d}"
+def checkpoint_of(folder: Path, name: str, label: int | str, background: bool = True) -> Path:
+    return checkpoints_of(folder, name, label, background) / f"step-{UPDATES:06d}"
 
 
 class Counted:
@@ -200,15 +210,15 @@ def started(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"state": whole(learner.full_state()), "average": whole(learner.full_state(ema=True)), "read": sum(read), "own": own}
 
 
-def transport_of(folder: Path, name: str, world: int) -> FolderTransport:
-    return FolderTransport(str(folder / f"weights-{world}-{name}"))
+def transport_of(folder: Path, name: str, label: int | str) -> FolderTransport:
+    return FolderTransport(str(folder / f"weights-{label}-{name}"))
 
 
 def poisoned(folder: Path, rank: int, world: int) -> dict[str, Any]:
     """An update in which the last rank alone has a gradient that is no number."""
     held, learner = Held(folder, "plain"), Learner(SCENARIOS["plain"].config(folder), CPU)
     before = state_of(learner)
-    (batch,) = learner.batches(held, held.claim, rank, world)  # type: ignore[arg-type]
+    (batch,) = rows_of(learner, held, held.claim)
     assert batch.transitions is not None
     if rank == world - 1:
         batch.transitions.advantage[0] = torch.nan
@@ -216,7 +226,7 @@ def poisoned(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return {"said": said, "before": before, "state": state_of(learner)}
 
 
-def slow_checkpoint(folder: Path, rank: int, world: int) -> dict[str, Any]:
+def slow_checkpoint(folder: Path, rank: int) -> dict[str, Any]:
     """A checkpoint of which nothing is written before the ranks have made two updates more, together; then the next."""
     held, learner = Held(folder, "plain"), Learner(SCENARIOS["plain"].config(folder), CPU)
     where, progress = folder / "slow-checkpoints", Progress(step=0, groups=[1])
@@ -225,13 +235,13 @@ def slow_checkpoint(folder: Path, rank: int, world: int) -> dict[str, Any]:
         reports.gate.clear()
         states = [state_of(learner)]
         checkpoints.take(learner, progress)
-        said = train(learner, held, rank, world, range(1, 3))
+        said = train(learner, held, range(1, 3))
         written = [f.name for f in where.glob("*/*")]
         states.append(state_of(learner))
         reports.gate.set()
         progress.step = 2
         checkpoints.take(learner, progress)
-        train(learner, held, rank, world, range(3, 4))
+        train(learner, held, range(3, 4))
         checkpoints.finish(DEADLINE_S)
     loaded = []
     for step in (0, 2):
@@ -274,7 +284,7 @@ def slow_export(folder: Path, rank: int, world: int) -> dict[str, Any]:
         exported = state_of(learner)
         exports.take(learner, 7)
         exports.take(learner, 8)  # comes while 7 is being written: waits
-        train(learner, held, rank, world, range(1, 2))
+        train(learner, held, range(1, 2))
         exports.take(learner, 9)  # takes the place of 8
         last = state_of(learner)
         if rank == world - 1:
@@ -285,7 +295,7 @@ def slow_export(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return {"exported": exported, "last": last}
 
 
-def missing_export(folder: Path, rank: int, world: int) -> None:
+def missing_export(folder: Path, rank: int) -> None:
     """A restart finds `exports/step-9` there and `step-11` not."""
     learner = Learner(SCENARIOS["plain"].config(folder), CPU)
     exports = Exports(folder / "exports", learner.config.model, rank)
@@ -295,16 +305,14 @@ def missing_export(folder: Path, rank: int, world: int) -> None:
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world, timeout=timedelta(seconds=DEADLINE_S))
+    join(rank, world, folder)
     out: dict[str, Any] = {name: scenario(name, folder, rank, world) for name in SCENARIOS}
-    out |= {f"{name}, resumed": resumed(name, folder, rank, world, saved_by=1) for name in SAVED}
+    out |= {f"{name}, resumed": resumed(name, folder, saved_by=1) for name in SAVED}
     out |= {"starts": {name: started(keys, folder) for name, keys in STARTS.items()}}
     out |= {"poisoned": poisoned(folder, rank, world), "slow export": slow_export(folder, rank, world)}
-    out |= {"slow checkpoint": slow_checkpoint(folder, rank, world), "failed checkpoints": failed_checkpoints(folder, rank)}
-    missing_export(folder, rank, world)
-    torch.save(out, folder / f"out-{rank}.pt")
-    dist.destroy_process_group()
+    out |= {"slow checkpoint": slow_checkpoint(folder, rank), "failed checkpoints": failed_checkpoints(folder, rank)}
+    missing_export(folder, rank)
+    leave(rank, folder, out)
 
 
 if __name__ == "__main__":

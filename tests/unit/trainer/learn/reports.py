@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.train import CheckpointUploadMode
 
-DEADLINE_S = 240.0
+from tests.gloo import DEADLINE_S
 
 
 class Reports:

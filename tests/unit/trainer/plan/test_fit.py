@@ -109,6 +109,17 @@ def test_shards_in_host_memory_are_proposed_where_they_suffice() -> None:
     assert not {"shards in host memory", "moments in 8 bits"} & {c.name for c in changes(already)}
 
 
+def test_ranks_that_share_the_tokens_of_a_sample_are_proposed() -> None:
+    """As many as share both 24 heads and the ranks evenly: of six ranks two, three or all."""
+    large: dict[str, Any] = {"sampler": {"height": 1024, "width": 1024}, "rollout": {"gpus": 0}}
+    six = setting("rtx4090-24", 6, learner={"ranks": 6, "gpus": 1, "micro_batch": 1}, **large)
+    shared = next(c for c in changes(six) if c.name == "ranks that share the tokens of a sample")
+    assert (shared.keys, shared.fits) == (("learner.sequence_ranks=6",), False)  # the furthest
+    assert shared.most < six.placement().most
+    five = setting("rtx4090-24", 5, learner={"ranks": 5, "gpus": 1, "micro_batch": 1}, **large)
+    assert not [c for c in changes(five) if c.name == shared.name]
+
+
 def test_a_token_budget_is_undercut_by_fewer_samples() -> None:
     lora = setting(model=HALF | {"lora": {"rank": 32}}, encoder={"actors": 1}, learner={"ranks": 1, "gpus": 0.5, "micro_batch": 160, "micro_tokens": 32 * 1357})
     assert next(c for c in changes(lora) if c.name == "a smaller micro-batch").keys == ("learner.micro_batch=16",)

@@ -16,6 +16,7 @@ from diffusion.checkpoint import load_codec
 from diffusion.engine.cache import MAX_BYTES
 from diffusion.families.wan.tiny import write_tiny as write_wan
 from diffusion.weights import SHARD_BYTES
+from trainer.config.errors import ConfigError
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.optimizer import AdamW8bit
@@ -63,6 +64,26 @@ def test_rows_and_passes() -> None:
     assert rank_rows(recipe(learner={"ranks": 3})) == (22 * 4, 22)  # of 64 members
     assert micro_rows(recipe(learner={"micro_batch": 20}), 1357) == 16  # 32 rows in two passes
     assert rank_rows(recipe(objective={"preset": "sft"}, data={"batch_size": 16})) == (0, 2)
+
+
+def test_sequence_ranks_share_activations_and_have_rows_together() -> None:
+    shared = recipe(learner={"sequence_ranks": 4})
+    assert rank_rows(shared) == (32 * 4, 32)  # four ranks have a quarter of 64 members, and as many anchors
+    found, whole = rank(shared), rank(recipe())
+    assert found["activations"] == whole["activations"] / 4  # of as many rows
+    assert {n: found[n] for n in ("weights", "optimiser", "average", "gathered weights", "rows of a pass")} == {
+        n: whole[n] for n in ("weights", "optimiser", "average", "gathered weights", "rows of a pass")
+    }
+    assert micro_rows(recipe(learner={"sequence_ranks": 4, "micro_tokens": 1357, "micro_batch": 8}), 1357) == 4  # a rank's tokens are bounded
+    with pytest.raises(ConfigError, match=r"learner\.sequence_ranks: 24 attention heads cannot be shared evenly by 16 sequence ranks"):
+        rank(recipe(learner={"ranks": 16, "sequence_ranks": 16}))
+
+
+def test_replicas_hold_larger_shards() -> None:
+    found, whole = rank(recipe(learner={"replicas": 2})), rank(recipe(learner={"ranks": 4}))
+    shards = ("weights", "optimiser", "average", "gathered weights")
+    assert {n: found[n] for n in shards} == {n: whole[n] for n in shards}
+    assert rank_rows(recipe(learner={"replicas": 2})) == rank_rows(recipe())
 
 
 def test_a_token_budget_bounds_the_rows_of_a_pass() -> None:

@@ -61,6 +61,13 @@ def test_a_size_that_the_policy_cannot_sample(size: dict[str, int], words: str) 
         check_policy(parse_config({"model": {"path": str(BASE)}, "sampler": size}))
 
 
+def test_sequence_ranks_that_cannot_share_the_heads() -> None:
+    check_policy(parse_config({"model": {"path": str(BASE)}, "learner": {"ranks": 6, "sequence_ranks": 3}}))
+    config = parse_config({"model": {"path": str(BASE)}, "learner": {"ranks": 6, "sequence_ranks": 2}})
+    with pytest.raises(ConfigError, match=r"learner\.sequence_ranks: 3 attention heads cannot be shared evenly by 2 sequence ranks; possible are 1, 3"):
+        check_policy(config)
+
+
 def test_a_prompt_file_that_is_missing_or_too_short(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     tree = {"prompts": {"kind": "file", "path": str(file)}}
