@@ -94,8 +94,8 @@ def _place(key: str) -> int:
     return all_keys().index(key) if key in all_keys() else len(all_keys())
 
 
-def _size(config: RunConfig) -> tuple[int, int]:
-    return config.sampler.height, config.sampler.width
+def _size(config: RunConfig) -> tuple[int, int, int, float]:
+    return config.sampler.height, config.sampler.width, config.sampler.frames, config.sampler.fps
 
 
 def _applied(recipe: Path, low: dict[str, Any], overrides: list[str]) -> RunConfig:
@@ -198,7 +198,8 @@ def _anchors(config: RunConfig) -> Path:
     from diffusion.source import CheckpointError, locate
 
     examples, s = _examples(config), config.sampler
-    drawn = [s.height, s.width, s.eval_steps, s.guidance, s.negative_prompt, config.model.model_dump(mode="json", exclude={"path", "revision"}), _libraries()]
+    clips = [s.frames, s.fps] if s.frames > 1 else []
+    drawn = [s.height, s.width, s.eval_steps, s.guidance, s.negative_prompt, config.model.model_dump(mode="json", exclude={"path", "revision"}), _libraries(), *clips]
 
     def draw(folder: Path) -> None:
         job = Presampling(folder, config.model, s, examples, 1, len(examples), s.eval_steps, s.guidance)
