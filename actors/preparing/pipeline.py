@@ -131,25 +131,28 @@ class ClipWriter:
     def write(self, number: int, piece: Slice) -> int:
         """Write shard `number` of a slice; returns how many inputs are broken."""
         p, rows, broken = self.preparation, list[Row](), list[Broken]()
-        assert p.frames is not None and p.fps is not None  # `begun` has seen to it
-        x0 = np.empty((piece.rows, *self.codec.latent_shape(p.height, p.width, p.frames)), np.float32)
+        x0 = np.empty((piece.rows, *self.codec.latent_shape(p.height, p.width, p.frames or 1)), np.float32)
         first = np.empty((piece.rows, p.height, p.width, 3), np.uint8)
         for one in self.reader.read(piece):
             if isinstance(one, Broken):
                 broken.append(one)
                 continue
             try:
-                clip, size = decode_clip(one.data, p.height, p.width, p.frames, p.fps)
+                size = self._encode(one.data, x0[len(rows)], first[len(rows)])
+                rows.append(Row(one.id, one.text, one.name, *size))
             except BrokenMediaError as error:
                 broken.append(Broken(one.name, str(error)))
-                continue
-            x0[len(rows)], first[len(rows)] = self.codec.encode(clip[None])[0].numpy(), clip[0]
-            if np.isfinite(x0[len(rows)]).all():
-                rows.append(Row(one.id, one.text, one.name, *size))
-            else:
-                broken.append(Broken(one.name, NOT_FINITE))
         write_shard(p.out, number, x0[: len(rows)], rows, broken, first[: len(rows)])
         return len(broken)
+
+    def _encode(self, data: bytes, latent: NDArray[np.float32], first: NDArray[np.uint8]) -> tuple[int, int]:
+        """Fill in the latent and the first frame of a clip, which is gone afterwards; returns its own width and height."""
+        p = self.preparation
+        clip, size = decode_clip(data, p.height, p.width, p.frames or 1, p.fps or 1.0)
+        latent[:], first[:] = self.codec.encode(clip[None])[0].numpy(), clip[0]
+        if not np.isfinite(latent).all():
+            raise BrokenMediaError(NOT_FINITE)
+        return size
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """As `ShardWriter`'s."""
@@ -254,7 +257,6 @@ def _run(work: Work, workers: int, device: str) -> Iterator[int]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     p, reader, items = work.preparation, work.reader, [asdict(work.slices[number]) | {"number": number} for number in work.missing]
-
 
     def pixels(row: dict[str, Any]) -> dict[str, Any]:
         piece = Slice(row["file"], row["first"], row["rows"], row["at"])

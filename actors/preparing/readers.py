@@ -85,7 +85,8 @@ def make_reader(source: Path, columns: Columns, clips: bool = False) -> Reader:
     if tables := files(".parquet"):
         return ParquetReader(folder, tables, columns, known)
     raise SourceError(
-        f"{source} is no source of {'clips' if clips else 'pictures'}: give a folder with metadata.jsonl, WebDataset shards (.tar), Parquet files, or a saved datasets folder"
+        f"{source} is no source of {'clips' if clips else 'pictures'}: give a folder with metadata.jsonl, WebDataset shards (.tar), Parquet files, "
+        "or a saved datasets folder"
     )
 
 

@@ -37,8 +37,12 @@ def prepare_data(
     out: Annotated[Path, typer.Argument(help="folder of the prepared set", show_default=False)],
     model: Annotated[str, typer.Option(help="policy whose codec makes the latents: a folder in diffusers' layout, or a hub id", show_default=False)],
     size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels: pictures and frames are scaled to cover it and cropped at the centre", show_default=False)],
-    frames: Annotated[int | None, typer.Option(min=1, help="of clips, for a video policy: how many frames are taken (sampler.frames)", show_default=False)] = None,
-    fps: Annotated[float | None, typer.Option(min=0.01, max=240, help="of clips: frames a second that are taken (sampler.fps) [default: 16]", show_default=False)] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="of clips, for a video policy: how many frames are taken (sampler.frames)", show_default=False)
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.01, max=240, help="of clips: frames a second that are taken (sampler.fps) [default: 16]", show_default=False)
+    ] = None,
     image: Annotated[str | None, typer.Option(help="column of the pictures or clips, in a table [default: image, … or video, …]", show_default=False)] = None,
     text: Annotated[str | None, typer.Option(help="column of the captions, in a table [default: text, caption, …]", show_default=False)] = None,
     shard_rows: Annotated[int, typer.Option(min=1, help="inputs of a shard: what is decoded, encoded and written at once; of clips at most")] = 64,

@@ -199,7 +199,16 @@ def _anchors(config: RunConfig) -> Path:
 
     examples, s = _examples(config), config.sampler
     clips = [s.frames, s.fps] if s.frames > 1 else []
-    drawn = [s.height, s.width, s.eval_steps, s.guidance, s.negative_prompt, config.model.model_dump(mode="json", exclude={"path", "revision"}), _libraries(), *clips]
+    drawn = [
+        s.height,
+        s.width,
+        s.eval_steps,
+        s.guidance,
+        s.negative_prompt,
+        config.model.model_dump(mode="json", exclude={"path", "revision"}),
+        _libraries(),
+        *clips,
+    ]
 
     def draw(folder: Path) -> None:
         job = Presampling(folder, config.model, s, examples, 1, len(examples), s.eval_steps, s.guidance)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from actors.config import DataConfig, PromptConfig, RolloutConfig
 from actors.groups import Weighted, group_payload, group_request, trained_steps
-from actors.payload import GroupPayload, decode_group
+from actors.payload import GroupPayload, decode_group, encode
 from actors.rewards import RunRewards
 from actors.rollout import RolloutGenerator, RolloutSpec, WeightsMissing
 from actors.sources.draws import prompt_source, training_example
@@ -320,7 +320,7 @@ def test_a_payload_stacks_members(kernel: str, policy_folder: Path) -> None:
     policy = load_policy(ModelConfig(path=str(policy_folder), init=True))
     sampler = SAMPLER.model_copy(update={"kernel": kernel, "steps": 6, "trained_steps": [0, 2]})
     done = Engine(policy.transformer, policy.process, 10_000).run([group_request(sampler, ROLLOUT, SEED, 2, TEXT, None, SHAPE)])
-    payload = group_payload(done, "a sign")
+    payload = decode_group(encode(group_payload(done, "a sign")))
     for i, trajectory in enumerate(done):
         for name in ("x", "x_next", "log_prob"):
             assert torch.equal(getattr(payload, name)[i], getattr(trajectory, name))
