@@ -92,6 +92,11 @@ class SamplerConfig(Strict):
     fps: float = Field(16.0, gt=0, le=240, description="frames a second of clips: what rewards and players are told (Wan, Cosmos-Predict2.5: 16)")
     max_tokens: int = Field(16384, ge=1, description="token budget of one packed forward pass of the engine, at most; less where memory does not hold it")
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Of one sample, as uint8."""
+        return 3 * self.frames * self.height * self.width
+
     @model_validator(mode="after")
     def _noise_level_fits(self) -> SamplerConfig:
         if self.kernel in ("cps", "ddim_eta", "ancestral") and self.noise_level > 1:
