@@ -29,14 +29,14 @@ from actors.rewards import RunRewards
 from actors.sources.draws import data_source, held_out_prompts, held_out_rows, prompt_source
 from actors.sources.prepared import PreparedSource
 from diffusion.config import SamplerConfig
-from diffusion.pixels import pairwise_rms, scene_statistics
+from diffusion.pixels import pairwise_rms, scene_statistics, turn_size
 
 if TYPE_CHECKING:
     from actors.weights.reading import Exported
     from actors.weights.store import View
 
 SAMPLES_A_PARCEL = 32
-"""Pictures of one parcel, or those of one prompt where they are more: most of what a forward pass of a small policy gains by being large,
+"""Pictures of one parcel (large clips are fewer, see `turn_size`), or those of one prompt where they are more: most of what a forward pass of a small policy gains by being large,
 and of one scoring call, which must end within `fleet.timeout_s`."""
 LOSSES_A_PARCEL = 64
 """Points of the held-out loss in one parcel."""
@@ -78,7 +78,7 @@ class Evaluator:
 
     def _samples(self, weights: View | Exported | None, prompts: list[str], repeats: int, draw: str) -> Iterator[tuple[int, list[str], NDArray[np.uint8]]]:
         """Parcel by parcel as they come: its number, its prompts, their pixels `[prompts · repeats, H, W, 3]`, prompt-major."""
-        cut = parcels(len(prompts), max(1, SAMPLES_A_PARCEL // repeats))
+        cut = parcels(len(prompts), max(1, turn_size(SAMPLES_A_PARCEL, self.spec.sampler.pixel_bytes) // repeats))
         calls = [(weights, draw, prompts[first : first + n], first, repeats) for first, n in cut]
         for number, images in self._asked("sample_held_out", calls):
             first, n = cut[number]

@@ -206,12 +206,13 @@ class _Head:
         if wrong:
             raise PayloadError(f"a member of a payload has {wrong[0]} bytes, its table says {size}")
         found, offset = {}, 0
+        alone = len(segments) == 1 and not any(name in _STATES and dtype == torch.bfloat16 for name, dtype, _ in self.rows)
         for name, dtype, shape in self.rows:
             values = math.prod(shape)
             parts = [torch.frombuffer(s, dtype=dtype, count=values, offset=offset).reshape(shape) for s in segments if values]
             kept = torch.float32 if name in _STATES and dtype == torch.bfloat16 else dtype
-            if len(parts) == 1 and kept == dtype:
-                found[name] = parts[0][None]  # where it lies
+            if alone and parts:
+                found[name] = parts[0][None]  # where it lies, or a small tensor would hold the bytes of what was copied
             else:
                 found[name] = torch.empty(len(segments), *shape, dtype=kept)
                 for i, part in enumerate(parts):

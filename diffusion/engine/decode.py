@@ -21,18 +21,11 @@ from torch import Tensor
 
 from diffusion.codecs import Codec
 from diffusion.engine.memory import out_of_memory
+from diffusion.pixels import turn_size
 
 LATENT_BYTES = 2 << 20
 """Most bytes of latents, in fp32, of one call of the codec with more than one: 8 pictures of 512 x 512 by a factor of 8."""
-TURN_BYTES = 256 << 20
-"""Most bytes of pixels of one turn with more than one sample: a clip of 93 x 704 x 1280 is a turn of its own."""
-
 _Item = tuple[Tensor, "Future[np.ndarray]"]
-
-
-def turn_size(count: int, bytes_each: int) -> int:
-    """Samples of one turn, of `count` whose pixels have so many bytes each."""
-    return max(1, min(count, TURN_BYTES // max(1, bytes_each)))
 
 
 def collect(futures: Sequence[Future[np.ndarray]], timeout_s: float) -> list[np.ndarray]:

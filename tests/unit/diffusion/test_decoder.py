@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion import pixels as pixels_module
 from diffusion.codecs import IdentityCodec
 from diffusion.engine import decode
 from diffusion.engine.decode import Decoder
+from diffusion.pixels import turn_size
 
 
 class Codec(IdentityCodec):
@@ -112,8 +114,8 @@ def test_large_latents_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch
     with Decoder(codec) as decoder:
         assert [p.shape for p in decoder.decode([latent(0.0), latent(0.1), latent(0.2), latent(0.3, 40), latent(0.4, 40)], 10)][-1] == (40, 6, 3)
     assert codec.calls == [(2, 3, 4, 6), (1, 3, 4, 6), (1, 3, 40, 6), (1, 3, 40, 6)]
-    assert decode.turn_size(8, 93 * 704 * 1280 * 3) == 1  # which decode for seconds, and are 251 MB each
-    assert decode.turn_size(24, 512 * 512 * 3) == 24
+    assert turn_size(8, 93 * 704 * 1280 * 3) == 1
+    assert turn_size(24, 512 * 512 * 3) == 24
 
 
 def test_of_many_samples_two_turns_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +130,7 @@ def test_of_many_samples_two_turns_are_in_memory(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(decode, "LATENT_BYTES", 1)
     for size in (1, 2):
-        monkeypatch.setattr(decode, "TURN_BYTES", size * 72)
+        monkeypatch.setattr(pixels_module, "TURN_BYTES", size * 72)
         made.clear()
         codec, seen, most = Counting(), [], 0
         with Decoder(codec) as decoder:
