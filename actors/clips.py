@@ -9,13 +9,28 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from actors.pictures import contact_sheet
 
 STRIP = 4
 """Frames of a clip that stand in a grid, the first and the last among them."""
+SHOWN = 320
+"""Widest frame of a clip that stands beside others, in pixels: of thirty clips at 720p a page shows half a gigabyte so, not eight."""
 QUALITY = {"crf": "18", "preset": "medium"}
 """Of x264; its manual calls a rate factor of 17 or 18 visually lossless."""
+
+
+def shown(clip: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A clip `[F, H, W, 3]` as it stands beside others: no wider than `SHOWN`."""
+    frames, height, width, _ = clip.shape
+    if width <= SHOWN:
+        return clip
+    size = SHOWN, max(1, round(height * SHOWN / width))
+    small = np.empty((frames, size[1], size[0], 3), np.uint8)
+    for frame, target in zip(clip, small, strict=True):
+        target[:] = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+    return small
 
 
 def strip(clip: NDArray[np.uint8], frames: int = STRIP) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.clips import playing_sheet, strip, write_clip
+from actors.clips import playing_sheet, shown, strip, write_clip
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.groups import fps_of
 from actors.judgement import EvaluationFailed, Judgement, Scores, judged
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from actors.weights.store import View
 
 SAMPLES_A_PARCEL = 32
-"""Pictures of one parcel (large clips are fewer, see `turn_size`), or those of one prompt where they are more: most of what a forward pass of a small policy gains by being large,
-and of one scoring call, which must end within `fleet.timeout_s`."""
+"""Pictures of one parcel (large clips are fewer, see `turn_size`), or those of one prompt where they are more: most of what a forward pass of a
+small policy gains by being large, and of one scoring call, which must end within `fleet.timeout_s`."""
 LOSSES_A_PARCEL = 64
 """Points of the held-out loss in one parcel."""
 Statistics = dict[str, float]
@@ -157,12 +157,14 @@ class Evaluator:
 
     def grid(self, weights: View | Exported | None, name: str) -> str:
         """Captioned sample grid of fixed test prompts and fixed noise, `samples/<name>.png`; returns its path. Of clips strips of frames,
-        and `samples/<name>.mp4`, where all play in step."""
+        and `samples/<name>.mp4`, where all play in step, large ones smaller than they are."""
         prompts = held_out_prompts(self.prompts, "test", self.spec.evaluation.grid_prompts)
-        found = {number: images for number, _, images in self._samples(weights, prompts, 1, "grid")}
+        found = {
+            number: [shown(clip) for clip in images] if images.ndim == 5 else list(images) for number, _, images in self._samples(weights, prompts, 1, "grid")
+        }
         path = self.run_dir / "samples" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        samples, captions = np.concatenate([found[n] for n in sorted(found)]), [caption(p) for p in prompts]
+        samples, captions = np.stack([sample for n in sorted(found) for sample in found[n]]), [caption(p) for p in prompts]
         if samples.ndim == 5:
             write_clip(path.with_suffix(".mp4"), playing_sheet(samples, captions), self.spec.sampler.fps)
         contact_sheet([strip(clip) for clip in samples] if samples.ndim == 5 else samples, captions).save(path)

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from actors.clips import playing_sheet, strip, write_clip
+from actors.clips import SHOWN, playing_sheet, shown, strip, write_clip
 
 
 def moving(frames: int = 9, height: int = 17, width: int = 33) -> np.ndarray:
@@ -49,3 +49,11 @@ def test_a_sheet_of_clips_plays_them_in_step() -> None:
     sheet = playing_sheet(clips, ["right", "left"], columns=2)
     assert len(sheet) == 9
     np.testing.assert_array_equal(sheet[0][:, : sheet.shape[2] // 2][2:53], sheet[8][:, sheet.shape[2] // 2 :][2:53])
+
+
+def test_large_clips_are_shown_smaller_and_small_ones_as_they_are() -> None:
+    clip = np.repeat(np.arange(640, dtype=np.float64) * 255 / 639, 3).reshape(1, 1, 640, 3).round().astype(np.uint8).repeat(352, 1).repeat(2, 0)
+    small = shown(clip)
+    assert (small.shape, small.dtype) == ((2, 176, SHOWN, 3), np.uint8)
+    np.testing.assert_allclose(small[1, 80, 10:-10, 0], clip[1, 80, 20:-20:2, 0], atol=2)
+    assert shown(small) is small
