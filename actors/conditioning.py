@@ -166,6 +166,8 @@ def first_frames(example: Example | None, count: int, height: int, width: int) -
     if example is None or (example.media is None and example.latent is None):
         name = "a prompt" if example is None else f"example {example.id!r}"
         raise SourceError(f"{name} has a text only, and sampler.given_frames asks for frames of its clip; take prompts from clips (prompts.kind: data, folder)")
+    if example.media is None and example.first is not None and count == 1:
+        return example.first.load()[None]
     pixels = example.pixels(height, width, count)
     clip = pixels[None] if pixels.ndim == 3 else pixels
     if len(clip) < count:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.clips import playing_sheet, strip, write_clip
+from actors.clips import playing_sheet, shown, strip, write_clip
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.groups import fps_of
 from actors.judgement import EvaluationFailed, Judgement, Scores, judged
@@ -30,15 +30,15 @@ from actors.sources.draws import data_source, held_out_examples, held_out_rows, 
 from actors.sources.example import Example
 from actors.sources.prepared import PreparedSource
 from diffusion.config import SamplerConfig
-from diffusion.pixels import pairwise_rms, scene_statistics
+from diffusion.pixels import pairwise_rms, scene_statistics, turn_size
 
 if TYPE_CHECKING:
     from actors.weights.reading import Exported
     from actors.weights.store import View
 
 SAMPLES_A_PARCEL = 32
-"""Pictures of one parcel, or those of one prompt where they are more: most of what a forward pass of a small policy gains by being large,
-and of one scoring call, which must end within `fleet.timeout_s`."""
+"""Pictures of one parcel (large clips are fewer, see `turn_size`), or those of one prompt where they are more: most of what a forward pass of a
+small policy gains by being large, and of one scoring call, which must end within `fleet.timeout_s`."""
 LOSSES_A_PARCEL = 64
 """Points of the held-out loss in one parcel."""
 Statistics = dict[str, float]
@@ -79,7 +79,7 @@ class Evaluator:
 
     def _samples(self, weights: View | Exported | None, examples: list[Example], repeats: int, draw: str) -> Iterator[tuple[int, list[str], NDArray[np.uint8]]]:
         """Parcel by parcel as they come: its number, its prompts, their pixels `[prompts · repeats, H, W, 3]`, prompt-major."""
-        cut = parcels(len(examples), max(1, SAMPLES_A_PARCEL // repeats))
+        cut = parcels(len(examples), max(1, turn_size(SAMPLES_A_PARCEL, self.spec.sampler.pixel_bytes) // repeats))
         calls = [(weights, draw, examples[first : first + n], first, repeats) for first, n in cut]
         for number, images in self._asked("sample_held_out", calls):
             first, n = cut[number]
@@ -160,12 +160,14 @@ class Evaluator:
 
     def grid(self, weights: View | Exported | None, name: str) -> str:
         """Captioned sample grid of fixed test prompts and fixed noise, `samples/<name>.png`; returns its path. Of clips strips of frames,
-        and `samples/<name>.mp4`, where all play in step."""
+        and `samples/<name>.mp4`, where all play in step, large ones smaller than they are."""
         examples = held_out_examples(self.prompts, "test", self.spec.evaluation.grid_prompts)
-        found = {number: images for number, _, images in self._samples(weights, examples, 1, "grid")}
+        found = {
+            number: [shown(clip) for clip in images] if images.ndim == 5 else list(images) for number, _, images in self._samples(weights, examples, 1, "grid")
+        }
         path = self.run_dir / "samples" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        samples, captions = np.concatenate([found[n] for n in sorted(found)]), [caption(example.text) for example in examples]
+        samples, captions = np.stack([sample for n in sorted(found) for sample in found[n]]), [caption(example.text) for example in examples]
         if samples.ndim == 5:
             write_clip(path.with_suffix(".mp4"), playing_sheet(samples, captions), self.spec.sampler.fps)
         contact_sheet([strip(clip) for clip in samples] if samples.ndim == 5 else samples, captions).save(path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actors.config import RolloutConfig
-from actors.payload import GroupPayload
+from actors.members import GroupMembers
 from diffusion.config import SamplerConfig
 from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.families.conditioning import Conditioning
@@ -141,16 +141,7 @@ def fps_of(samples: np.ndarray, sampler: SamplerConfig) -> float | None:
     return sampler.fps if samples.ndim == 5 else None
 
 
-def group_payload(trajectories: Sequence[Trajectory], text: str, x0: Tensor | None = None) -> GroupPayload:
-    """Stack the members' trained transitions. `x0`: clean latent `[C, h, w]` of the group's own example, where that is its anchor datum."""
-    previous = [t.previous for t in trajectories if t.previous is not None]
-    return GroupPayload(
-        text=text,
-        x=torch.stack([t.x for t in trajectories]),
-        x_next=torch.stack([t.x_next for t in trajectories]),
-        log_prob=torch.stack([t.log_prob for t in trajectories]),
-        trained=torch.tensor(trajectories[0].request.trained),
-        times=trajectories[0].times,
-        previous=torch.stack(previous) if previous else None,
-        x0=None if x0 is None else x0.cpu(),
-    )
+def group_payload(trajectories: Sequence[Trajectory], text: str, x0: Tensor | None = None) -> GroupMembers:
+    """What is stored of a group. `x0`: clean latent `[C, h, w]` of the group's own example, where that is its anchor datum."""
+    first = trajectories[0]
+    return GroupMembers(text, trajectories, torch.tensor(first.request.trained), first.times, None if x0 is None else x0.cpu())

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from actors.conditioning import Conditioner, Subjects
 from actors.sources.draws import data_source, held_out_rows
@@ -119,7 +120,17 @@ class HeldOut:
             finally:
                 for future in futures:
                     future.cancel()
-        return np.stack(self._decoder.decode(latents, DECODE_DEADLINE_S))
+        return self._pixels(latents)
+
+    def _pixels(self, latents: list[Tensor]) -> NDArray[np.uint8]:
+        found, start = list[NDArray[np.uint8]](), 0
+        for pixels in self._decoder.turns(latents, self._spec.sampler.pixel_bytes, DECODE_DEADLINE_S):
+            if not found:
+                found.append(np.empty((len(latents), *pixels.shape[1:]), np.uint8))
+            found[0][start : start + len(pixels)] = pixels
+            start += len(pixels)
+            del pixels  # before the next is waited for
+        return found[0]
 
     def losses(self, weights: View | Exported | None, split: str, points: int, first: int, count: int) -> list[float]:
         """Diffusion loss at `count` of `points` fixed (sample, time, noise) points of `split`, from place `first` on; times of all are

@@ -10,6 +10,9 @@ state.
 With `states=torch.bfloat16` states and `previous` are stored in half the bytes. Rollouts must have been sampled through such
 values (`replay.store_dtype`): bytes that would change a state, and so its density, are refused.
 
+A group of clips is gigabytes: segments are made when they are asked for and let go by whoever asked, so of a group's bytes there is one member's in
+memory, beside what the caller holds of its members.
+
 Members N, trained steps K, latent shape C h w (or C f h w).
 
     group   head    trained           i64 [K]              trained step indices
@@ -26,13 +29,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+
+from actors.members import GroupMembers, Member, MemberRow, Segments
 
 FORMAT = 5
 
@@ -79,7 +84,7 @@ _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "b
 _BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
 
 
-def encode(payload: GroupPayload | DataPayload, states: torch.dtype = torch.float32) -> list[bytearray]:
+def encode(payload: GroupMembers | GroupPayload | DataPayload, states: torch.dtype = torch.float32) -> Segments:
     """The segments of a payload: its head, then its members (or rows).
 
     Args:
@@ -87,59 +92,101 @@ def encode(payload: GroupPayload | DataPayload, states: torch.dtype = torch.floa
     Raises:
         PayloadError: members that do not belong together, or states that are no values of the type they are stored in.
     """
-    shared = {f.name: value for f in fields(payload) if isinstance(value := getattr(payload, f.name), Tensor)}
-    texts = [payload.text] if isinstance(payload, GroupPayload) else list(payload.texts)
-    rows: dict[str, tuple[list[int], list[Tensor]]] = {}  # shape in a member, and tensors [N, …] of which a member has a slice each
-    places: dict[str, list[int]] = {}
-    for name in _ROWS[type(payload)]:
-        if name == "states":
-            pieces, places = _once(shared.pop("x"), shared.pop("x_next"))
-            rows[name] = [len(pieces), *pieces[0].shape[1:]], [_stored(piece, states) for piece in pieces]
-        elif name in shared:
-            value = shared.pop(name)
-            rows[name] = list(value.shape[1:]), [_stored(value, states) if name == "previous" else value]
-    counts = {name: len(pieces[0]) for name, (_, pieces) in rows.items()}
-    types = {name: pieces[0].dtype for name, (_, pieces) in rows.items()}
-    if len(set(counts.values())) > 1 or not set(types.values()) <= set(_NAMES):
-        raise PayloadError(f"{type(payload).__name__} has members of unequal number {counts}, or types that are not stored {types}")
-    count = next(iter(counts.values()))
-    if isinstance(payload, DataPayload) and len(texts) != count:
-        raise PayloadError(f"a data batch has {count} rows and {len(texts)} captions")
-    table = {"count": count, "texts": texts, "rows": [[name, _NAMES[types[name]], shape] for name, (shape, _) in rows.items()], **places}
+    if isinstance(payload, DataPayload):
+        x0 = payload.x0
+        if len(payload.texts) != len(x0):
+            raise PayloadError(f"a data batch has {len(x0)} rows and {len(payload.texts)} captions")
+        return _segments({}, list(payload.texts), len(x0), [("x0", _stored_type(x0, torch.float32), list(x0.shape[1:]))], {}, lambda i: iter([x0[i]]))
+    group = _members_of(payload) if isinstance(payload, GroupPayload) else payload
+    rows, places = _table(group.members, states)
+    chosen = sorted({*places["x"], *places["x_next"]})
+    found = {place: ("x", k) for k, place in enumerate(places["x"])} | {place: ("x_next", k) for k, place in enumerate(places["x_next"])}
+
+    def tensors(i: int) -> Iterator[Tensor]:
+        member = group.members[i]
+        yield member.log_prob
+        yield from (getattr(member, name)[k] for name, k in (found[place] for place in chosen))
+        if member.previous is not None:
+            yield member.previous
+
+    shared = {"trained": group.trained, "times": group.times} | ({} if group.x0 is None else {"x0": group.x0})
+    return _segments(shared, [group.text], len(group.members), rows, places, tensors)
+
+
+_Row = tuple[str, torch.dtype, list[int]]
+"""Name, type and shape of a tensor of a member."""
+
+
+def _segments(
+    shared: dict[str, Tensor], texts: list[str], count: int, rows: list[_Row], places: dict[str, list[int]], tensors: Callable[[int], Iterator[Tensor]]
+) -> Segments:
+    """`tensors`: those of a member that make up its `rows`, one behind the other, each of one type."""
+    table = {"count": count, "texts": texts, "rows": [[name, _NAMES[dtype], shape] for name, dtype, shape in rows], **places}
     head = {name: value.contiguous() for name, value in shared.items()}
     head |= {"format": torch.tensor([FORMAT]), "table": torch.tensor(list(json.dumps(table).encode()), dtype=torch.uint8)}
-    return [bytearray(save(head)), *(bytearray().join(_bytes(p[i]) for _, pieces in rows.values() for p in pieces) for i in range(count))]
+    values = {name: math.prod(shape) for name, _, shape in rows}
+    size = sum(dtype.itemsize * values[name] for name, dtype, _ in rows)
+
+    def make(i: int) -> bytearray:
+        data, offset, given = bytearray(size), 0, tensors(i)
+        for name, dtype, _ in rows:
+            left = values[name]
+            while left:
+                tensor = next(given)
+                torch.frombuffer(data, dtype=dtype, count=tensor.numel(), offset=offset).view(tensor.shape).copy_(tensor.detach())
+                left, offset = left - tensor.numel(), offset + dtype.itemsize * tensor.numel()
+        return data
+
+    return Segments(bytearray(save(head)), count, make)
 
 
-def _once(x: Tensor, x_next: Tensor) -> tuple[list[Tensor], dict[str, list[int]]]:
-    """The states `[N, …]` before and after each trained step, each once, and the places of `x` and `x_next` among them."""
-    if x.shape != x_next.shape or x.dtype != x_next.dtype or x.dim() < 3 or x.shape[1] == 0:
-        raise PayloadError(f"states before and after the trained steps are {x.dtype} {tuple(x.shape)} and {x_next.dtype} {tuple(x_next.shape)}")
-    found: list[Tensor] = []
-    before, after = list[int](), list[int]()
-    for k in range(x.shape[1]):
-        if k and torch.equal(x[:, k], x_next[:, k - 1]):
-            before.append(after[-1])
-        else:
-            before.append(len(found))
-            found.append(x[:, k])
-        after.append(len(found))
-        found.append(x_next[:, k])
-    return found, {"x": before, "x_next": after}
+def _members_of(group: GroupPayload) -> GroupMembers:
+    counts = {name: len(value) for name in ("log_prob", "x", "x_next", "previous") if (value := getattr(group, name)) is not None}
+    if len(set(counts.values())) > 1:
+        raise PayloadError(f"GroupPayload has members of unequal number {counts}")
+    previous: Sequence[Tensor | None] = [None] * len(group.x) if group.previous is None else list(group.previous)
+    members = [MemberRow(*each) for each in zip(group.x, group.x_next, group.log_prob, previous, strict=True)]
+    return GroupMembers(group.text, members, group.trained, group.times, group.x0)
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the type it is stored in, without any change of a value."""
-    if dtype == torch.float32 or tensor.dtype != torch.float32:
-        return tensor
-    half = tensor.to(dtype)
-    if not torch.equal(half.float(), tensor):
+def _table(members: Sequence[Member], states: torch.dtype) -> tuple[list[_Row], dict[str, list[int]]]:
+    """The tensors of every member, and the places among its states of `x` and `x_next`: a state that is one before and after a step, in
+    all members, is stored once. Raises PayloadError."""
+    kinds, same = list[Any](), list[bool]()
+    for member in members:
+        x, x_next, previous = member.x, member.x_next, member.previous
+        if x.shape != x_next.shape or x.dtype != x_next.dtype or x.dim() < 2 or len(x) == 0:
+            raise PayloadError(f"states before and after the trained steps are {x.dtype} {tuple(x.shape)} and {x_next.dtype} {tuple(x_next.shape)}")
+        tensors = [("log_prob", member.log_prob, member.log_prob.dtype), ("states", x, _stored_type(x, states))]
+        tensors += [] if previous is None else [("previous", previous, _stored_type(previous, states))]
+        kinds.append([(name, dtype, list(value.shape)) for name, value, dtype in tensors])
+        if kinds[-1] != kinds[0] or not {dtype for _, dtype, _ in kinds[-1]} <= set(_NAMES):
+            raise PayloadError(f"members of a group differ, or have types that are not stored: {kinds[0]} and {kinds[-1]}")
+        same = same or [k > 0 for k in range(len(x))]
+        same = [equal and torch.equal(x[k], x_next[k - 1]) for k, equal in enumerate(same)]
+        for value in (x, x_next, previous):
+            if value is not None and value.dtype == torch.float32 != states:
+                _check(value, states)
+    if not kinds:
+        raise PayloadError("a group has no members")
+    before, after, count = list[int](), list[int](), 0
+    for shared in same:
+        before.append(after[-1] if shared else count)
+        count += not shared
+        after.append(count)
+        count += 1
+    return [(name, dtype, [count, *shape[1:]] if name == "states" else shape) for name, dtype, shape in kinds[0]], {"x": before, "x_next": after}
+
+
+def _stored_type(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of states is stored in; what is no fp32 stays as it is."""
+    return dtype if tensor.dtype == torch.float32 else tensor.dtype
+
+
+def _check(states: Tensor, dtype: torch.dtype) -> None:
+    """Raises PayloadError where storing `[K, …]` in `dtype` would change a value."""
+    if not all(torch.equal(state.to(dtype).float(), state) for state in states):
         raise PayloadError(f"states are no values of {dtype}: rollouts must be sampled with the replay.store_dtype that they are stored in")
-    return half
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -154,16 +201,23 @@ class _Head:
     places: dict[str, list[int]]
 
     def tensors(self, segments: Sequence[Buffer]) -> dict[str, Tensor]:
-        """The tensors of these members, stacked. Raises PayloadError on a segment of another size."""
+        """The tensors of these members, stacked, halved states as fp32. Raises PayloadError on a segment of another size."""
         size = sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self.rows)
         wrong = [len(segment) for segment in segments if len(segment) != size]
         if wrong:
             raise PayloadError(f"a member of a payload has {wrong[0]} bytes, its table says {size}")
         found, offset = {}, 0
+        alone = len(segments) == 1 and not any(name in _STATES and dtype == torch.bfloat16 for name, dtype, _ in self.rows)
         for name, dtype, shape in self.rows:
             values = math.prod(shape)
             parts = [torch.frombuffer(s, dtype=dtype, count=values, offset=offset).reshape(shape) for s in segments if values]
-            found[name] = torch.stack(parts) if parts else torch.empty(len(segments), *shape, dtype=dtype)
+            kept = torch.float32 if name in _STATES and dtype == torch.bfloat16 else dtype
+            if alone and parts:
+                found[name] = parts[0][None]  # where it lies, or a small tensor would hold the bytes of what was copied
+            else:
+                found[name] = torch.empty(len(segments), *shape, dtype=kept)
+                for i, part in enumerate(parts):
+                    found[name][i].copy_(part)
             offset += dtype.itemsize * values
         return found
 
@@ -199,7 +253,7 @@ def _decode(kind: type, head: _Head, segments: Sequence[Buffer]) -> dict[str, Te
     types = {name: dtype for name, dtype in given.items() if dtype != _TYPES.get(name, torch.float32) and name not in halves}
     if types:
         raise PayloadError(f"{kind.__name__} has tensors that are not float32 (trained: int64, log_prob: float64): {types}")
-    return head.shared | {name: tensor.float() if name in halves else tensor for name, tensor in head.tensors(segments).items()}
+    return head.shared | head.tensors(segments)
 
 
 def count_of(head: Buffer) -> int:
@@ -218,8 +272,9 @@ def decode_group(segments: Sequence[Buffer]) -> GroupPayload:
         places = head.places.get(name, [])
         if not places or not all(0 <= place < states.shape[1] for place in places):
             raise PayloadError(f"the table of a payload puts {name} at {places} of {states.shape[1]} states")
-        first, last = places[0], places[-1]
-        tensors[name] = states[:, first : last + 1] if places == list(range(first, last + 1)) else states[:, places]
+        step = max(1, places[1] - places[0]) if len(places) > 1 else 1
+        even = slice(places[0], places[-1] + 1, step)
+        tensors[name] = states[:, even] if places == list(range(even.start, even.stop, step)) else states[:, places]  # a view, where it can be
     group = GroupPayload(text=head.texts[0], **tensors)
     latents = {group.x.shape, group.x_next.shape} | ({group.previous.shape} if group.previous is not None else set())
     strays = [group.log_prob.shape != group.x.shape[:2], len(group.trained) != group.x.shape[1], not _belongs(group.x0, group.x.shape[2:])]

@@ -1,7 +1,8 @@
-"""A prepared set on disk: clean latents and their captions, made once, read by shard.
+"""A prepared set on disk: clean latents of pictures or clips and their captions, made once, read by shard.
 
     plan.json                  what the set is made of; who goes on with it must want the same
-    shards/00000.safetensors   `x0` fp32 [n, C, h, w]; in its header who its rows are, what was broken, and a checksum of x0
+    shards/00000.safetensors   `x0` fp32 [n, C, h, w], of clips [n, C, f, h, w] and `first` uint8 [n, H, W, 3], their first frames; in its header
+                               who its rows are, what was broken, and a checksum of the tensors
     index.parquet              one row an example: id, text, split, shard, row, name, width, height
     broken.jsonl               inputs that could not be used: name, reason
     prepared.json              counts and the digest; written last
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -33,6 +35,8 @@ from actors.sources.example import SourceError, split_of
 from diffusion.config import Strict
 
 FORMAT = 1
+SHARD_BYTES = 128 << 20
+"""Most bytes of a shard of clips, if it has more than one: whoever makes it holds it."""
 PLAN, INDEX, BROKEN, MANIFEST = "plan.json", "index.parquet", "broken.jsonl", "prepared.json"
 
 
@@ -42,7 +46,7 @@ class PreparedError(SourceError):
 
 @dataclass(frozen=True)
 class Row:
-    """An example of a shard. `name`: the input it was made from; `width`, `height`: that input's size in pixels."""
+    """An example of a shard. `name`: the input it was made from; `width`, `height`: that input's size in pixels, of a clip its frames'."""
 
     id: str
     text: str
@@ -75,6 +79,7 @@ class Manifest(Strict):
         digest: of every latent, caption, id and broken input, in order; equal sets have equal digests, wherever they lie.
         codec: `codec_digest` of the policy that made the latents, whose folder was `model`.
         height, width: of the pictures in pixels; latent: [C, h, w].
+        frames, fps: of clips, whose latent is [C, f, h, w]; None of pictures.
     """
 
     format: int
@@ -83,11 +88,23 @@ class Manifest(Strict):
     model: str
     height: int
     width: int
-    latent: tuple[int, int, int]
+    latent: tuple[int, ...]
     rows: int
     broken: int
     shards: int
     splits: dict[str, int]
+    frames: int | None = None
+    fps: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """What it is of: `pictures`, or `clips of 9 frames at 16 a second`."""
+        return "pictures" if self.frames is None else f"clips of {self.frames} frames at {self.fps:g} a second"
+
+
+def shard_rows(rows: int, latent: Sequence[int], height: int, width: int) -> int:
+    """Inputs of a shard: `rows`, of clips no more than `SHARD_BYTES` of latents and first frames, and one at least."""
+    return rows if len(latent) == 3 else max(1, min(rows, SHARD_BYTES // (4 * math.prod(latent) + 3 * height * width)))
 
 
 def shard_file(folder: Path, number: int) -> Path:
@@ -124,17 +141,26 @@ def begin(folder: Path, plan: dict[str, Any]) -> None:
         raise PreparedError(f"{folder} holds a set that was begun otherwise: {'; '.join(differs)}; ask for the same, or give another folder")
 
 
-def checksum(x0: NDArray[np.float32]) -> str:
-    """xxh3 of a shard's latents."""
-    return xxhash.xxh3_128_hexdigest(x0.tobytes())
+def checksum(x0: NDArray[np.float32], first: NDArray[np.uint8] | None = None) -> str:
+    """xxh3 of a shard's latents, and of the first frames of clips behind them."""
+    digest = xxhash.xxh3_128(np.ascontiguousarray(x0).data)
+    if first is not None:
+        digest.update(np.ascontiguousarray(first).data)
+    return digest.hexdigest()
 
 
-def write_shard(folder: Path, number: int, x0: NDArray[np.float32], rows: Sequence[Row], broken: Sequence[Broken]) -> None:
-    """Write shard `number`; `x0` fp32 `[n, C, h, w]`, one for each of `rows`."""
+def write_shard(
+    folder: Path, number: int, x0: NDArray[np.float32], rows: Sequence[Row], broken: Sequence[Broken], first: NDArray[np.uint8] | None = None
+) -> None:
+    """Write shard `number`; `x0` fp32 `[n, C, h, w]`, one for each of `rows`, or of clips `[n, C, f, h, w]` with their `first` frames
+    uint8 `[n, H, W, 3]`."""
     if len(x0) != len(rows) or x0.dtype != np.float32:
         raise ValueError(f"a shard needs one fp32 latent for each of its {len(rows)} rows, got {x0.dtype} {x0.shape}")
-    about = {"rows": [asdict(row) for row in rows], "broken": [asdict(one) for one in broken], "checksum": checksum(x0)}
-    write_whole(shard_file(folder, number), save({"x0": np.ascontiguousarray(x0)}, {"about": json.dumps(about)}))  # one entry: their order is not kept
+    if (first is not None) != (x0.ndim == 5) or (first is not None and (len(first) != len(rows) or first.dtype != np.uint8)):
+        raise ValueError(f"a shard needs one uint8 first frame for each of its {len(rows)} clips, and of pictures none")
+    about = {"rows": [asdict(row) for row in rows], "broken": [asdict(one) for one in broken], "checksum": checksum(x0, first)}
+    tensors: dict[str, NDArray[Any]] = {"x0": np.ascontiguousarray(x0)} | ({} if first is None else {"first": np.ascontiguousarray(first)})
+    write_whole(shard_file(folder, number), save(tensors, {"about": json.dumps(about)}))  # one entry: their order is not kept
 
 
 def read_header(file: Path) -> tuple[str, Shard]:
@@ -165,14 +191,15 @@ def finish(folder: Path, shards: int, broken: Sequence[Broken], **about: Any) ->
 
     Args:
         broken: inputs that never got as far as a shard.
-        about: `codec`, `model`, `height`, `width`, `latent` of the manifest.
+        about: `codec`, `model`, `height`, `width`, `latent` of the manifest, and of clips `frames`, `fps`.
     """
     import pyarrow as pa
     from pyarrow import parquet
 
     texts, numbers = ("id", "text", "split", "name"), ("shard", "row", "width", "height")
     schema = pa.schema([(name, pa.string()) for name in texts] + [(name, pa.int32()) for name in numbers])
-    digest = hashlib.blake2b(json.dumps([FORMAT, about["codec"], about["height"], about["width"], *map(asdict, broken)]).encode(), digest_size=16)
+    clips = [about["frames"], about["fps"]] if about.get("frames") is not None else []
+    digest = hashlib.blake2b(json.dumps([FORMAT, about["codec"], about["height"], about["width"], *clips, *map(asdict, broken)]).encode(), digest_size=16)
     splits, left_out = Counter({"train": 0, "dev": 0, "test": 0}), list(broken)
     partial = folder / f"{INDEX}.{os.getpid()}.partial"
     with parquet.ParquetWriter(partial, schema) as index:
@@ -186,7 +213,7 @@ def finish(folder: Path, shards: int, broken: Sequence[Broken], **about: Any) ->
     partial.replace(folder / INDEX)
     write_broken(folder, left_out)
     manifest = Manifest(format=FORMAT, digest=digest.hexdigest(), rows=splits.total(), broken=len(left_out), shards=shards, splits=dict(splits), **about)
-    write_whole(folder / MANIFEST, _json(manifest.model_dump()))
+    write_whole(folder / MANIFEST, _json(manifest.model_dump(exclude_none=True)))
     for stray in folder.rglob("*.partial"):
         stray.unlink(missing_ok=True)
     return manifest

@@ -52,6 +52,7 @@ from diffusion.families.frames import FrameEncoder
 from replay.buffer import Lease
 from replay.errors import ReplayError
 from services.client.base import RewardUnavailable
+from services.contract import ItemScore, ScoreFailure
 
 IDLE_S = 1.0
 """Longest a generator waits for a lease before it looks at its stop flag."""
@@ -276,13 +277,18 @@ class RolloutGenerator:
             trajectories = sampled.result()
             if group.mixed:
                 raise LineageChanged("the learner went back to a checkpoint while the group was sampled")
-            stage = "decoding"
-            images = np.stack(self.decoder.decode([t.whole for t in trajectories], DECODE_DEADLINE_S))
-            stage = "scoring"
+            stage, sampler, names, scores = "scoring", self.spec.sampler, rewards.trained_names, dict[str, list[ItemScore | ScoreFailure]]()
             if not self.revisions:
-                self.revisions = {name: info.revision for name, info in self.client.info(rewards.trained_names).items()}
-            scores = self.client.score_all(rewards.trained_names, [text] * len(images), images, rewards.fleet.timeout_s, fps_of(images, self.spec.sampler))
-            judged = judge(scores, rewards.trained, len(images), rollout.enough_members, rewards.fill_mean)
+                self.revisions = {name: info.revision for name, info in self.client.info(names).items()}
+            stage = "decoding"
+            for images in self.decoder.turns([t.whole for t in trajectories], sampler.pixel_bytes, DECODE_DEADLINE_S):
+                stage = "scoring"
+                for name, found in self.client.score_all(names, [text] * len(images), images, rewards.fleet.timeout_s, fps_of(images, sampler)).items():
+                    scores.setdefault(name, []).extend(found)
+                del images  # before the next is waited for
+                stage = "decoding"
+            stage = "scoring"
+            judged = judge(scores, rewards.trained, len(trajectories), rollout.enough_members, rewards.fill_mean)
             meta: dict[str, float | int | str] = {"prompt": text, "sample_s": sampling_s, "score_s": time.monotonic() - start, "generator": self.owner}
             if judged.failures:
                 meta["failed_members"] = len(trajectories) - len(judged.members)

@@ -109,6 +109,11 @@ class SamplerConfig(Strict):
         """Numbers of given frames that groups are given."""
         return (self.given_frames,) if isinstance(self.given_frames, int) else self.given_frames
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Of one sample, as uint8."""
+        return 3 * self.frames * self.height * self.width
+
     @model_validator(mode="after")
     def _noise_level_fits(self) -> SamplerConfig:
         if self.kernel in ("cps", "ddim_eta", "ancestral") and self.noise_level > 1:

@@ -8,12 +8,14 @@ every byte lies in exactly one block, and a block is read whole and compared wit
     [(0, 0, 0, 4), (1, 1, 0, 6), (1, 2, 0, 2), (2, 3, 0, 6), (2, 4, 0, 2)]
 
 Small segments share a part, so that a small payload is one value; a larger one begins a part of its own, which is then
-stored without being copied.
+stored without being copied. Segments may be made as they are asked for: each is asked for once to be laid out and once whenever it is
+stored, and at any time one of them is held.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import xxhash
 
@@ -90,12 +92,39 @@ class Layout:
         return cls(tuple(blocks))
 
 
+class Parts(Sequence[list[memoryview]]):
+    """The pieces of every part: views of the caller's segments, of which the last that was looked at is held."""
+
+    def __init__(self, segments: Sequence[Buffer], places: list[list[tuple[int, int, int]]]) -> None:
+        """`places`: of each part's pieces the segment, where it begins there, and how many bytes it has."""
+        self._segments, self._places = segments, places
+        self._held: tuple[int, memoryview] | None = None
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> list[memoryview]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[memoryview]]: ...
+    def __getitem__(self, index: int | slice) -> list[memoryview] | list[list[memoryview]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return [self._segment(number)[start : start + size] for number, start, size in self._places[index]]
+
+    def _segment(self, number: int) -> memoryview:
+        if self._held is None or self._held[0] != number:
+            self._held = None  # before the next one is made
+            self._held = number, _flat(self._segments[number])
+        return self._held[1]
+
+
 @dataclass(frozen=True)
 class Packed:
-    """A payload ready to be stored: its layout, and the pieces of every part, which are views of the caller's bytes."""
+    """A payload ready to be stored: its layout, and the pieces of every part."""
 
     layout: Layout
-    parts: list[list[memoryview]]
+    parts: Parts
 
     @property
     def bytes(self) -> int:
@@ -112,22 +141,25 @@ def pack(segments: Buffer | Sequence[Buffer], part_bytes: int) -> Packed:
         raise ValueError("a payload has at least one segment")
     block_bytes, shared = min(BLOCK_BYTES, part_bytes), min(SHARED_BYTES, part_bytes)
     blocks: list[Block] = []
-    parts: list[list[memoryview]] = [[]]
+    parts: list[list[tuple[int, int, int]]] = [[]]
     filled = 0
-    for number, segment in enumerate(given):
-        view = _flat(segment)
+    for number in range(len(given)):
+        view = _flat(given[number])
         for start in range(0, max(1, len(view)), block_bytes):
             piece = view[start : start + block_bytes]
-            if filled and filled + len(piece) > (part_bytes if start else shared):
+            size = len(piece)
+            if filled and filled + size > (part_bytes if start else shared):
                 parts.append([])
                 filled = 0
-            blocks.append(Block(number, len(parts) - 1, filled, len(piece), checksum(piece)))
+            blocks.append(Block(number, len(parts) - 1, filled, size, checksum(piece)))
             if start and filled:  # one view of the segment as far as it lies in this part: stored without being joined
-                parts[-1][-1] = view[start - len(parts[-1][-1]) : start + len(piece)]
+                _, begin, held = parts[-1][-1]
+                parts[-1][-1] = number, begin, held + size
             else:
-                parts[-1].append(piece)
-            filled += len(piece)
-    return Packed(Layout(tuple(blocks)), parts)
+                parts[-1].append((number, start, size))
+            filled += size
+        del view, piece  # before the next segment is made
+    return Packed(Layout(tuple(blocks)), Parts(given, parts))
 
 
 def _flat(content: Buffer) -> memoryview:

@@ -22,6 +22,7 @@ from typing import Any
 import redis
 from redis.client import Pipeline
 
+from replay.connect import surfaced
 from replay.errors import ImpossibleSettings, PayloadMissing, ReplayError
 from replay.keys import key_prefix, own_keys
 from replay.layout import Buffer, part_names, reference
@@ -31,6 +32,8 @@ IN_REDIS = "redis"
 # Bytes that no commit adopted are orphans when they are this many leases old, and this many seconds at least.
 ORPHAN_LEASES = 4
 ORPHAN_LEAST_S = 600.0
+TOGETHER_BYTES = 8 << 20
+"""Most bytes of a payload that wait to be sent to Redis together with its ledger entry."""
 
 
 def orphan_age_s(settings: BufferSettings) -> float:
@@ -57,8 +60,9 @@ class PayloadStore(ABC):
     def write(self, name: str, parts: Sequence[Sequence[Buffer]], batch: Pipeline) -> str:
         """Store `parts`, each given in pieces, under the unique `name`; returns the reference.
 
-        The bytes must be in place before any command queued on `batch` afterwards runs: Redis payloads queue
-        their own write on it (one round trip with the ledger entry), other stores write at once.
+        The bytes must be in place before any command queued on `batch` afterwards runs: small Redis payloads queue
+        their own write on it (one round trip with the ledger entry), others are written at once, part by part; the pieces
+        of a part are let go before the next ones are asked for.
         """
 
     @abstractmethod
@@ -102,10 +106,28 @@ class RedisPayloads(PayloadStore):
         self._ttl_ms = int(orphan_ttl_s * 1000)
 
     def write(self, name: str, parts: Sequence[Sequence[Buffer]], batch: Pipeline) -> str:
-        ref = reference(name, len(parts))
-        for key, pieces in zip(self.redis_keys(ref), parts, strict=True):
-            batch.set(key, pieces[0] if len(pieces) == 1 else b"".join(pieces), px=self._ttl_ms)
+        ref, queued = reference(name, len(parts)), 0
+        for number, key in enumerate(self.redis_keys(ref)):
+            pieces = parts[number]
+            value = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if queued + len(value) <= TOGETHER_BYTES:
+                batch.set(key, value, px=self._ttl_ms)
+                queued += len(value)
+            elif not self._set(key, value):
+                return ref  # the ledger will find that the rest is not there
+            del pieces, value
         return ref
+
+    def _set(self, key: str, value: Buffer) -> bool:
+        """Write a part by itself. False: the server is at its memory limit."""
+        with surfaced(self._client):
+            try:
+                self._client.set(key, value, px=self._ttl_ms)
+            except redis.ResponseError as error:
+                if "maxmemory" in str(error):
+                    return False
+                raise
+        return True
 
     def refresh(self, ref: str, batch: Pipeline) -> None:
         for key in self.redis_keys(ref):
@@ -154,11 +176,12 @@ class FolderPayloads(PayloadStore):
     def write(self, name: str, parts: Sequence[Sequence[Buffer]], batch: Pipeline) -> str:
         self._folder.mkdir(parents=True, exist_ok=True)
         ref = reference(name, len(parts))
-        for part, pieces in zip(part_names(ref), parts, strict=True):
+        for number, part in enumerate(part_names(ref)):
             draft = self._folder / f"{part}.{secrets.token_hex(4)}.tmp"
             with draft.open("xb", buffering=0) as file:
-                for piece in pieces:
+                for piece in parts[number]:
                     _write_all(file.fileno(), memoryview(piece))
+                    del piece
                 os.fsync(file.fileno())
             draft.rename(self._folder / part)
         return ref

@@ -13,28 +13,28 @@ MAX_PIXELS = 89_478_485
 """Of one picture: where Pillow begins to warn of decompression bombs."""
 
 
-class BrokenPictureError(ValueError):
-    """Bytes that are no picture that can be used; the message says why."""
+class BrokenMediaError(ValueError):
+    """Bytes that are no picture or clip that can be used; the message says why."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """RGB, whatever the mode: transparency lies on white, 16 bits are scaled to 8. Raises BrokenPictureError."""
+    """RGB, whatever the mode: transparency lies on white, 16 bits are scaled to 8. Raises BrokenMediaError."""
     if not data:
-        raise BrokenPictureError("the file is empty")
+        raise BrokenMediaError("the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise BrokenPictureError(f"{width}x{height} pixels, more than {MAX_PIXELS} (a decompression bomb?)")
+                raise BrokenMediaError(f"{width}x{height} pixels, more than {MAX_PIXELS} (a decompression bomb?)")
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
-    except BrokenPictureError:
+    except BrokenMediaError:
         raise
     except Exception as error:  # decoders raise whatever they like, and one file must not end the preparation of a million
         text = str(error).replace(repr(error.args[0]), "bytes") if isinstance(error, OSError) and error.args else str(error)
-        raise BrokenPictureError("no picture of a known format" if "cannot identify" in text else f"{type(error).__name__}: {text}"[:300]) from None
+        raise BrokenMediaError("no picture of a known format" if "cannot identify" in text else f"{type(error).__name__}: {text}"[:300]) from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -42,7 +42,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if image.mode == "F":
-        raise BrokenPictureError("floating-point pixels, whose range nothing states")
+        raise BrokenMediaError("floating-point pixels, whose range nothing states")
     if image.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255
         return Image.fromarray((np.asarray(image, np.float32).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
     return image.convert("RGB")

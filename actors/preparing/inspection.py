@@ -1,4 +1,4 @@
-"""What a prepared set holds, in lines and as a grid of pictures."""
+"""What a prepared set holds, in lines and as a grid of pictures, of clips strips of frames."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def inspection(folder: Path) -> Iterator[str]:
     from pyarrow import parquet
 
     manifest = read_manifest(folder)
-    c, h, w = manifest.latent
     yield f"{manifest.rows} examples: " + ", ".join(f"{count} {split}" for split, count in manifest.splits.items())
-    yield f"pictures of {manifest.height}x{manifest.width} pixels, latents of {c}x{h}x{w}, {manifest.shards} shards, {_bytes(folder) / 2**20:.1f} MiB"
+    shape = "x".join(map(str, manifest.latent))
+    yield f"{manifest.kind} of {manifest.height}x{manifest.width} pixels, latents of {shape}, {manifest.shards} shards, {_bytes(folder) / 2**20:.1f} MiB"
     yield f"codec {manifest.codec}, of {manifest.model}"
     index = parquet.read_table(folder / INDEX)
     if manifest.rows:
@@ -60,8 +60,8 @@ def _bytes(folder: Path) -> int:
 def _verify(file: Path) -> None:
     from safetensors.numpy import load_file
 
-    shard = read_header(file)[1]
-    if checksum(load_file(file)["x0"]) != shard.checksum:
+    shard, tensors = read_header(file)[1], load_file(file)
+    if checksum(tensors["x0"], tensors.get("first")) != shard.checksum:
         raise PreparedError(f"shard {file} is damaged: its latents are not those that were written; remove it and prepare the set again")
 
 
@@ -76,6 +76,7 @@ def grid(folder: Path, n: int, model: Path | None = None) -> Image.Image:
     import torch
     from PIL import Image
 
+    from actors.clips import STRIP, strip
     from actors.pictures import caption, contact_sheet
     from actors.sources.prepared import PreparedSource
     from diffusion.checkpoint import load_codec
@@ -92,7 +93,8 @@ def grid(folder: Path, n: int, model: Path | None = None) -> Image.Image:
     pictures = []
     for example in examples:
         assert example.latent is not None
-        picture = Image.fromarray(codec.decode(torch.from_numpy(example.latent.load())[None])[0])
-        picture.thumbnail((SIDE, SIDE))
+        decoded = codec.decode(torch.from_numpy(example.latent.load())[None])[0]
+        picture = Image.fromarray(strip(decoded) if codec.video else decoded)
+        picture.thumbnail((SIDE * (STRIP if codec.video else 1), SIDE))
         pictures.append(np.asarray(picture))
-    return contact_sheet(pictures, [caption(example.text) for example in examples], columns=8)
+    return contact_sheet(pictures, [caption(example.text) for example in examples], columns=2 if codec.video else 8)

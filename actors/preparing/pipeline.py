@@ -1,7 +1,11 @@
-"""A source of pictures to a prepared set, as a Ray Data pipeline: slice → pixels (tasks) → latents (codec actors) → shard.
+"""A source of pictures or clips to a prepared set, as a Ray Data pipeline.
 
-A row of the pipeline is a slice, so memory is bounded by slices in flight, which Ray Data holds back. Shards that are there are not
-made again. This module alone imports `ray.data`, which costs a second.
+    pictures   slice → pixels (tasks) → latents (codec actors) → shard
+    clips      slice → [frames → latent, one clip after another] (codec actors) → shard
+
+A row of the pipeline is a slice, so memory is bounded by slices in flight, which Ray Data holds back. The pixels of a slice of clips are
+gigabytes, so they do not travel: a codec actor decodes one clip, encodes it and lets it go. Shards that are there are not made again. This
+module alone imports `ray.data`, which costs a second.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.prepared import FORMAT, Broken, Manifest, Row, begin, broken_of, finish, shard_file, write_broken, write_shard
-from actors.preparing.cropping import BrokenPictureError, decode, fitted
+from actors.prepared import FORMAT, Broken, Manifest, Row, begin, broken_of, finish, shard_file, shard_rows, write_broken, write_shard
+from actors.preparing.clips import decode_clip
+from actors.preparing.cropping import BrokenMediaError, decode, fitted
 from actors.preparing.readers import Columns, Reader, Slice, fingerprint, make_reader
 from actors.sources.example import SourceError
 from diffusion.checkpoint import load_codec
@@ -26,6 +31,7 @@ from diffusion.digests import codec_digest
 
 BLOCKS = 512
 """Tasks that a source is divided into, at most."""
+NOT_FINITE = "the codec makes a latent of it that is not finite"
 
 
 class PreparationFailed(Exception):
@@ -41,11 +47,12 @@ class Preparation:
     """What a set is made of.
 
     Attributes:
-        source: folder or file of pictures.
+        source: folder or file of pictures or clips.
         out: folder of the set.
         model: policy folder whose codec makes the latents.
-        shard_rows: inputs of a shard.
+        shard_rows: inputs of a shard; of clips, at most.
         max_broken: share of the inputs that may be broken.
+        frames, fps: what is taken of a clip, see `actors.preparing.clips`; None of pictures.
     """
 
     source: Path
@@ -56,6 +63,13 @@ class Preparation:
     shard_rows: int = 64
     max_broken: float = 0.05
     columns: Columns = field(default_factory=Columns)
+    frames: int | None = None
+    fps: float | None = None
+
+    @property
+    def clips(self) -> dict[str, Any]:
+        """What plan and manifest say of clips, and not of pictures."""
+        return {} if self.frames is None else {"frames": self.frames, "fps": self.fps}
 
 
 def read_slice(reader: Reader, piece: Slice, height: int, width: int) -> tuple[NDArray[np.uint8], list[Row], list[Broken]]:
@@ -67,7 +81,7 @@ def read_slice(reader: Reader, piece: Slice, height: int, width: int) -> tuple[N
             continue
         try:
             image = decode(one.data)
-        except BrokenPictureError as error:
+        except BrokenMediaError as error:
             broken.append(Broken(one.name, str(error)))
             continue
         pixels.append(fitted(image, height, width)[None])
@@ -76,7 +90,7 @@ def read_slice(reader: Reader, piece: Slice, height: int, width: int) -> tuple[N
 
 
 class ShardWriter:
-    """Encodes the pixels of slices and writes their shards. Plain class; Ray Data makes it an actor."""
+    """Encodes the pixels of slices of pictures and writes their shards. Plain class; Ray Data makes it an actor."""
 
     def __init__(self, preparation: Preparation, device: str) -> None:
         if device == "cpu":
@@ -89,7 +103,7 @@ class ShardWriter:
         shape = (0, *self.codec.latent_shape(p.height, p.width))
         x0 = self.codec.encode(pixels).numpy() if len(pixels) else np.empty(shape, np.float32)
         finite = [bool(np.isfinite(latent).all()) for latent in x0]
-        broken = broken + [Broken(row.name, "the codec makes a latent of it that is not finite") for row, good in zip(rows, finite, strict=True) if not good]
+        broken = broken + [Broken(row.name, NOT_FINITE) for row, good in zip(rows, finite, strict=True) if not good]
         write_shard(p.out, number, x0[np.array(finite, bool)], [row for row, good in zip(rows, finite, strict=True) if good], broken)
         return len(broken)
 
@@ -104,6 +118,49 @@ class ShardWriter:
             except Exception as error:
                 fault = _described(error)
         return {"broken": [broken], "fault": [fault]}
+
+
+class ClipWriter:
+    """Reads slices of clips, encodes one clip at a time and writes their shards. Plain class; Ray Data makes it an actor."""
+
+    def __init__(self, preparation: Preparation, reader: Reader, device: str) -> None:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        self.preparation, self.reader, self.codec = preparation, reader, load_codec(preparation.model, device)
+
+    def write(self, number: int, piece: Slice) -> int:
+        """Write shard `number` of a slice; returns how many inputs are broken."""
+        p, rows, broken = self.preparation, list[Row](), list[Broken]()
+        x0 = np.empty((piece.rows, *self.codec.latent_shape(p.height, p.width, p.frames or 1)), np.float32)
+        first = np.empty((piece.rows, p.height, p.width, 3), np.uint8)
+        for one in self.reader.read(piece):
+            if isinstance(one, Broken):
+                broken.append(one)
+                continue
+            try:
+                size = self._encode(one.data, x0[len(rows)], first[len(rows)])
+                rows.append(Row(one.id, one.text, one.name, *size))
+            except BrokenMediaError as error:
+                broken.append(Broken(one.name, str(error)))
+        write_shard(p.out, number, x0[: len(rows)], rows, broken, first[: len(rows)])
+        return len(broken)
+
+    def _encode(self, data: bytes, latent: NDArray[np.float32], first: NDArray[np.uint8]) -> tuple[int, int]:
+        """Fill in the latent and the first frame of a clip, which is gone afterwards; returns its own width and height."""
+        p = self.preparation
+        clip, size = decode_clip(data, p.height, p.width, p.frames or 1, p.fps or 1.0)
+        latent[:], first[:] = self.codec.encode(clip[None])[0].numpy(), clip[0]
+        if not np.isfinite(latent).all():
+            raise BrokenMediaError(NOT_FINITE)
+        return size
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """As `ShardWriter`'s."""
+        file, first, rows, at, number = (batch[key][0] for key in ("file", "first", "rows", "at", "number"))
+        try:
+            return {"broken": [self.write(int(number), Slice(str(file), int(first), int(rows), int(at)))], "fault": [""]}
+        except Exception as error:
+            return {"broken": [0], "fault": [f"{file}: {_described(error)}"]}
 
 
 def _described(error: Exception) -> str:
@@ -129,25 +186,27 @@ def begun(p: Preparation) -> Work:
     """Look the source through and begin the set, or go on with it. Needs no Ray.
 
     Raises:
-        SourceError: a source, a size or an `out` that cannot be used.
+        SourceError: a source, a size, a number of frames or an `out` that cannot be used.
         CheckpointError: a policy folder without a codec that can be read.
     """
     codec = load_codec(p.model)
-    if codec.video:
-        raise SourceError(f"{p.model} makes clips, and prepared sets are of pictures; give the clips' folder as data.path of a run (data.kind=folder)")
+    if codec.video != (p.frames is not None):
+        what = "clips: say how many frames a second, and how many in all, as the run's sampler does" if codec.video else "pictures, which have no frames"
+        raise SourceError(f"{p.model} is a policy of {what} (--frames, --fps)")
     try:
-        latent = codec.latent_shape(p.height, p.width)
+        latent = codec.latent_shape(p.height, p.width, p.frames or 1)
     except ValueError as error:
         raise SourceError(str(error)) from None
-    reader = make_reader(p.source, p.columns)
-    pieces = list(reader.plan(p.shard_rows))
+    size = shard_rows(p.shard_rows, latent, p.height, p.width)
+    reader = make_reader(p.source, p.columns, codec.video)
+    pieces = list(reader.plan(size))
     slices = [piece for piece in pieces if isinstance(piece, Slice)]
     unread = [piece for piece in pieces if isinstance(piece, Broken)]
     if not slices:
-        raise SourceError(f"{p.source} holds no pictures" + (f"; {unread[0].name}: {unread[0].reason}" if unread else ""))
-    about = {"codec": codec_digest(p.model), "height": p.height, "width": p.width}
+        raise SourceError(f"{p.source} holds no {'clips' if codec.video else 'pictures'}" + (f"; {unread[0].name}: {unread[0].reason}" if unread else ""))
+    about = {"codec": codec_digest(p.model), "height": p.height, "width": p.width} | p.clips
     origin = fingerprint(p.source if p.source.is_dir() else p.source.parent, pieces)
-    begin(p.out, {"format": FORMAT, "source": origin, **about, "shard_rows": p.shard_rows, "image": p.columns.image, "text": p.columns.text})
+    begin(p.out, {"format": FORMAT, "source": origin, **about, "shard_rows": size, "image": p.columns.image, "text": p.columns.text})
     missing = [number for number in range(len(slices)) if not shard_file(p.out, number).exists()]
     return Work(p, reader, slices, unread, missing, about | {"model": str(p.model.resolve()), "latent": latent})
 
@@ -208,12 +267,13 @@ def _run(work: Work, workers: int, device: str) -> Iterator[int]:
         about = json.dumps({"rows": [asdict(one) for one in rows], "broken": [asdict(one) for one in broken]})
         return {"number": row["number"], "pixels": picture.tobytes(), "about": about, "fault": ""}
 
-    shards = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map(pixels)
-    written = shards.map_batches(
-        ShardWriter,
+    tasks, pictures = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)), p.frames is None
+    shared: dict[str, Any] = {"preparation": p, "device": device}
+    written = (tasks.map(pixels) if pictures else tasks).map_batches(
+        ShardWriter if pictures else ClipWriter,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
-        fn_constructor_kwargs={"preparation": p, "device": device},
+        fn_constructor_kwargs=shared if pictures else shared | {"reader": reader},
         num_gpus=1 if device != "cpu" else 0,
     )
     try:

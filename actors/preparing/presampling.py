@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from actors.prepared import FORMAT, Manifest, Row, begin, finish, shard_file, write_shard
+from actors.prepared import FORMAT, Manifest, Row, begin, finish, shard_file, shard_rows, write_shard
 from actors.sources.draws import listed
 from actors.sources.example import DRAWS, Example, Source, SourceError
 from diffusion.checkpoint import Policy
+from diffusion.codecs import Codec
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.digests import codec_digest, network_digest
 from diffusion.engine.engine import Engine
@@ -40,7 +43,7 @@ class Presampling:
     Attributes:
         examples: whose texts are the prompts; their ids name the splits.
         per_prompt: samples of each.
-        shard_prompts: prompts of a shard.
+        rows: samples of a shard, rounded to whole prompts; of clips fewer, see `shard_rows`.
     """
 
     out: Path
@@ -48,7 +51,7 @@ class Presampling:
     sampler: SamplerConfig
     examples: Sequence[Example]
     per_prompt: int
-    shard_prompts: int
+    rows: int
     steps: int
     guidance: float
     seed: int = 0
@@ -94,27 +97,26 @@ def presample(p: Presampling, policy: Policy, progress: Callable[[int, int], Non
         SamplingFailed, StepFailed, PresamplingFailed: a sample could not be drawn.
     """
     folder, s = policy.source.folder, p.sampler
-    if policy.codec.video:
-        raise SourceError(f"{folder} makes clips, and prepared sets are of pictures")
     latent = policy.codec.latent_shape(s.height, s.width, s.frames)
     codec = codec_digest(folder)
-    shards = -(-len(p.examples) // p.shard_prompts)
+    clips = {"frames": s.frames, "fps": s.fps} if policy.codec.video else {}
+    per_shard = max(1, shard_rows(p.rows, latent, s.height, s.width) // p.per_prompt)
+    shards = -(-len(p.examples) // per_shard)
     prompts = hashlib.blake2b(json.dumps([(example.id, example.text) for example in p.examples]).encode(), digest_size=16).hexdigest()
     plan = {"format": FORMAT, "prompts": prompts, "codec": codec, "network": "random" if p.model.init else network_digest(folder), "dtype": p.model.dtype}
     drawn = {"height": s.height, "width": s.width, "steps": p.steps, "guidance": p.guidance, "negative_prompt": s.negative_prompt, "seed": p.seed}
-    begin(p.out, plan | drawn | {"per_prompt": p.per_prompt, "shard_prompts": p.shard_prompts})
+    begin(p.out, plan | drawn | clips | {"per_prompt": p.per_prompt, "shard_prompts": per_shard})
     engine = Engine(policy.transformer, policy.process, s.max_tokens, p.model.dtype, policy.text_encoder)
     for number in range(shards):
         if not shard_file(p.out, number).exists():
-            _draw(p, engine, number, latent)
+            _draw(p, engine, policy.codec, range(number * per_shard, min((number + 1) * per_shard, len(p.examples))), number, latent)
         if progress is not None:
             progress(number + 1, shards)
-    return finish(p.out, shards, [], codec=codec, model=str(folder.resolve()), height=s.height, width=s.width, latent=latent)
+    return finish(p.out, shards, [], codec=codec, model=str(folder.resolve()), height=s.height, width=s.width, latent=latent, **clips)
 
 
-def _draw(p: Presampling, engine: Engine, number: int, shape: tuple[int, ...]) -> None:
-    """Draw and write one shard."""
-    first = number * p.shard_prompts
+def _draw(p: Presampling, engine: Engine, codec: Codec, prompts: range, number: int, shape: tuple[int, ...]) -> None:
+    """Draw the samples of these prompts and write them as shard `number`."""
     requests = [
         SampleRequest(
             shape,
@@ -128,7 +130,7 @@ def _draw(p: Presampling, engine: Engine, number: int, shape: tuple[int, ...]) -
             negative_prompt=p.sampler.negative_prompt,
             id=example.text,
         )
-        for group, example in enumerate(p.examples[first : first + p.shard_prompts], first)
+        for group, example in zip(prompts, p.examples[prompts.start : prompts.stop], strict=True)
     ]
     samples = engine.run(requests)
     rows = []
@@ -137,4 +139,11 @@ def _draw(p: Presampling, engine: Engine, number: int, shape: tuple[int, ...]) -
             raise PresamplingFailed(f"sample {one.member} of the prompt {one.request.id!r} is not finite; try model.dtype=float32, or less guidance")
         example = p.examples[one.request.group]
         rows.append(Row(example.id, example.text, f"prompt {one.request.group} sample {one.member}", p.sampler.width, p.sampler.height))
-    write_shard(p.out, number, torch.stack([one.latent for one in samples]).numpy(), rows, [])
+    first = np.stack([_first(codec, one.latent) for one in samples]) if codec.video else None
+    write_shard(p.out, number, torch.stack([one.latent for one in samples]).numpy(), rows, [], first)
+
+
+def _first(codec: Codec, latent: Tensor) -> NDArray[np.uint8]:
+    """First frame `[H, W, 3]` of a clip's latent: clips are decoded causally, so it needs the first latent frame alone."""
+    frame: NDArray[np.uint8] = codec.decode(latent[None, :, :1])[0, 0]
+    return frame

@@ -1,4 +1,4 @@
-"""Where pictures come from: a source is cut into slices, and a slice is read by itself, anywhere.
+"""Where pictures and clips come from: a source is cut into slices, and a slice is read by itself, anywhere.
 
 A slice names rows of one file; it is what one shard is made of. Planning reads only what says where rows are (lines, tar headers,
 row counts), so a plan costs memory by slice, not by picture. What a source names and cannot give is a `Broken` in its place.
@@ -18,7 +18,7 @@ from actors.prepared import Broken
 from actors.sources.example import SourceError
 
 MAX_BYTES = 256 << 20
-"""Of one picture's file."""
+"""Of one picture's or clip's file."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Record:
-    """A picture's encoded bytes with its caption; `name` says where in the source it is."""
+    """The encoded bytes of a picture or clip with its caption; `name` says where in the source it is."""
 
     name: str
     id: str
@@ -42,7 +42,7 @@ class Record:
 
 
 class Reader(Protocol):
-    """A source of pictures. Pickles, so that slices can be read elsewhere."""
+    """A source of pictures or clips. Pickles, so that slices can be read elsewhere."""
 
     def plan(self, rows: int) -> Iterator[Slice | Broken]:
         """Slices of at most `rows` rows, the same for the same files. Raises SourceError."""
@@ -55,16 +55,18 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a table's columns; None = the first of `IMAGES`, `TEXTS` that is there."""
+    """Names of a table's columns; None = the first of `IMAGES` (of clips: `VIDEOS`), `TEXTS` that is there."""
 
     image: str | None = None
     text: str | None = None
 
 
-def make_reader(source: Path, columns: Columns) -> Reader:
-    """The reader of a source, by what the folder or file holds. Raises SourceError where it is none of those known."""
-    from actors.preparing.tables import ArrowReader, ParquetReader, saved_files
-    from actors.preparing.tars import TarReader
+def make_reader(source: Path, columns: Columns, clips: bool = False) -> Reader:
+    """The reader of a source of pictures, or of clips, by what the folder or file holds. Raises SourceError where it is none of those known."""
+    from actors.preparing.tables import IMAGES, VIDEOS, ArrowReader, ParquetReader, saved_files
+    from actors.preparing.tars import CLIPS, PICTURES, TarReader
+
+    kinds, known = ((*CLIPS, *PICTURES), (*VIDEOS, *IMAGES)) if clips else (PICTURES, IMAGES)
 
     folder = source if source.is_dir() else source.parent
 
@@ -77,13 +79,14 @@ def make_reader(source: Path, columns: Columns) -> Reader:
     if (source / "metadata.jsonl").is_file():
         return FolderReader(folder)
     if (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
-        return ArrowReader(folder, saved_files(folder, files("state.json")), columns)
+        return ArrowReader(folder, saved_files(folder, files("state.json")), columns, known)
     if tars := files(".tar"):
-        return TarReader(folder, tars)
+        return TarReader(folder, tars, kinds)
     if tables := files(".parquet"):
-        return ParquetReader(folder, tables, columns)
+        return ParquetReader(folder, tables, columns, known)
     raise SourceError(
-        f"{source} is no source of pictures: give a folder with metadata.jsonl, WebDataset shards (.tar), Parquet files, or a saved datasets folder"
+        f"{source} is no source of {'clips' if clips else 'pictures'}: give a folder with metadata.jsonl, WebDataset shards (.tar), Parquet files, "
+        "or a saved datasets folder"
     )
 
 
@@ -96,7 +99,7 @@ def fingerprint(folder: Path, pieces: list[Slice | Broken]) -> str:
 
 
 def read_file(file: Path) -> bytes:
-    """A picture's file. Raises ValueError or OSError, saying what is wrong with it."""
+    """A file. Raises ValueError or OSError, saying what is wrong with it."""
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"the file has {size >> 20} MiB, more than {MAX_BYTES >> 20}")
@@ -111,7 +114,7 @@ def record(name: str, row: dict[str, Any], text: object, data: bytes) -> Record 
 
 
 class FolderReader:
-    """A folder of image files: `metadata.jsonl` with `file_name`, `text` and, where it is not the text, `id`."""
+    """A folder of image or video files: `metadata.jsonl` with `file_name`, `text` and, where it is not the text, `id`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

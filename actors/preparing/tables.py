@@ -1,6 +1,6 @@
-"""Tables with a column of pictures and one of captions: Parquet files, and folders that Hugging Face `datasets` saved.
+"""Tables with a column of pictures or clips and one of captions: Parquet files, and folders that Hugging Face `datasets` saved.
 
-A picture is its encoded bytes, or `datasets`' pair of `bytes` and `path`. Parquet is read by batches inside a row group; the arrow files of
+A picture or clip is its encoded bytes, or `datasets`' pair of `bytes` and `path`. Parquet is read by batches inside a row group; the arrow files of
 `save_to_disk` are memory-mapped streams of record batches.
 """
 
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGES = ("image", "img", "picture", "jpg", "png", "webp", "image_bytes", "bytes")
+VIDEOS = ("video", "clip", "mp4", "video_bytes")
 TEXTS = ("text", "caption", "prompt", "txt")
 
 
 class _TableReader:
     """What both kinds share: columns, and rows to records."""
 
-    def __init__(self, folder: Path, files: list[str], columns: Columns) -> None:
-        self.folder, self.files, self.columns = folder, files, columns
+    def __init__(self, folder: Path, files: list[str], columns: Columns, known: tuple[str, ...] = IMAGES) -> None:
+        """`known`: names that a column of pictures or clips may have."""
+        self.folder, self.files, self.columns, self.known = folder, files, columns, known
 
     def _opened(self, file: str) -> tuple[pa.Schema, Iterator[int]]:
         """The file's schema, and the rows of each of its parts. Raises OSError or ValueError (pyarrow's errors are either)."""
@@ -51,7 +53,7 @@ class _TableReader:
                 yield Broken(file, f"unreadable after {start} rows: {error}")
 
     def _names(self, file: str, schema: pa.Schema) -> list[str]:
-        """Columns of picture, caption and, where there is one, id."""
+        """Columns of picture or clip, caption and, where there is one, id."""
 
         def find(what: str, wanted: str | None, known: tuple[str, ...]) -> str:
             name = next((n for n in ([wanted] if wanted else known) if n in schema.names), None)
@@ -61,7 +63,7 @@ class _TableReader:
                 )
             return name
 
-        names = [find("image", self.columns.image, IMAGES), find("text", self.columns.text, TEXTS)]
+        names = [find("image", self.columns.image, self.known), find("text", self.columns.text, TEXTS)]
         return names + ["id"] * ("id" in schema.names and "id" not in names)
 
     def read(self, piece: Slice) -> Iterator[Record | Broken]:
@@ -84,7 +86,8 @@ class _TableReader:
         except (OSError, ValueError) as error:
             return Broken(name, f"{row[image].get('path')}: {error}")
         if not isinstance(value, bytes):
-            return Broken(name, "no picture" if value is None else f"column {image} holds a {type(value).__name__}, not a picture's bytes")
+            what = "clip" if self.known[0] in VIDEOS else "picture"
+            return Broken(name, f"no {what}" if value is None else f"column {image} holds a {type(value).__name__}, not a {what}'s bytes")
         return record(name, row, row[text], value)
 
 

@@ -12,6 +12,7 @@ from typing import IO
 from actors.prepared import Broken
 from actors.preparing.readers import MAX_BYTES, Record, Slice, record
 
+CLIPS = ("mp4", "webm", "mov", "mkv", "avi")
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 CAPTIONS = ("text", "caption", "prompt")
 """Keys of a sample's json that may hold its caption, where it has no txt."""
@@ -35,10 +36,11 @@ def _samples(tar: tarfile.TarFile) -> Iterator[Sample]:
 
 
 class TarReader:
-    """Tar files of a folder, one after another. A sample is a picture with a `.txt`, or a `.json` that holds its caption and may hold an `id`."""
+    """Tar files of a folder, one after another. A sample is a picture or clip (a file of the first of `kinds` that is there) with a `.txt`, or a
+    `.json` that holds its caption and may hold an `id`."""
 
-    def __init__(self, folder: Path, files: list[str]) -> None:
-        self.folder, self.files = folder, files
+    def __init__(self, folder: Path, files: list[str], kinds: tuple[str, ...] = PICTURES) -> None:
+        self.folder, self.files, self.kinds = folder, files, kinds
 
     def plan(self, rows: int) -> Iterator[Slice | Broken]:
         for file in self.files:
@@ -61,7 +63,7 @@ class TarReader:
             data.seek(piece.at)
             with tarfile.open(fileobj=data, mode="r:") as tar:
                 for key, members in islice(_samples(tar), piece.rows):
-                    yield _record(f"{piece.file}:{key}", tar, {_kind(member): member for member in members})
+                    yield _record(f"{piece.file}:{key}", tar, {_kind(member): member for member in members}, self.kinds)
 
 
 def _damage(data: IO[bytes], end: int) -> str | None:
@@ -71,12 +73,12 @@ def _damage(data: IO[bytes], end: int) -> str | None:
     return None if not block.strip(b"\0") else f"no header at byte {end}"
 
 
-def _record(name: str, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Record | Broken:
-    picture = next((members[kind] for kind in PICTURES if kind in members), None)
-    if picture is None:
-        return Broken(name, f"no picture among its files ({', '.join(sorted(members))})")
-    if picture.size > MAX_BYTES:
-        return Broken(name, f"the file has {picture.size >> 20} MiB, more than {MAX_BYTES >> 20}")
+def _record(name: str, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], kinds: tuple[str, ...]) -> Record | Broken:
+    media = next((members[kind] for kind in kinds if kind in members), None)
+    if media is None:
+        return Broken(name, f"no {'clip' if kinds[0] in CLIPS else 'picture'} among its files ({', '.join(sorted(members))})")
+    if media.size > MAX_BYTES:
+        return Broken(name, f"the file has {media.size >> 20} MiB, more than {MAX_BYTES >> 20}")
 
     def content(member: tarfile.TarInfo) -> bytes:
         file = tar.extractfile(member)
@@ -87,6 +89,6 @@ def _record(name: str, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]
         if not isinstance(about, dict):
             raise ValueError("its json is no object")
         text = content(members["txt"]).decode().strip() if "txt" in members else next((about[key] for key in CAPTIONS if key in about), None)
-        return record(name, about, text, content(picture))
+        return record(name, about, text, content(media))
     except (tarfile.TarError, OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
         return Broken(name, str(error))

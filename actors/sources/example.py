@@ -33,18 +33,28 @@ class Latent(Protocol):
     """A clean latent that was made beforehand, in one size."""
 
     def load(self) -> NDArray[np.float32]:
-        """fp32 `[C, h, w]`. Raises SourceError."""
+        """fp32 `[C, h, w]`, or `[C, f, h, w]` of a clip. Raises SourceError."""
+        ...
+
+
+class Frame(Protocol):
+    """A frame that was kept beside a latent, in the set's size."""
+
+    def load(self) -> NDArray[np.uint8]:
+        """uint8 RGB `[H, W, 3]`. Raises SourceError."""
         ...
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text and what it describes: `media`, or the `latent` of a prepared set, or nothing where a source has texts only. The id names the split."""
+    """A text and what it describes: `media`, or the `latent` of a prepared set (of a clip with the pixels of its `first` frame), or nothing where a
+    source has texts only. The id names the split."""
 
     id: str
     text: str
     media: Media | None = None
     latent: Latent | None = None
+    first: Frame | None = None
 
     @property
     def split(self) -> str:

@@ -41,8 +41,8 @@ class MovingNumber:
     direction: str
     rng: np.random.Generator
 
-    def load(self, height: int, width: int) -> NDArray[np.uint8]:
-        return moving.render_clip(self.number, self.direction, copy.deepcopy(self.rng), height, width)
+    def load(self, height: int, width: int, frames: int | None = None) -> NDArray[np.uint8]:
+        return moving.render_clip(self.number, self.direction, copy.deepcopy(self.rng), height, width)[:frames]
 
 
 class GlyphVideoSource:

@@ -1,4 +1,4 @@
-"""A prepared set as a source: captions from its index, latents from its shards when they are looked at."""
+"""A prepared set as a source: captions from its index, latents and first frames from its shards when they are looked at."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=64)
-def _latents(file: Path) -> Any:
-    """A shard, mapped into memory; rows are read as they are asked for."""
+def _rows(file: Path, name: str) -> Any:
+    """A tensor of a shard, mapped into memory; rows are read as they are asked for."""
     try:
         opened: Any = safe_open(file, "np")
-        return opened.get_slice("x0")
+        return opened.get_slice(name)
     except (OSError, SafetensorError) as error:
         raise PreparedError(f"shard {file} cannot be read ({error}); remove it and prepare the set again, which makes what is missing") from None
 
@@ -37,9 +37,22 @@ class StoredLatent:
     row: int
 
     def load(self) -> NDArray[np.float32]:
-        """fp32 `[C, h, w]`. Raises PreparedError."""
-        latent: NDArray[np.float32] = _latents(self.file)[self.row]
+        """fp32 `[C, h, w]`, or `[C, f, h, w]`. Raises PreparedError."""
+        latent: NDArray[np.float32] = _rows(self.file, "x0")[self.row]
         return latent
+
+
+@dataclass(frozen=True)
+class StoredFrame:
+    """The first frame of the clip that is row `row` of a shard."""
+
+    file: Path
+    row: int
+
+    def load(self) -> NDArray[np.uint8]:
+        """uint8 RGB `[H, W, 3]`. Raises PreparedError."""
+        frame: NDArray[np.uint8] = _rows(self.file, "first")[self.row]
+        return frame
 
 
 @lru_cache(maxsize=4)
@@ -74,7 +87,8 @@ class PreparedSource(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         name, text, shard, row = (self._table.column(column)[index].as_py() for column in ("id", "text", "shard", "row"))
-        return Example(name, text, latent=StoredLatent(shard_file(self.folder, shard), row))
+        file = shard_file(self.folder, shard)
+        return Example(name, text, latent=StoredLatent(file, row), first=StoredFrame(file, row) if self.manifest.frames is not None else None)
 
     def draw(self, rng: np.random.Generator) -> Example:
         return self[int(rng.integers(len(self)))]

@@ -1,7 +1,8 @@
 """Decoding off the critical path: finished latents become pixels in a thread of their own, while sampling goes on.
 
-Latents that are handed in together are decoded together, those of equal shape in one call of the codec, at most `batch` at a
-time (the codec cuts what is too large for one call into tiles). What is handed in apart is decoded apart: a codec's output
+Latents that are handed in together are decoded together, those of equal shape in one call of the codec, at most `batch` and
+`LATENT_BYTES` at a time (the codec cuts what is too large for one call into tiles). Large clips are so decoded one at a time, each to 8 bits before
+the next; `turns` bounds how many of them there are. What is handed in apart is decoded apart: a codec's output
 depends on its batch by rounding, and who else asks must not matter. On a GPU the thread has a stream of its own.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from itertools import groupby
@@ -20,7 +21,10 @@ from torch import Tensor
 
 from diffusion.codecs import Codec
 from diffusion.engine.memory import out_of_memory
+from diffusion.pixels import turn_size
 
+LATENT_BYTES = 2 << 20
+"""Most bytes of latents, in fp32, of one call of the codec with more than one: 8 pictures of 512 x 512 by a factor of 8."""
 _Item = tuple[Tensor, "Future[np.ndarray]"]
 
 
@@ -38,7 +42,7 @@ class Decoder:
     Args:
         codec: latents to pixels.
         device: where the codec decodes.
-        batch: latents in one call.
+        batch: most latents in one call.
     """
 
     def __init__(self, codec: Codec, device: torch.device | str = "cpu", batch: int = 16) -> None:
@@ -61,6 +65,21 @@ class Decoder:
         """Pixels of several latents, in order. Raises TimeoutError, or what the codec raised."""
         return collect(self.submit(latents), timeout_s)
 
+    def turns(self, latents: Sequence[Tensor], bytes_each: int, timeout_s: float) -> Iterator[np.ndarray]:
+        """Pixels `[n, …]` of latents of one shape, in order, a turn after another (`turn_size`): while the caller looks at one, the next is
+        decoded. Who lets go of each before the next has two turns in memory, whatever the number of latents.
+
+        Args:
+            bytes_each: of one sample's pixels.
+            timeout_s: for each turn. Raises TimeoutError, or what the codec raised.
+        """
+        size = turn_size(len(latents), bytes_each)
+        waiting = self.submit(latents[:size])
+        for start in range(size, len(latents) + size, size):
+            pixels = [_together(collect(waiting, timeout_s))]
+            waiting = self.submit(latents[start : start + size]) if start < len(latents) else []
+            yield pixels.pop()
+
     def close(self) -> None:
         """Decode what waits, then end the thread."""
         if not self._closed:
@@ -82,8 +101,10 @@ class Decoder:
                 by_shape = sorted(items, key=lambda item: tuple(item[0].shape))  # stable: order of the caller within a shape
                 for _, same in groupby(by_shape, key=lambda item: tuple(item[0].shape)):
                     equal = list(same)
-                    for start in range(0, len(equal), self._batch):
-                        self._decode(equal[start : start + self._batch])
+                    batch = max(1, min(self._batch, LATENT_BYTES // max(1, 4 * equal[0][0].numel())))
+                    for start in range(0, len(equal), batch):
+                        self._decode(equal[start : start + batch])
+                del items, by_shape, same, equal  # pixels are their asker's
 
     def _decode(self, items: list[_Item]) -> None:
         """One call of the codec; one by one if that does not fit into memory. An error belongs to whoever waits for the pixels."""
@@ -103,3 +124,7 @@ class Decoder:
         for i, (_, future) in enumerate(items):
             if future.set_running_or_notify_cancel():
                 future.set_result(pixels[i]) if problem is None else future.set_exception(problem)
+
+
+def _together(pixels: list[np.ndarray]) -> np.ndarray:
+    return pixels[0][None] if len(pixels) == 1 else np.stack(pixels)

@@ -95,16 +95,17 @@ class SampleRequest:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """A finished sample. K = number of trained steps; tensors on the CPU, fp32 but for `log_prob`.
+    """A finished sample. K = number of trained steps; tensors on the CPU, fp32 but for `log_prob` and what is stored in the request's
+    `state_dtype`.
 
     Attributes:
         request, member: which sample of what.
         latent: final sample, `[*shape]`; with `given` in front it is `whole`.
         given: frames that its request was given `[C, k, h, w]`, None without.
-        x, x_next: states before and after each trained step, `[K, *shape]`.
+        x, x_next: states before and after each trained step, `[K, *shape]`, in `state_dtype`.
         log_prob: exact log-density (mean over entries, fp64) of each trained transition under the weights that drew it, `[K]`.
         times: the whole time grid that was used (the sigma table), `[steps + 1]`.
-        previous: prediction of x0 in the step before each trained step, `[K, *shape]` (zeros before the first step), for
+        previous: prediction of x0 in the step before each trained step, `[K, *shape]` in `state_dtype` (zeros before the first step), for
             kernels that use it; else None.
         versions: oldest and newest weight version that took part.
     """

@@ -53,6 +53,7 @@ class Sequence:
     index: int = 0
     versions: tuple[int, int] | None = None
     _kept: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    _stored: Tensor | None = None  # x as it is stored, where the step before kept it
 
     @classmethod
     def start(cls, context: Context, members: range, device: torch.device) -> Sequence:
@@ -79,13 +80,21 @@ class Sequence:
         return step_noise(request.seed, request.group, self.members[0], self.index, request.shape)
 
     def advance(self, x: Tensor, x0: Tensor | None, log_prob: Tensor | None, version: int) -> None:
-        """Take a step to state `x`. `x0` is the step's prediction, `log_prob` the density of a stochastic step."""
+        """Take a step to state `x`. `x0` is the step's prediction, `log_prob` the density of a stochastic step. What is stored leaves the
+        accelerator, in the type that it is stored in."""
+        stored = None
         if log_prob is not None and self.index in self.context.request.trained:
-            self._kept.append((self.x, x, log_prob, self.x0))
+            before = self._on_host(self.x) if self._stored is None else self._stored
+            stored = self._on_host(x)
+            self._kept.append((before, stored, log_prob, None if self.x0 is None else self._on_host(self.x0)))
+        self._stored = stored
         self.x, self.x0 = x, x0
         oldest, newest = self.versions or (version, version)
         self.versions = min(oldest, version), max(newest, version)
         self.index += 1
+
+    def _on_host(self, state: Tensor) -> Tensor:
+        return state.to("cpu", getattr(torch, self.context.request.state_dtype))
 
     def branch(self) -> list[Sequence]:
         """The members, each going on from this state."""

@@ -1,4 +1,4 @@
-"""`ddrl prepare-data` and `ddrl data inspect`: anchor data made from pictures as teams keep them, and looked at.
+"""`ddrl prepare-data` and `ddrl data inspect`: anchor data made from pictures and clips as teams keep them, and looked at.
 
 What Ray prints is in OUT.log. A person's mistake is one line and exit status 2; a preparation that failed or found too much broken, 1;
 stopped by Ctrl-C, 130. The same command goes on where it was.
@@ -36,19 +36,26 @@ def prepare_data(
     ],
     out: Annotated[Path, typer.Argument(help="folder of the prepared set", show_default=False)],
     model: Annotated[str, typer.Option(help="policy whose codec makes the latents: a folder in diffusers' layout, or a hub id", show_default=False)],
-    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels: pictures are scaled to cover it and cropped at the centre", show_default=False)],
-    image: Annotated[str | None, typer.Option(help="column of the pictures, in a table [default: image, …]", show_default=False)] = None,
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels: pictures and frames are scaled to cover it and cropped at the centre", show_default=False)],
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="of clips, for a video policy: how many frames are taken (sampler.frames)", show_default=False)
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.01, max=240, help="of clips: frames a second that are taken (sampler.fps) [default: 16]", show_default=False)
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="column of the pictures or clips, in a table [default: image, … or video, …]", show_default=False)] = None,
     text: Annotated[str | None, typer.Option(help="column of the captions, in a table [default: text, caption, …]", show_default=False)] = None,
-    shard_rows: Annotated[int, typer.Option(min=1, help="inputs of a shard: what is decoded, encoded and written at once")] = 64,
+    shard_rows: Annotated[int, typer.Option(min=1, help="inputs of a shard: what is decoded, encoded and written at once; of clips at most")] = 64,
     max_broken: Annotated[float, typer.Option(min=0, max=1, help="share of the inputs that may be broken")] = 0.05,
     workers: Annotated[int, typer.Option(min=1, help="codecs that work at a time, each on a GPU of its own where --device is one")] = 1,
     device: Device = None,
     ray_address: Annotated[str | None, typer.Option(help="cluster to join; SOURCE and OUT must be where its nodes see them", show_default=False)] = None,
 ) -> None:
-    """Make a prepared set, latents and captions, of a source of pictures. Run again after a stop, it goes on."""
+    """Make a prepared set, latents and captions, of a source of pictures or clips. Run again after a stop, it goes on."""
     from actors.preparing.pipeline import Preparation, PreparationFailed, begun, prepare
     from actors.preparing.readers import Columns
     from actors.sources.example import SourceError
+    from diffusion.config import SamplerConfig
     from diffusion.source import CheckpointError, locate
     from trainer.config.run import RayConfig
     from trainer.run.cluster import start_ray
@@ -61,9 +68,13 @@ def prepare_data(
         if more:
             raise ValueError(f"--size {size}: a set has one size")
         where = device if ray_address and device else usable(device).type  # a cluster may have what this machine lacks
-        slices = shard_rows * height * width * 3 * (workers + STORE_SLICES) >> 20
+        slices = shard_rows * height * width * 3 * (workers + STORE_SLICES) >> 20 if frames is None else 0  # pixels of clips do not travel
+        if frames is None and fps is not None:
+            raise ValueError("--fps is of clips: say with --frames how many are taken")
+        rate = None if frames is None else fps or SamplerConfig().fps
         ray = RayConfig(address=ray_address, cpus=(os.cpu_count() or 1) + workers, object_store_mb=max(256, slices))
-        job = Preparation(source.resolve(), out.resolve(), locate(model).folder.resolve(), height, width, shard_rows, max_broken, Columns(image, text))
+        folder, columns = locate(model).folder.resolve(), Columns(image, text)
+        job = Preparation(source.resolve(), out.resolve(), folder, height, width, shard_rows, max_broken, columns, frames, rate)
         work = begun(job)
         with progress("shards") as told, output_to(out.with_name(out.name + ".log")), ExitStack() as stack:
             if work.missing:

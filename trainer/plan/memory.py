@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from diffusion.pixels import turn_size
 from services.scorers.settings import RewardSettings
 from services.scorers.videoalign import cost
 from services.scorers.videoalign.config import VideoAlignConfig
@@ -34,7 +35,7 @@ MASTER = 4
 PROMPT_CACHE = 256 * 2**20
 """Bound of a generator's encoded prompts (`diffusion.engine.cache`)."""
 PARCEL = 32
-"""Pictures that an evaluation asks of a generator at a time (`actors.evaluator.SAMPLES_A_PARCEL`)."""
+"""Pictures that an evaluation asks of a generator at a time (`actors.evaluator.SAMPLES_A_PARCEL`); of large clips fewer."""
 WEIGHT_VERSIONS = 2
 """Newest versions of the weights that are kept (`actors.weights.store`); beside them the next one arrives, and one waits for its evaluation."""
 PART = 64 * 2**20
@@ -231,18 +232,16 @@ def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     casts = 0.0 if e == 4 else 2.0 * cast
     merged = BYTES[based] * sizes.adapted_weights if config.model.lora.merge else 0
     members = rollout.concurrent_groups * rollout.group_size if config.uses_policy else 0
-    evaluated = max(config.evaluation.diversity_samples, min(PARCEL, config.evaluation.test_prompts))
+    evaluated = parcel(config)
     one = sizes.tokens * (2 if sampler.guidance > 1 else 1)  # more than the budget, it runs alone
     tokens = max(one if members else sizes.tokens, min(sampler.max_tokens, max(members * one, evaluated * sizes.tokens)))
     prompts = config.updates * rollout.groups_per_step * config.uses_policy + config.evaluation.test_prompts
-    history = 3 if sampler.kernel == "edm_2ab" else 2
-    states = members * (history * trained_steps(config) + 3) * sizes.latent_values * 4.0
     parts = [
         Part("weights", weights, "fp32; the network runs in them or in casts" if based == "float32" else f"frozen ones in {based}"),
         Part("casts of weights", casts, "bf16, for the time of a forward pass"),
         Part("unmerged weights", merged, "kept beside those that the adapter is merged into"),
         Part("activations", tokens * sizes.network.activation_bytes(e), f"{tokens} tokens a forward pass"),
-        Part("states", states, f"{members} samples with their trained transitions, fp32"),
+        Part("states", members * 3 * sizes.latent_values * 4.0, f"{members} samples as they stand, fp32; what is stored of them is in host memory"),
         Part("weights under evaluation", MASTER * sizes.published_values, "what is trained, of the version that is evaluated; for that time"),
         Part("encoded prompts", min(PROMPT_CACHE, prompts * sizes.prompt_values * 4.0), "cache of at most 256 MiB"),
     ]
@@ -284,6 +283,27 @@ def _reward(name: str, reward: RewardSettings) -> Process:
     return Process(f"reward {name}", reward.replicas.min, reward.gpus, held)
 
 
+def parcel(config: RunConfig) -> int:
+    """Samples that an evaluation asks of a generator at a time, at most."""
+    return max(config.evaluation.diversity_samples, turn_size(min(PARCEL, config.evaluation.test_prompts), config.sampler.pixel_bytes))
+
+
+def _generator_host(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
+    """What a generator holds of its groups in host memory: trained transitions as they are stored, the member that is being stored, and two turns
+    of pixels (`diffusion.engine.decode`) or an evaluation's parcel beside them."""
+    rollout, k, bytes_each = config.rollout, trained_steps(config), config.sampler.pixel_bytes
+    history = 3 if config.sampler.kernel == "edm_2ab" else 2  # with the prediction before; a state that two steps share stands twice
+    member = history * k * sizes.latent_values * BYTES[config.replay.store_dtype] * config.uses_policy
+    groups = 2 * rollout.concurrent_groups  # sampled, and as many that wait for their scores
+    held = parcel(config)
+    pixels = 2 * turn_size(max(held, rollout.group_size), bytes_each) + held
+    return (
+        Part("stored states", groups * rollout.group_size * member, f"of {groups} groups of {rollout.group_size}, {config.replay.store_dtype}"),
+        Part("payload in the making", member, "one member"),
+        Part("pixels", float(pixels * bytes_each), f"{pixels} samples, 8 bits: two turns of decoding and a parcel of an evaluation"),
+    )
+
+
 def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assumptions) -> list[Process]:
     """Everything that may lie on a GPU: learner ranks, generators, rewards."""
     own = Part("process", assumptions.process_gb * 1e9, "context and libraries")
@@ -322,7 +342,14 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     pixels = Part("VAE", vae_bytes(sizes), "fp32")
     export = Process("export of rank 0", 1, 0, (Part("export in the making", making, why),))
     found = [Process("learner rank", config.learner.ranks, 0, tuple(p for p in rank if p.bytes)), export]
-    found.append(Process("generator", config.rollout.generators, 0, (Part("weights that arrive", version, "mapped or shared memory of its node"),)))
+    found.append(
+        Process(
+            "generator",
+            config.rollout.generators,
+            0,
+            (Part("weights that arrive", version, "mapped or shared memory of its node"), *_generator_host(config, sizes)),
+        )
+    )
     if config.feeds_data and pixels.bytes:
         found.append(Process("anchor feeder", 1, 0, (pixels,)))
     if config.weights.transport == "objects":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffusion.pixels import turn_size
 from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass
@@ -96,8 +97,9 @@ def pictures_of(config: RunConfig) -> tuple[int, int]:
 def evaluators(config: RunConfig) -> float:
     """Generators that a periodic evaluation keeps busy in the mean: it comes in parcels, of which a generator has one at a time."""
     sizes = pictures_of(config)
-    rounds = sum(-(-pictures // (PARCEL * config.rollout.generators)) for pictures in sizes)
-    return max(1.0, sum(sizes) / (PARCEL * rounds))
+    size = turn_size(PARCEL, config.sampler.pixel_bytes)
+    rounds = sum(-(-pictures // (size * config.rollout.generators)) for pictures in sizes)
+    return max(1.0, sum(sizes) / (size * rounds))
 
 
 def samplers(config: RunConfig) -> float:

@@ -175,6 +175,7 @@ def _check_data(config: RunConfig, folder: Path | None) -> None:
 def _check_prepared(source: PreparedSource, folder: Path, config: RunConfig) -> None:
     """A prepared set must be of the codec of the policy in `folder` and of the run's size, and whole. Raises ValueError, ConfigError."""
     from actors.prepared import shard_file
+    from diffusion.checkpoint import samples_clips
     from diffusion.digests import codec_digest
 
     there, model, size = source.manifest, config.model.path, (config.sampler.height, config.sampler.width)
@@ -191,6 +192,13 @@ def _check_prepared(source: PreparedSource, folder: Path, config: RunConfig) -> 
         raise ValueError(
             f"{source.folder} was prepared at {there.height}x{there.width} pixels and the run samples {size[0]}x{size[1]}; "
             "set sampler.height and sampler.width, or prepare the data at that --size"
+        )
+    clips = (config.sampler.frames, config.sampler.fps) if samples_clips(folder) else (None, None)
+    if (there.frames, there.fps) != clips:
+        wanted = "pictures" if clips == (None, None) else f"clips of {clips[0]} frames at {clips[1]:g} a second"
+        raise ValueError(
+            f"{source.folder} was prepared as {there.kind} and the run samples {wanted}; "
+            "set sampler.frames and sampler.fps, or prepare the data with those --frames and --fps"
         )
     absent = [number for number in range(there.shards) if not shard_file(source.folder, number).is_file()]
     if absent:

@@ -82,7 +82,8 @@ class Scalars:
             return
         data, (width, height) = animated(path)
         image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=data)
-        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="clips", image=image)]), step)
+        events: Any = self._writer.file_writer
+        events.add_summary(Summary(value=[Summary.Value(tag="clips", image=image)]), step)
 
     def __enter__(self) -> Self:
         return self

@@ -86,8 +86,8 @@ def _place(key: str) -> int:
     return all_keys().index(key) if key in all_keys() else len(all_keys())
 
 
-def _size(config: RunConfig) -> tuple[int, int]:
-    return config.sampler.height, config.sampler.width
+def _size(config: RunConfig) -> tuple[int, int, int, float]:
+    return config.sampler.height, config.sampler.width, config.sampler.frames, config.sampler.fps
 
 
 def _applied(recipe: Path, low: dict[str, Any], overrides: list[str]) -> RunConfig:

@@ -33,7 +33,9 @@ def drawn(config: RunConfig) -> Path:
     from diffusion.source import CheckpointError, locate
 
     examples, s = _examples(config), config.sampler
-    drawn = [s.height, s.width, s.eval_steps, s.guidance, s.negative_prompt, config.model.model_dump(mode="json", exclude={"path", "revision"}), libraries()]
+    clips = [s.frames, s.fps] if s.frames > 1 else []
+    model = config.model.model_dump(mode="json", exclude={"path", "revision"})
+    drawn = [s.height, s.width, s.eval_steps, s.guidance, s.negative_prompt, model, libraries(), *clips]
 
     def draw(folder: Path) -> None:
         job = Presampling(folder, config.model, s, examples, 1, len(examples), s.eval_steps, s.guidance)

@@ -96,8 +96,11 @@ class ClipCodec:
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Clips of latents of one size."""
+        clips = np.empty((len(latents), *self.pixel_size(*latents.shape[2:]), 3), np.uint8)
         with self._turn, torch.no_grad():
-            return np.stack([self._decode(latent) for latent in latents])
+            for latent, clip in zip(latents, clips, strict=True):
+                self._decode(latent, clip)
+        return clips
 
     # -- one clip -----------------------------------------------------------------------------------------------------
 
@@ -141,9 +144,9 @@ class ClipCodec:
         found: Tensor = frames if self._patch is None else getattr(wan, way)(frames, patch_size=self._patch)
         return found
 
-    def _decode(self, latent: Tensor) -> np.ndarray:
-        frames, height, width = self.pixel_size(*latent.shape[1:])
-        clip = np.empty((frames, height, width, 3), np.uint8)
+    def _decode(self, latent: Tensor, clip: np.ndarray) -> None:
+        """Fill in a clip `[F, H, W, 3]`."""
+        _, height, width, _ = clip.shape
         raw = latent.float() * self._std.to(latent.device) + self._mean.to(latent.device)
         tile, stride = self._tiles(height, width)
         if tile * self.factor >= max(height, width):  # one tile: its frames go straight into the clip
@@ -152,14 +155,13 @@ class ClipCodec:
                 end = start + part.shape[1]
                 clip[start:end] = to_pixels(part[None])[0]
                 start = end
-            return clip
+            return
 
         def run(rows: slice, columns: slice) -> Tensor:
             return torch.cat(list(self._decoded(raw[..., rows, columns])), 1)
 
         for top, band in stitched(run, latent.shape[2], latent.shape[3], tile, stride, self.factor):
             clip[:, top : top + band.shape[-2]] = to_pixels(band[None])[0]
-        return clip
 
     def _decoded(self, raw: Tensor) -> Iterator[Tensor]:
         """Frames of one tile, `[3, 1 or 4, H, W]` in [-1, 1], a latent frame's after another's."""

@@ -20,6 +20,8 @@ from actors.preparing.pipeline import Preparation, PreparationFailed, TooManyBro
 from actors.sources.example import SourceError
 from actors.sources.prepared import PreparedSource
 from diffusion.checkpoint import load_codec
+from diffusion.families.wan.tiny import write_tiny
+from tests import mixed_clips
 from tests.mixed_pictures import BROKEN, write_folder
 
 BASE = Path(__file__).parents[3] / "recipes" / "glyph-base"
@@ -116,3 +118,29 @@ def test_too_much_broken_is_an_error_that_can_be_allowed(tmp_path: Path) -> None
         prepare(work)
     with pytest.raises(SourceError, match="not a multiple of 2"):
         begun(Preparation(write_folder(tmp_path / "again", 10), tmp_path / "other", write_vae(tmp_path / "policy"), 15, 24))
+
+
+def test_clips_of_a_folder_and_of_a_tar_give_the_same_latents(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "wan")
+    source = mixed_clips.write_folder(tmp_path / "folder", 16)
+    lines = [json.loads(line) for line in (source / "metadata.jsonl").read_text().splitlines()]
+    with tarfile.open(tmp_path / "clips.tar", "w") as tar:
+        for number, line in enumerate(lines):
+            if line["file_name"] not in mixed_clips.BROKEN:
+                for suffix, content in (("txt", line["text"].encode()), (line["file_name"].rpartition(".")[2], (source / line["file_name"]).read_bytes())):
+                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    made = []
+    for form in (source, tmp_path / "clips.tar"):
+        out = tmp_path / f"{form.name}-set"
+        job = Preparation(form, out, tmp_path / "wan", 32, 48, shard_rows=5, max_broken=0.5, frames=mixed_clips.FRAMES, fps=mixed_clips.FPS)
+        manifest = prepare(begun(job), workers=2)
+        assert (manifest.rows, manifest.latent, manifest.frames) == (8, (16, 3, 4, 6), mixed_clips.FRAMES)
+        made.append([(e.text, e.latent.load().tobytes(), e.first.load().tobytes()) for e in PreparedSource(str(out)) if e.latent and e.first])
+    assert made[0] == made[1]
+    assert len(made[0]) == 8
+    work = begun(Preparation(source, tmp_path / "lost", tmp_path / "wan", 32, 48, frames=9, fps=16.0))
+    (source / "metadata.jsonl").unlink()
+    with pytest.raises(PreparationFailed, match=r"a worker failed: metadata\.jsonl: FileNotFoundError: .*No such file"):
+        prepare(work)

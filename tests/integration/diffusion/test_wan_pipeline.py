@@ -19,11 +19,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from actors.preparing.pipeline import Preparation, begun
-from actors.preparing.presampling import Presampling, presample
-from actors.sources.example import SourceError
 from diffusion.checkpoint import load_codec, load_policy
-from diffusion.config import ModelConfig, SamplerConfig
+from diffusion.config import ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.generate import DiffusionEngine, SamplingParams
 from diffusion.engine.request import SampleRequest, Trajectory
@@ -167,7 +164,7 @@ def test_pictures_become_the_pipelines_clips(style: Literal["i2v", "ti2v"], guid
 
 
 def test_what_a_run_cannot_do_with_a_folder_is_said_at_start(tmp_path: Path) -> None:
-    """A picture that nobody gives, frames that are given and not there, a second network that nobody would train, prepared sets of clips."""
+    """A picture that nobody gives, frames that are given and not there, a second network that nobody would train."""
     write_tiny(tmp_path / "i2v", "i2v")
     write_tiny(tmp_path / "t2v")
 
@@ -189,13 +186,6 @@ def test_what_a_run_cannot_do_with_a_folder_is_said_at_start(tmp_path: Path) -> 
     index.write_text(json.dumps({**json.loads(index.read_text()), "transformer_2": ["diffusers", "WanTransformer3DModel"]}))
     with pytest.raises(CheckpointError, match=r"two networks that share a trajectory \(transformer, transformer_2"):
         load_policy(ModelConfig(path=str(tmp_path / "two")))
-    policy = load_policy(ModelConfig(path=str(tmp_path / "t2v")))
-    job = Presampling(tmp_path / "set", ModelConfig(path=str(tmp_path / "t2v")), SamplerConfig(frames=5), [], 1, 1, 2, 1.0, 0)
-    with pytest.raises(SourceError, match="makes clips, and prepared sets are of pictures"):
-        presample(job, policy, lambda *_: None)
-    assert not (tmp_path / "set").exists()
-    with pytest.raises(SourceError, match="makes clips, and prepared sets are of pictures"):
-        begun(Preparation(tmp_path, tmp_path / "out", tmp_path / "t2v", 32, 32))
 
 
 def test_a_policy_is_read_whole(folder: Path) -> None:

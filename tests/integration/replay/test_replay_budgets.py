@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import redis
 
+from replay import payloads
 from replay.buffer import BufferSettings, Lease, ReplayBuffer
 from replay.errors import BudgetExceeded, ImpossibleSettings, InUse, NotInitialised, ReplayError
 from replay.payloads import FolderPayloads, make_payloads
@@ -331,7 +332,10 @@ def test_a_half_forgotten_run_can_only_be_forgotten(client: redis.Redis) -> None
     assert not list(client.scan_iter("ddrl:{half}:*"))
 
 
-def test_a_full_server_makes_commits_wait_and_says_so(make_driver: Make) -> None:
+@pytest.mark.parametrize("together", [8 << 20, 0])
+def test_a_full_server_makes_commits_wait_and_says_so(together: int, make_driver: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the payload goes with its ledger entry, or ahead of it."""
+    monkeypatch.setattr(payloads, "TOGETHER_BYTES", together)
     driver = make_driver(groups_per_step=1)
     lease = driver.take()
     driver.client.config_set("maxmemory", 1)

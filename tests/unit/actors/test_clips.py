@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actors.clips import GIF_FRAMES, GIF_WIDTH, animated, playing_sheet, strip, write_clip
+from actors.clips import GIF_FRAMES, GIF_WIDTH, SHOWN, animated, playing_sheet, shown, strip, write_clip
 
 
 def moving(frames: int = 9, height: int = 17, width: int = 33) -> np.ndarray:
@@ -62,3 +62,11 @@ def test_an_animation_of_a_large_clip_is_bounded(tmp_path: Path) -> None:
         assert gif.size == size == (GIF_WIDTH, 9)
         assert gif.n_frames == -(-len(clip) // 3)  # type: ignore[attr-defined]
         assert gif.info["duration"] == 120  # three frames of 1/24 s, in hundredths
+
+
+def test_large_clips_are_shown_smaller_and_small_ones_as_they_are() -> None:
+    clip = np.repeat(np.arange(640, dtype=np.float64) * 255 / 639, 3).reshape(1, 1, 640, 3).round().astype(np.uint8).repeat(352, 1).repeat(2, 0)
+    small = shown(clip)
+    assert (small.shape, small.dtype) == ((2, 176, SHOWN, 3), np.uint8)
+    np.testing.assert_allclose(small[1, 80, 10:-10, 0], clip[1, 80, 20:-20:2, 0], atol=2)
+    assert shown(small) is small

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
+from actors.members import GroupMembers, MemberRow
 from actors.payload import FORMAT, Buffer, DataPayload, GroupPayload, PayloadError, count_of, decode_data, decode_group, encode
 
 SIZE = st.integers(1, 4)
@@ -237,3 +240,78 @@ def test_data_rows_without_their_captions_are_refused() -> None:
 def test_other_types_than_the_tables_are_refused(change: dict[str, torch.Tensor]) -> None:
     with pytest.raises(PayloadError, match=r"float32|int64|f32|i64"):
         decode_group(encode(replace(group(), **change)))
+
+
+class Counted(Sequence[MemberRow]):
+    """Members of a group that are made as they are asked for; keeps how many were there when the next one was."""
+
+    def __init__(self, whole: GroupPayload) -> None:
+        self.whole, self.alive, self.most = whole, list[weakref.ref[Tensor]](), 0
+
+    def __len__(self) -> int:
+        return len(self.whole.x)
+
+    def __getitem__(self, i: Any) -> Any:
+        if i >= len(self):
+            raise IndexError(i)
+        self.most = max(self.most, sum(one() is not None for one in self.alive))
+        previous = None if self.whole.previous is None else self.whole.previous[i].clone()
+        made = MemberRow(self.whole.x[i].clone(), self.whole.x_next[i].clone(), self.whole.log_prob[i], previous)
+        self.alive.append(weakref.ref(made.x))
+        return made
+
+
+def test_a_group_is_encoded_a_member_at_a_time() -> None:
+    whole = two_step(frames=3)
+    whole = replace(
+        whole,
+        x=torch.cat([whole.x] * 3),
+        x_next=torch.cat([whole.x_next] * 3),
+        log_prob=torch.cat([whole.log_prob] * 3),
+        previous=whole.x.repeat(3, 1, 1, 1, 1, 1),
+    )
+    members = Counted(whole)
+    segments = encode(GroupMembers(whole.text, members, whole.trained, whole.times))
+    assert len(members.alive) == 6  # looked at, none kept
+    assert list(segments) == list(encode(whole))
+    assert members.most <= 1  # beside the one that is made: the one before it, which the loop still names
+    assert segments[2] == segments[2]
+    assert segments[2] is not segments[2]
+    assert segments[-1] == segments[1:][-1]
+    with pytest.raises(IndexError):
+        segments[7]
+
+
+def test_members_that_differ_are_refused() -> None:
+    whole = group()
+    one, other = (MemberRow(whole.x[i], whole.x_next[i], whole.log_prob[i], None) for i in range(2))
+    for bad in (
+        replace(other, previous=other.x),
+        MemberRow(other.x[:2], other.x_next[:2], other.log_prob[:2], None),
+        replace(other, x=other.x.bfloat16(), x_next=other.x_next.bfloat16()),
+    ):
+        with pytest.raises(PayloadError, match="members of a group differ"):
+            encode(GroupMembers("a", [one, bad], whole.trained, whole.times))
+    with pytest.raises(PayloadError, match="a group has no members"):
+        encode(GroupMembers("a", [], whole.trained, whole.times))
+    state = torch.randn(4, 3, 4, 5).bfloat16().float()  # shared in one member only: stored twice in both
+    chained = MemberRow(state[:3], state[1:], whole.log_prob[0], None)
+    found = decode_group(encode(GroupMembers("a", [chained, one], whole.trained, whole.times)))
+    assert torch.equal(found.x[0], state[:3])
+    assert torch.equal(found.x[1], one.x)
+
+
+def test_a_member_alone_lies_where_it_was_read_and_halved_states_hold_none_of_the_bytes() -> None:
+    whole = group(n=2)
+    head, member, _ = encode(whole)
+    found = decode_group([head, member])
+    where = np.frombuffer(member, np.uint8).ctypes.data
+    assert (found.log_prob.data_ptr(), found.x.data_ptr()) == (where, where + 3 * 8)
+    halved = replace(whole, x=whole.x.bfloat16().float(), x_next=whole.x_next.bfloat16().float())
+    head, member, _ = encode(halved, torch.bfloat16)
+    data = np.frombuffer(member, np.uint8)
+    kept = weakref.ref(data)
+    found = decode_group([head, memoryview(data)])
+    del data
+    assert kept() is None
+    assert torch.equal(found.x, halved.x[:1])

@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from actors.config import DataConfig, PromptConfig
-from actors.prepared import Broken, Manifest, PreparedError, Row, begin, finish, read_header, read_manifest, shard_file, write_shard
+from actors.prepared import Broken, Manifest, PreparedError, Row, begin, finish, read_header, read_manifest, shard_file, shard_rows, write_shard
 from actors.preparing.inspection import grid, inspection
 from actors.sources.draws import data_source, held_out_rows, listed, prompt_source, training_example, training_rows
 from actors.sources.example import SourceError, split_of
@@ -54,6 +55,8 @@ def test_a_set_is_the_same_to_the_digest_however_it_came_about(tmp_path: Path) -
     assert shard_file(tmp_path / "a", 1).read_bytes() == shard_file(tmp_path / "b", 1).read_bytes()
     assert json.loads((tmp_path / "a" / "broken.jsonl").read_text()) == {"name": "b.png", "reason": "the file is empty"}
     assert make(tmp_path / "a") == straight  # finished twice
+    assert straight.digest == "96a34105f0f6aa9941d0f87f6d192d49"  # as builds made it that knew no clips
+    assert not {"frames", "fps"} & json.loads((tmp_path / "a" / "prepared.json").read_text()).keys()
 
 
 def test_anything_else_has_another_digest(tmp_path: Path) -> None:
@@ -123,6 +126,47 @@ def test_a_set_is_a_source_of_prompts_and_latents(tmp_path: Path) -> None:
         rows[0][1].pixels(4, 6)
     with pytest.raises(ValueError, match=r"data.kind=prepared needs data.path"):
         DataConfig(kind="prepared")
+
+
+def make_clips(folder: Path, **about: Any) -> Manifest:
+    begin(folder, {})
+    draw = np.random.default_rng(1)
+    rows = [Row(f"clip {i}", f"clip {i}", f"{i}.mp4", 8, 6) for i in range(20)]
+    clips, first = draw.uniform(-1, 1, (20, 3, 5, 4, 6)).astype(np.float32), draw.integers(0, 256, (20, 4, 6, 3), np.uint8)
+    write_shard(folder, 0, clips, rows, [], first)
+    size = {"height": 4, "width": 6, "latent": (3, 5, 4, 6), "frames": 5, "fps": 16.0}
+    return finish(folder, 1, [], **{"codec": "pixels", "model": str(ROOT / "recipes" / "glyph-base"), **size, **about})
+
+
+def test_a_set_of_clips_keeps_their_first_frames(tmp_path: Path) -> None:
+    manifest = make_clips(tmp_path / "set")
+    assert (read_manifest(tmp_path / "set"), manifest.kind) == (manifest, "clips of 5 frames at 16 a second")
+    source, draw = PreparedSource(str(tmp_path / "set")), np.random.default_rng(1)
+    clips, first = draw.uniform(-1, 1, (20, 3, 5, 4, 6)).astype(np.float32), draw.integers(0, 256, (20, 4, 6, 3), np.uint8)
+    np.testing.assert_array_equal(clean_latents(source[:20], IdentityCodec(video=True), 4, 6, 5).numpy(), clips)
+    for i, example in enumerate(source):
+        assert example.first is not None
+        np.testing.assert_array_equal(example.first.load(), first[i])
+    assert make_clips(tmp_path / "slow", fps=8.0).digest != manifest.digest
+    assert make(tmp_path / "pictures").kind == "pictures"
+    assert PreparedSource(str(tmp_path / "pictures"))[0].first is None
+    for frames in (None, first[:19], first.astype(np.float32)):
+        with pytest.raises(ValueError, match="one uint8 first frame for each of its 20 clips"):
+            write_shard(tmp_path / "set", 0, clips, [Row(str(i), "", "", 1, 1) for i in range(20)], [], frames)  # type: ignore[arg-type]
+    file = shard_file(tmp_path / "set", 0)
+    data = bytearray(file.read_bytes())
+    where = bytes(data).index(first[7].tobytes())
+    data[where] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(PreparedError, match=r"00000\.safetensors is damaged"):
+        list(inspection(tmp_path / "set"))
+
+
+def test_a_shard_of_clips_is_bounded_in_bytes() -> None:
+    assert shard_rows(64, (16, 64, 64), 512, 512) == 64
+    assert shard_rows(64, (16, 3, 4, 4), 32, 32) == 64
+    assert shard_rows(64, (16, 24, 88, 160), 704, 1280) == 5  # 93 frames: 21.6 MB, and 2.7 of the first
+    assert shard_rows(64, (16, 240, 88, 160), 704, 1280) == 1
 
 
 def test_inspection_says_what_is_there_and_finds_damage(tmp_path: Path) -> None:

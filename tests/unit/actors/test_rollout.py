@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from actors.config import DataConfig, PromptConfig, RolloutConfig
 from actors.groups import Weighted, group_payload, group_request, trained_steps
-from actors.payload import GroupPayload, decode_group
+from actors.payload import GroupPayload, decode_group, encode
 from actors.rewards import RunRewards
 from actors.rollout import RolloutGenerator, RolloutSpec, WeightsMissing
 from actors.sources.draws import prompt_source, training_example
+from diffusion import pixels
 from diffusion.checkpoint import load_policy
 from diffusion.codecs import IdentityCodec
 from diffusion.config import ModelConfig, SamplerConfig
@@ -320,7 +321,7 @@ def test_a_payload_stacks_members(kernel: str, policy_folder: Path) -> None:
     policy = load_policy(ModelConfig(path=str(policy_folder), init=True))
     sampler = SAMPLER.model_copy(update={"kernel": kernel, "steps": 6, "trained_steps": [0, 2]})
     done = Engine(policy.transformer, policy.process, 10_000).run([group_request(sampler, ROLLOUT, SEED, 2, TEXT, None, SHAPE)])
-    payload = group_payload(done, "a sign")
+    payload = decode_group(encode(group_payload(done, "a sign")))
     for i, trajectory in enumerate(done):
         for name in ("x", "x_next", "log_prob"):
             assert torch.equal(getattr(payload, name)[i], getattr(trajectory, name))
@@ -334,6 +335,29 @@ def test_a_payload_stacks_members(kernel: str, policy_folder: Path) -> None:
         assert not payload.previous[:, 0].any()  # before step 0 there was none
         assert payload.previous[:, 1].abs().min() > 0
     assert torch.equal(group_payload([replace(d) for d in done], "").times, done[0].times)
+
+
+def test_members_are_scored_in_turns_with_the_same_result(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watching(Scorer):
+        def score(self, prompts: list[str], images: np.ndarray) -> list[ItemScore | ScoreFailure]:
+            seen.append(len(images))
+            return super().score(prompts, images)
+
+    whole, apart = Ledger([4]), Ledger([4])
+    for ledger, size, turns in ((whole, pixels.TURN_BYTES, [3]), (apart, 2 * SAMPLER.pixel_bytes, [2, 1])):
+        seen: list[int] = []
+        monkeypatch.setattr(pixels, "TURN_BYTES", size)
+        assert run(policy_folder, ledger, Watching()) == 1
+        assert seen == turns
+    assert whole.committed[0][2] == pytest.approx(apart.committed[0][2], abs=1 / 255)
+    assert torch.equal(whole.committed[0][1].x, apart.committed[0][1].x)
+    seen = []
+    monkeypatch.setattr(pixels, "TURN_BYTES", 1)
+    failing = Ledger([4])
+    late = Watching({prompt(4): TimeoutError("no answer within 1 s")})
+    assert run(policy_folder, failing, late) == 0
+    assert failing.failed[0][1].startswith("scoring: TimeoutError: no answer within 1 s")
+    assert seen == [1]
 
 
 def test_groups_sampled_side_by_side_are_those_sampled_one_by_one(policy_folder: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from diffusion import pixels as pixels_module
 from diffusion.codecs import IdentityCodec
+from diffusion.engine import decode
 from diffusion.engine.decode import Decoder
+from diffusion.pixels import turn_size
 
 
 class Codec(IdentityCodec):
@@ -101,3 +106,46 @@ def test_closing_decodes_what_waits_and_takes_nothing_more() -> None:
     with pytest.raises(RuntimeError, match="closed"):
         decoder.submit([latent(0.0)])
     decoder.close()  # again: nothing happens
+
+
+def test_large_latents_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Codec()
+    monkeypatch.setattr(decode, "LATENT_BYTES", 2 * 4 * 3 * 4 * 6)  # two of 4 x 6
+    with Decoder(codec) as decoder:
+        assert [p.shape for p in decoder.decode([latent(0.0), latent(0.1), latent(0.2), latent(0.3, 40), latent(0.4, 40)], 10)][-1] == (40, 6, 3)
+    assert codec.calls == [(2, 3, 4, 6), (1, 3, 4, 6), (1, 3, 40, 6), (1, 3, 40, 6)]
+    assert turn_size(8, 93 * 704 * 1280 * 3) == 1
+    assert turn_size(24, 512 * 512 * 3) == 24
+
+
+def test_of_many_samples_two_turns_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is looked at, and one that is decoded meanwhile, whatever the number of latents and however slow the one who looks."""
+    made: list[weakref.ref[np.ndarray]] = []
+
+    class Counting(Codec):
+        def decode(self, latents: Tensor) -> np.ndarray:
+            pixels = super().decode(latents).copy()
+            made.append(weakref.ref(pixels))
+            return pixels
+
+    monkeypatch.setattr(decode, "LATENT_BYTES", 1)
+    for size in (1, 2):
+        monkeypatch.setattr(pixels_module, "TURN_BYTES", size * 72)
+        made.clear()
+        codec, seen, most = Counting(), [], 0
+        with Decoder(codec) as decoder:
+            for pixels in decoder.turns([latent(i / 10) for i in range(7)], 72, 10):
+                time.sleep(0.05)  # the decoder may run ahead as far as it is let
+                most = max(most, sum(one() is not None for one in made))
+                seen += [int(picture[0, 0, 0]) for picture in pixels]
+                del pixels
+        assert seen == [round((i / 10 + 1) * 127.5) for i in range(7)]
+        assert most <= 2 * size
+        assert len(made) == 7
+
+
+def test_a_turn_that_fails_says_so_to_who_looks() -> None:
+    with Decoder(Codec()) as decoder:
+        with pytest.raises(ValueError, match="seven"):
+            list(decoder.turns([latent(0.0), latent(7.0)], 72, 10))
+        assert len(list(decoder.turns([latent(0.0)], 72, 10))) == 1

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion import pixels
 from diffusion.codecs import IdentityCodec
 from diffusion.evaluation import diffusion_losses
 from diffusion.families.conditioning import Conditioning
@@ -110,3 +111,12 @@ def test_codec_round_trip_is_exact_for_all_levels() -> None:
 def test_codec_clamps_what_lies_outside() -> None:
     decoded = IdentityCodec().decode(torch.tensor([-7.0, 9.0, 0.0]).reshape(3, 1, 1, 1).expand(3, 3, 1, 1))
     assert decoded[:, 0, 0, 0].tolist() == [0, 255, 128]
+
+
+def test_numbers_are_made_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = np.random.default_rng(0).integers(0, 256, (2, 3, 7, 4, 6, 3), dtype=np.uint8)
+    whole = pairwise_rms(clips), scene_statistics(clips[0])
+    for block in (1, 100, 150):
+        monkeypatch.setattr(pixels, "BLOCK", block)
+        np.testing.assert_allclose(pairwise_rms(clips), whole[0], rtol=1e-12)
+        assert scene_statistics(clips[0]) == pytest.approx(whole[1], rel=1e-12)

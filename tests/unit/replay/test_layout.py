@@ -1,8 +1,11 @@
 """Segments, blocks and parts: every byte in one block, no part above its bound, nothing unverified comes back."""
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import redis
 from hypothesis import given, settings
@@ -128,3 +131,32 @@ def test_of_neighbours_read_together_each_is_verified(number: int, tmp_path: Pat
     (tmp_path / "g1-a").write_bytes(content)
     with pytest.raises(PayloadCorrupt, match=f"4 bytes at {4 * number}: checksum"):
         read_segments(store, ref, layout, range(3))
+
+
+class Made(Sequence[bytes]):
+    """Segments that are made as they are asked for; keeps which were, and how many were there when the next one was asked for."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes, self.asked, self.alive, self.most = sizes, list[int](), list[weakref.ref[Any]](), 0
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.most = max(self.most, sum(one() is not None for one in self.alive))
+        self.asked.append(index)
+        made = np.full(self.sizes[index], index, np.uint8)
+        self.alive.append(weakref.ref(made))
+        return memoryview(made)
+
+
+def test_segments_are_made_when_they_are_asked_for_and_one_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay.layout, "SHARED_BYTES", 4)
+    monkeypatch.setattr(replay.layout, "BLOCK_BYTES", 8)
+    segments = Made([4, 30, 31, 32])
+    packed = pack(segments, 16)
+    assert (segments.asked, segments.most) == ([0, 1, 2, 3], 0)
+    store = FolderPayloads(tmp_path)
+    ref = store.write("g1-a", packed.parts, NOWHERE)
+    assert (segments.asked[4:], segments.most) == ([0, 1, 2, 3], 0), "each once more, whatever the number of its parts"
+    assert [bytes(found) for found in read_segments(store, ref, packed.layout, range(4))] == [bytes([i]) * size for i, size in enumerate(segments.sizes)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actors.preparing.cropping import MAX_PIXELS, BrokenPictureError, decode, fitted
+from actors.preparing.cropping import MAX_PIXELS, BrokenMediaError, decode, fitted
 from tests.mixed_pictures import KINDS, bomb, encoded, half, picture
 
 
@@ -52,7 +52,7 @@ def test_a_photo_is_turned_upright() -> None:
     ],
 )
 def test_broken_files_say_why(data: bytes, reason: str) -> None:
-    with pytest.raises(BrokenPictureError, match=reason) as error:
+    with pytest.raises(BrokenMediaError, match=reason) as error:
         decode(data)
     assert "0x" not in str(error.value)  # the reason is the same every time
 
@@ -61,7 +61,7 @@ def test_more_pixels_than_are_taken() -> None:
     side = int(MAX_PIXELS**0.5) + 1
     out = io.BytesIO()
     Image.new("1", (side, side)).save(out, "PNG")
-    with pytest.raises(BrokenPictureError, match=f"{side}x{side} pixels, more than {MAX_PIXELS}"):
+    with pytest.raises(BrokenMediaError, match=f"{side}x{side} pixels, more than {MAX_PIXELS}"):
         decode(out.getvalue())
 
 

@@ -16,6 +16,8 @@ from pyarrow import parquet
 from actors.prepared import Broken
 from actors.preparing.readers import Columns, Reader, Record, Slice, fingerprint, make_reader
 from actors.sources.example import SourceError
+from tests.mixed_clips import encoded as encoded_clip
+from tests.mixed_clips import levels
 from tests.mixed_pictures import encoded
 
 ROWS = [{"text": f"gradient {number}", "data": encoded(number)} for number in range(23)]
@@ -249,3 +251,29 @@ def test_another_source_has_another_fingerprint(tmp_path: Path) -> None:
     with (source / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "0.png", "text": "one more"}\n')
     assert fingerprint(source, list(make_reader(source, Columns()).plan(4))) != before
+
+
+def test_clips_come_from_folders_tars_and_tables(tmp_path: Path) -> None:
+    clips = [encoded_clip(levels(number, 3)) for number in range(3)]
+    folder, tars, tables = (tmp_path / name for name in ("folder", "tars", "tables"))
+    for path in (folder, tars, tables):
+        path.mkdir()
+    for number, data in enumerate(clips):
+        (folder / f"{number}.mp4").write_bytes(data)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.mp4", "text": f"clip {i}"}) + "\n" for i in range(3)))
+    with tarfile.open(tars / "a.tar", "w") as tar:
+        for number, data in enumerate(clips):
+            add(tar, f"{number:04d}.jpg", b"a thumbnail")
+            add(tar, f"{number:04d}.mp4", data)
+            add(tar, f"{number:04d}.txt", f"clip {number}".encode())
+        add(tar, "0003.txt", b"a text alone")
+    parquet.write_table(
+        pa.table({"caption": [f"clip {i}" for i in range(3)] + ["none"], "video": [{"bytes": data, "path": None} for data in [*clips, None]]}),
+        tables / "a.parquet",
+    )
+    for source in (folder, tars, tables):
+        found = everything(make_reader(source, Columns(), clips=True), 2)
+        assert [(one.text, one.data) for one in found if isinstance(one, Record)] == [(f"clip {i}", data) for i, data in enumerate(clips)], source
+        assert [one.reason for one in found if isinstance(one, Broken)] == {folder: [], tars: ["no clip among its files (txt)"], tables: ["no clip"]}[source]
+    with pytest.raises(SourceError, match="is no source of clips: give a folder"):
+        make_reader(folder / "0.mp4", Columns(), clips=True)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import weakref
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from actors.prepared import read_header, read_manifest, shard_file
-from actors.preparing.pipeline import Preparation, ShardWriter, begun, read_slice
+from actors.preparing import pipeline
+from actors.preparing.clips import decode_clip
+from actors.preparing.pipeline import ClipWriter, Preparation, ShardWriter, begun, read_slice
+from actors.sources.prepared import PreparedSource
+from diffusion.checkpoint import load_codec
+from diffusion.families.wan.tiny import write_tiny
+from tests import mixed_clips
+from tests.mixed_clips import FRAMES
 from tests.mixed_pictures import write_folder
 from trainer.cli.main import app
 
@@ -115,3 +128,71 @@ def test_the_policy_may_be_a_hub_id_and_must_be_one_at_all(source: Path, tmp_pat
         assert code == 2
         assert words in stderr
     assert not (tmp_path / "other").exists()
+
+
+CLIPS = ("--size", "32x48", "--frames", str(FRAMES), "--fps", "16", "--max-broken", "0.5")
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy") / "wan"
+    write_tiny(folder)
+    return folder
+
+
+def test_a_set_of_clips(video: Path, tmp_path: Path) -> None:
+    source = mixed_clips.write_folder(tmp_path / "source", 16)
+    work = begun(Preparation(source, tmp_path / "set", video, 32, 48, shard_rows=6, max_broken=0.5, frames=FRAMES, fps=16.0))
+    writer = ClipWriter(work.preparation, work.reader, "cpu")
+    assert sum(writer.write(number, work.slices[number]) for number in reversed(work.missing)) == len(mixed_clips.BROKEN)
+    code, stdout, stderr = ddrl("prepare-data", str(source), str(tmp_path / "set"), "--model", str(video), "--shard-rows", "6", *CLIPS)
+    assert (code, stderr) == (0, "")
+    assert "8 examples" in stdout
+    manifest = read_manifest(tmp_path / "set")
+    assert (manifest.latent, manifest.frames, manifest.fps, manifest.shards) == ((16, 3, 4, 6), FRAMES, 16.0, 3)
+    broken = {line["name"]: line["reason"] for line in map(json.loads, (tmp_path / "set" / "broken.jsonl").read_text().splitlines())}
+    assert broken.keys() == mixed_clips.BROKEN.keys()
+    assert all(said in broken[name] for name, said in mixed_clips.BROKEN.items()), broken
+    codec, examples = load_codec(video), PreparedSource(str(tmp_path / "set"))
+    for i, example in enumerate(examples):
+        name = f"{i:04d}.{mixed_clips.KINDS[i % 4][0]}"
+        clip, _ = decode_clip((source / name).read_bytes(), 32, 48, FRAMES, 16.0)
+        assert example.text == f"clip {i} at {mixed_clips.RATES[i // 2]}"
+        assert example.first is not None
+        assert example.latent is not None
+        np.testing.assert_array_equal(example.first.load(), clip[0])
+        torch.testing.assert_close(torch.from_numpy(example.latent.load()), codec.encode(clip[None])[0], atol=1e-5, rtol=0)
+    code, stdout, stderr = ddrl("data", "inspect", str(tmp_path / "set"), "--out", str(tmp_path / "grid.png"))
+    assert (code, stderr) == (0, "")
+    assert f"clips of {FRAMES} frames at 16 a second of 32x48 pixels, latents of 16x3x4x6, 3 shards" in stdout
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 2 * 4 * 48
+
+
+def test_frames_are_for_clips_and_clips_need_them(source: Path, video: Path, tmp_path: Path) -> None:
+    for model, options, message in (
+        (video, ("--size", "32x48"), "is a policy of clips: say how many frames a second, and how many in all, as the run's sampler does (--frames, --fps)"),
+        (BASE, CLIPS, "is a policy of pictures, which have no frames (--frames, --fps)"),
+        (video, ("--size", "32x48", "--fps", "16"), "--fps is of clips: say with --frames how many are taken"),
+        (video, ("--size", "32x48", "--frames", "10"), "10 frames are not 4 k + 1"),
+    ):
+        code, _, stderr = ddrl("prepare-data", str(source), str(tmp_path / "set"), "--model", str(model), *options)
+        assert (code, message in stderr) == (2, True), stderr
+    assert not (tmp_path / "set").exists()
+
+
+def test_of_a_clip_there_is_one_in_memory(video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decoded is encoded and let go before the next one is decoded."""
+    source = mixed_clips.write_folder(tmp_path / "source", 16)
+    work = begun(Preparation(source, tmp_path / "set", video, 32, 48, max_broken=0.5, frames=FRAMES, fps=16.0))
+    alive, most = list[weakref.ref[Any]](), list[int]()
+
+    def decoded(*arguments: Any) -> Any:
+        most.append(sum(one() is not None for one in alive))
+        clip, size = decode_clip(*arguments)
+        alive.append(weakref.ref(clip))
+        return clip, size
+
+    monkeypatch.setattr(pipeline, "decode_clip", decoded)
+    ClipWriter(work.preparation, work.reader, "cpu").write(0, work.slices[0])
+    assert most == [0] * 14  # all but the one without a caption and the one that is missing

@@ -12,16 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from actors.prepared import read_header, shard_file
+from actors import prepared
+from actors.prepared import read_header, read_manifest, shard_file
 from actors.preparing.presampling import chosen
 from actors.sources.example import SourceError, split_of
 from actors.sources.glyph import GlyphSource
 from actors.sources.prepared import PreparedSource
 from actors.sources.text import TextSource
-from diffusion.checkpoint import load_policy
+from diffusion.checkpoint import load_codec, load_policy
 from diffusion.config import ModelConfig
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
+from diffusion.families.wan.tiny import write_tiny
 from diffusion.seeds import key
 from trainer.cli.main import app
 from trainer.config.load import parse_config
@@ -129,3 +131,29 @@ def test_a_hub_id_is_known_by_its_files(tmp_path: Path, cached_policy: tuple[str
     assert (code, stderr) == (0, "")
     assert manifest(tmp_path / "set")["model"] == str(snapshot)
     assert presample(tmp_path / "set", "--set", f"model.path={snapshot}", prompts="2")[0] == 0  # the same plan: the same policy
+
+
+def test_a_video_policy_draws_clips_and_keeps_their_first_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path / "wan")
+    clips = ["sampler.height=32", "sampler.width=32", "sampler.frames=9", "sampler.fps=16", f"model.path={tmp_path / 'wan'}", "prompts.kind=ocr_scenes"]
+    changes = [word for item in clips for word in ("--set", item)]
+    assert presample(tmp_path / "set", *changes, prompts="3", per_prompt="2")[0] == 0
+    found = read_manifest(tmp_path / "set")
+    assert (found.rows, found.shards, found.latent, found.frames, found.fps) == (6, 1, (16, 3, 4, 4), 9, 16.0)
+    codec, examples = load_codec(tmp_path / "wan"), PreparedSource(str(tmp_path / "set"))
+    for example in examples:
+        assert example.latent is not None
+        assert example.first is not None
+        whole = codec.decode(torch.from_numpy(example.latent.load())[None])[0]
+        assert np.abs(example.first.load().astype(int) - whole[0]).max() <= 1
+    assert len({example.latent.load().tobytes() for example in examples if example.latent}) == 6
+    monkeypatch.setattr(prepared, "SHARD_BYTES", 2 * (4 * 16 * 3 * 4 * 4 + 3 * 32 * 32))  # two samples
+    assert presample(tmp_path / "small", *changes, prompts="3", per_prompt="2")[0] == 0
+    assert read_manifest(tmp_path / "small").shards == 3
+    code, _, stderr = presample(tmp_path / "set", *changes, "--set", "sampler.fps=8", prompts="3", per_prompt="2")
+    assert (code, "fps is 16.0 there and 8.0 now" in stderr) == (2, True), stderr
+    shutil.copytree(tmp_path / "small", tmp_path / "stopped")
+    for name in ("prepared.json", "index.parquet", "broken.jsonl", "shards/00001.safetensors"):
+        (tmp_path / "stopped" / name).unlink()
+    assert presample(tmp_path / "stopped", *changes, prompts="3", per_prompt="2")[0] == 0
+    assert manifest(tmp_path / "stopped") == manifest(tmp_path / "small")

@@ -65,7 +65,7 @@ class Ledger:
         groups, data = [], []
         if config.uses_policy:
             for group in GROUPS:
-                self.payloads[f"g{group}"] = encode(self._group(config, group))
+                self.payloads[f"g{group}"] = list(encode(self._group(config, group)))
                 groups.append(ClaimedGroup(group, GroupHeader(rewards_of(group), members_of(group), 0, 0, "", scores={"ocr": rewards_of(group)}), f"g{group}"))
         if config.feeds_data:
             rows = config.data_rows

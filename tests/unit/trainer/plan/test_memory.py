@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_a_generator() -> None:
     assert found["decoding"].bytes == 4 * vae.decode.peak
     assert found["encoding"].bytes == 4 * vae.encode.peak  # of held-out pictures
     assert found["weights under evaluation"].bytes == (P + BUFFERS) * 4
-    assert found["states"].bytes == 8 * (2 * 4 + 3) * 16 * 64 * 64 * 4
+    assert found["states"].bytes == 8 * 3 * 16 * 64 * 64 * 4
     merged = recipe(model={"path": MEDIUM, "lora": {"rank": 32, "merge": True}}, objective={"old_log_prob": "learner"})
     kept = {part.name: part.bytes for part in generator(merged, sizes_of(merged, Assumptions()), vae, Assumptions())}
     assert kept["weights under evaluation"] == 23_887_872 * 4  # the adapter alone
@@ -227,6 +228,36 @@ def test_who_is_there() -> None:
     assert [p.name for p in processes(rewarded, sizes_of(rewarded, Assumptions()), VAEPass(), Assumptions())][-1] == "reward ocr"
     sft = recipe(objective={"preset": "sft"}, data={"batch_size": 16})
     assert [p.name for p in processes(sft, sizes_of(sft, Assumptions()), VAEPass(), Assumptions())] == ["learner rank", "generator"]
+
+
+def test_a_generator_of_clips_holds_states_as_they_are_stored_and_a_few_clips(tmp_path: Path) -> None:
+    for part, values in {
+        "transformer": {"_class_name": "WanTransformer3DModel", "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+        "vae": {"_class_name": "AutoencoderKLWan"},
+        "text_encoder": {
+            "architectures": ["UMT5EncoderModel"],
+            "vocab_size": 256384,
+            "d_model": 4096,
+            "d_kv": 64,
+            "d_ff": 10240,
+            "num_heads": 64,
+            "num_layers": 24,
+        },
+    }.items():
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(values))
+    path = str(tmp_path)
+    sampler = {"kernel": "edm_2ab", "height": 704, "width": 1280, "frames": 93, "steps": 20, "trained_steps": 10}
+    evaluation = {"diversity_samples": 2, "test_prompts": 16}
+    config = recipe(model={"path": path}, sampler=sampler, replay={"store_dtype": "bfloat16"}, evaluation=evaluation)
+    parts = {part.name: part.bytes for p in hosts(config, sizes_of(config, Assumptions())) if p.name == "generator" for part in p.parts}
+    latent, clip = 16 * 24 * 88 * 160, 93 * 704 * 1280 * 3
+    assert parts["payload in the making"] == 30 * 2 * latent == 324_403_200
+    assert parts["stored states"] == 2 * 8 * 30 * 2 * latent  # a group that is sampled, one that is scored
+    assert parts["pixels"] == 4 * clip  # two turns of one clip, and the samples of one prompt for the diversity figure
+    small = recipe(model={"path": path}, sampler={**sampler, "frames": 9, "height": 256, "width": 256}, evaluation=evaluation)
+    parts = {part.name: part.bytes for p in hosts(small, sizes_of(small, Assumptions())) if p.name == "generator" for part in p.parts}
+    assert parts["stored states"] == 2 * 8 * 30 * 4 * 16 * 3 * 32 * 32
 
 
 def test_hosts_hold_their_own_evaluations_and_the_noise_of_all() -> None:

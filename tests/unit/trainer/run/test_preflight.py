@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from actors.prepared import Row, begin, finish, shard_file, write_shard
+from diffusion.digests import codec_digest
+from diffusion.families.wan import tiny as wan
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_config
 from trainer.run.preflight import check_files, check_policy
@@ -147,3 +149,27 @@ def test_captions_of_a_prepared_set_are_prompts_the_encoder_must_take(tmp_path: 
     check_files(config)
     with pytest.raises(ConfigError, match="are the same to the text encoder"):  # 80 captions of two words in 64 bins
         check_policy(config)
+
+
+def test_a_prepared_set_of_clips_must_be_of_the_runs_frames(tmp_path: Path) -> None:
+    wan.write_tiny(tmp_path / "wan")
+    codec = codec_digest(tmp_path / "wan")
+    begin(tmp_path / "set", {})
+    rows = [Row(f"caption {i}", f"caption {i}", f"{i}.mp4", 9, 9) for i in range(80)]
+    write_shard(tmp_path / "set", 0, np.zeros((80, 16, 3, 4, 4), np.float32), rows, [], np.zeros((80, 32, 32, 3), np.uint8))
+    finish(tmp_path / "set", 1, [], codec=codec, model="made/by", height=32, width=32, latent=(16, 3, 4, 4), frames=9, fps=16.0)
+
+    def tree(**sampler: Any) -> dict[str, Any]:
+        size = {"height": 32, "width": 32, "frames": 9, "fps": 16.0} | sampler
+        return {
+            "model": {"path": str(tmp_path / "wan")},
+            "sampler": size,
+            "data": {"kind": "prepared", "path": str(tmp_path / "set")},
+            "prompts": {"kind": "glyph"},
+        }
+
+    check_files(parse_config(tree()))
+    for changed, said in (({"frames": 5}, "5 frames at 16 a second"), ({"fps": 24.0}, "9 frames at 24 a second")):
+        assert f"was prepared as clips of 9 frames at 16 a second and the run samples clips of {said}; set sampler.frames" in refused(tree(**changed))
+    pixels = prepared(tmp_path / "pictures", codec=codec, size=(32, 32))
+    assert "was prepared as pictures and the run samples clips of 9 frames" in refused(tree() | {"data": {"kind": "prepared", "path": str(pixels)}})

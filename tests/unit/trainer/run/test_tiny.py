@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from actors.prepared import read_manifest
 from actors.sources.prepared import PreparedSource
 from diffusion.checkpoint import load_policy
+from diffusion.families.wan.tiny import write_tiny as write_wan
 from services.scorers.registry import build_scorer
 from trainer.cli.main import app
 from trainer.config.errors import ConfigError
@@ -110,3 +112,19 @@ def test_the_commands_take_it(tmp_path: Path) -> None:
     assert (tmp_path / "drawn" / "0000.png").exists()
     refused = CliRunner().invoke(app, ["sample", str(tmp_path), "--tiny", "--prompts", str(tmp_path / "prompts.txt")])
     assert (refused.exit_code, "--tiny is for a recipe" in refused.stderr) == (2, True)
+
+
+def test_anchors_of_a_video_policy_are_clips(tmp_path: Path) -> None:
+    write_wan(tmp_path / "wan")
+    size = ["sampler.height=32", "sampler.width=32", "sampler.frames=9"]
+    changed = [f"model.path={tmp_path / 'wan'}", "data.kind=prepared", "data.path=nowhere", *size, "prompts.kind=ocr_scenes"]
+
+    def anchors(*overrides: str) -> Path:
+        full = tmp_path / "full.yaml"
+        full.write_text(yaml.safe_dump(load_config(RECIPES / "glyph-ocr.yaml", [*changed, *overrides]).model_dump(mode="json")))
+        return Path(str(tiny_config(full, []).config.data.path))
+
+    found = read_manifest(anchors())
+    assert (found.latent, found.frames, found.fps) == ((16, 3, 4, 4), 9, 16.0)
+    assert anchors() == anchors()
+    assert anchors("sampler.fps=8") != anchors()
