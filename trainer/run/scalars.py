@@ -74,7 +74,7 @@ class Scalars:
 
     def _play(self, path: Path, step: int) -> None:
         """An animated GIF, which TensorBoard shows where it shows images; its own `add_video` writes the same with a package more."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         from actors.clips import animated
 
@@ -82,7 +82,8 @@ class Scalars:
             return
         data, (width, height) = animated(path)
         image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=data)
-        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="clips", image=image)]), step)
+        events: Any = self._writer.file_writer
+        events.add_summary(Summary(value=[Summary.Value(tag="clips", image=image)]), step)
 
     def __enter__(self) -> Self:
         return self
