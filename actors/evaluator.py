@@ -165,7 +165,10 @@ class Evaluator:
         samples, captions = np.concatenate([found[n] for n in sorted(found)]), [caption(p) for p in prompts]
         if samples.ndim == 5:
             write_clip(path.with_suffix(".mp4"), playing_sheet(samples, captions), self.spec.sampler.fps)
-        contact_sheet([strip(clip) for clip in samples] if samples.ndim == 5 else samples, captions).save(path)
+            sheet = contact_sheet([strip(clip) for clip in samples], captions, columns=2)  # of four, shrunk to a page, no caption can be read
+        else:
+            sheet = contact_sheet(samples, captions)
+        sheet.save(path)
         return str(path)
 
 
