@@ -76,7 +76,8 @@ def animated(path: Path) -> tuple[bytes, tuple[int, int]]:
         size = round(stream.width * scale), max(1, round(stream.height * scale))
         for number, frame in enumerate(file.decode(stream)):
             if number % every == 0:
-                pictures.append(Image.fromarray(frame.to_ndarray(format="rgb24", width=size[0], height=size[1])).quantize())
+                pixels = frame.reformat(*size, format="rgb24").to_ndarray()
+                pictures.append(Image.fromarray(pixels).quantize())
         assert stream.average_rate is not None  # `write_clip` gave one
         duration = float(1000 * every / stream.average_rate)
     buffer = io.BytesIO()

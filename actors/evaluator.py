@@ -170,7 +170,10 @@ class Evaluator:
         samples, captions = np.stack([sample for n in sorted(found) for sample in found[n]]), [caption(example.text) for example in examples]
         if samples.ndim == 5:
             write_clip(path.with_suffix(".mp4"), playing_sheet(samples, captions), self.spec.sampler.fps)
-        contact_sheet([strip(clip) for clip in samples] if samples.ndim == 5 else samples, captions).save(path)
+            sheet = contact_sheet([strip(clip) for clip in samples], captions, columns=2)  # of four, shrunk to a page, no caption can be read
+        else:
+            sheet = contact_sheet(samples, captions)
+        sheet.save(path)
         return str(path)
 
 

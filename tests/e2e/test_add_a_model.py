@@ -40,7 +40,7 @@ from trainer.learn.objective import Anchors
 from trainer.run.preflight import check_files, check_policy
 
 PAGE = (ROOT / "docs" / "add-a-model.md").read_text()
-FILES = dict(re.findall(r"`([\w./]+)`:\n\n```\w+\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+FILES: dict[str, str] = dict(re.findall(r"`([\w./]+)`:\n\n```\w+\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 COMMANDS = [shlex.split(line) for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) for line in block.splitlines()]
 CPU = torch.device("cpu")
 PROMPTS = ["a small red circle", "", 'A sign "407", on the blue SQUARE']
