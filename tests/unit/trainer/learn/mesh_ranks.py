@@ -26,7 +26,7 @@ QUICK = ("plain", "lora", "two steps in sigma space", "token budget")
 
 
 def names_of(world: int) -> tuple[str, ...]:
-    return QUICK if world == 2 else tuple(SCENARIOS)
+    return QUICK if world == 2 else (*SCENARIOS, "clips")
 
 
 def self_tested(folder: Path, mesh: dict[str, int] | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from diffusion.families.wan.tiny import write_tiny
 from tests.gloo import launched
 from tests.unit.trainer.learn.claims import assert_handed_in, assert_same, assert_same_state, assert_same_updates, write_claim, write_policy
 from tests.unit.trainer.learn.mesh_ranks import MESHES, names_of, self_tested
@@ -27,7 +28,7 @@ FOUR = pytest.mark.long
 
 def on_meshes(saved: bool = False) -> pytest.MarkDecorator:
     """Every scenario on every mesh; those of four ranks in the long suite."""
-    cases = [(label, name) for label, mesh in MESHES.items() for name in names_of(mesh["ranks"]) if name in (SAVED if saved else SCENARIOS)]
+    cases = [(label, name) for label, mesh in MESHES.items() for name in names_of(mesh["ranks"]) if not saved or name in SAVED]
     marked = [pytest.param(label, name, marks=FOUR if MESHES[label]["ranks"] > 2 else ()) for label, name in cases]
     return pytest.mark.parametrize(("label", "name"), marked)
 
@@ -39,7 +40,8 @@ every_mesh = pytest.mark.parametrize("label", [pytest.param(label, marks=FOUR if
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("meshes")
     write_policy(made)
-    for name in SCENARIOS:
+    write_tiny(made / "wan")
+    for name in (*SCENARIOS, "clips"):
         write_claim(made, name)
     return made
 
