@@ -14,10 +14,10 @@ import pytest
 import torch.distributed as dist
 
 from diffusion.families.wan.tiny import write_tiny
-from tests.gloo import launched
+from tests.gloo import DEADLINE_S, launched
 from tests.unit.trainer.learn.claims import assert_handed_in, assert_same, assert_same_state, assert_same_updates, write_claim, write_policy
 from tests.unit.trainer.learn.mesh_ranks import MESHES, names_of, self_tested
-from tests.unit.trainer.learn.ranks import CPU, SAVED, SCENARIOS, UPDATES, checkpoint_of, resumed, scenario, transport_of
+from tests.unit.trainer.learn.ranks import CPU, SAVED, UPDATES, checkpoint_of, resumed, scenario, transport_of
 from trainer.config.learner import LearnerConfig
 from trainer.learn.parallel import mesh_of
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("meshes")
     write_policy(made)
     write_tiny(made / "wan")
-    for name in (*SCENARIOS, "clips"):
+    for name in names_of(4):
         write_claim(made, name)
     return made
 
@@ -74,7 +74,7 @@ def ranks(folder: Path, one: Callable[[str], Found]) -> Ranks:
         world = MESHES[label]["ranks"]
         if world not in made:
             (folder / "store").unlink(missing_ok=True)
-            made[world] = launched("tests.unit.trainer.learn.mesh_ranks", world, folder)
+            made[world] = launched("tests.unit.trainer.learn.mesh_ranks", world, folder, 8 * DEADLINE_S)
         return [rank[label] for rank in made[world]]
 
     return find
