@@ -15,20 +15,21 @@ import torch
 import torch.distributed as dist
 
 DEADLINE_S = 240.0
-"""Of a collective; and twice as much of a process."""
+"""Of a collective."""
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launched(module: str, world: int, folder: Path) -> list[Any]:
-    """Run `module` as `world` ranks; what each of them returned."""
+def launched(module: str, world: int, folder: Path, deadline_s: float = 2 * DEADLINE_S) -> list[Any]:
+    """Run `module` as `world` ranks, each of which has `deadline_s`; what they returned."""
     logs = [(folder / f"log-{rank}").open("w") for rank in range(world)]
     command = [sys.executable, "-m", module]
     ranks = [subprocess.Popen([*command, str(rank), str(world), str(folder)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT) for rank, log in enumerate(logs)]
     try:
-        codes = [rank.wait(2 * DEADLINE_S) for rank in ranks]
+        codes = [rank.wait(deadline_s) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
+            rank.wait()
         for log in logs:
             log.close()
     said = "\n".join((folder / f"log-{rank}").read_text()[-3000:] for rank in range(world))

@@ -14,7 +14,7 @@ from diffusion.families.wan.config import WanConfig
 from diffusion.families.wan.network import WanTransformer
 from diffusion.packing import layout
 from diffusion.ulysses import SequenceRanks
-from tests.gloo import launched
+from tests.gloo import DEADLINE_S, launched
 from tests.unit.diffusion.sequence_ranks import CASES, WAN, computed, numbered
 
 WORLDS = [2, pytest.param(3, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)]
@@ -28,7 +28,7 @@ def alone() -> dict[str, Any]:
 @pytest.fixture(scope="module", params=WORLDS)
 def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of so many ranks found."""
-    return launched("tests.unit.diffusion.sequence_ranks", request.param, tmp_path_factory.mktemp("sequence"))
+    return launched("tests.unit.diffusion.sequence_ranks", request.param, tmp_path_factory.mktemp("sequence"), 4 * DEADLINE_S)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, name: str, rounding: float = 1e-5) -> None:

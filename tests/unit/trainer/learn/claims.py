@@ -19,7 +19,7 @@ from diffusion.engine.engine import Engine
 from diffusion.families.glyph.policy import write_skeleton
 from replay.records import Claim, ClaimedData, ClaimedGroup, GroupHeader
 from tests.gloo import DEADLINE_S
-from tests.unit.trainer.learn.ranks import GROUPS, MEMBERS, SCENARIOS
+from tests.unit.trainer.learn.ranks import GROUPS, MEMBERS, scenario_of
 
 
 def write_policy(folder: Path) -> None:
@@ -37,7 +37,7 @@ def write_policy(folder: Path) -> None:
 def write_claim(folder: Path, name: str) -> None:
     """Real rollouts of odd groups, two of which lost a member, so that no two ranks have as many rows; sampled by slightly
     other weights, so that ratios are not 1."""
-    scenario = SCENARIOS[name]
+    scenario = scenario_of(name)
     config = scenario.config(folder)
     policy = load_policy(config.model)
     g = torch.Generator().manual_seed(1)

@@ -82,6 +82,13 @@ SCENARIOS = {
 }
 
 
+CLIPS = Scenario(
+    {"sampler": {"steps": 3, "trained_steps": 2, "height": 32, "width": 48, "frames": 5}, "learner": {"ranks": 1, "micro_batch": 2, "recompute": True}},
+    policy="wan",
+    shape=(16, 2, 4, 6),
+)
+"""Clips of 12 tokens of a tiny Wan."""
+
 STARTS: dict[str, dict[str, Any]] = {
     "weights": {},
     "weights and adapter": {"lora": {"rank": 3, "alpha": 8.0}},
@@ -90,6 +97,10 @@ STARTS: dict[str, dict[str, Any]] = {
     "drawn, and adapter": {"init": True, "lora": {"rank": 3, "alpha": 8.0}},
 }
 """How a learner gets its first values: keys of `model`."""
+
+
+def scenario_of(name: str) -> Scenario:
+    return CLIPS if name == "clips" else SCENARIOS[name]
 
 
 class Held:
@@ -135,7 +146,7 @@ def scenario(name: str, folder: Path, rank: int, world: int, mesh: dict[str, int
     """Train and, where it is SAVED, write checkpoints: one that the ranks wait for, and one in the background, which begins only after
     one update more; what came of it."""
     label = label or world
-    held, learner = Held(folder, name), Learner(SCENARIOS[name].config(folder, mesh), CPU)
+    held, learner = Held(folder, name), Learner(scenario_of(name).config(folder, mesh), CPU)
     out: dict[str, Any] = {"said": train(learner, held, range(1, UPDATES + 1)), "state": state_of(learner)}
     slices = local_slices(trained_weights(learner.model), rank)
     out["published"] = write_slices(transport_of(folder, name, label), slices, (1, UPDATES), rank, world)[0]

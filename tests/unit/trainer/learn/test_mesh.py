@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.gloo import launched
+from diffusion.families.wan.tiny import write_tiny
+from tests.gloo import DEADLINE_S, launched
 from tests.unit.trainer.learn.claims import assert_handed_in, assert_same, assert_same_state, assert_same_updates, write_claim, write_policy
 from tests.unit.trainer.learn.mesh_ranks import MESHES, names_of, self_tested
-from tests.unit.trainer.learn.ranks import CPU, SAVED, SCENARIOS, UPDATES, checkpoint_of, resumed, scenario, transport_of
+from tests.unit.trainer.learn.ranks import CPU, SAVED, UPDATES, checkpoint_of, resumed, scenario, transport_of
 from trainer.config.learner import LearnerConfig
 from trainer.learn.parallel import mesh_of
 
@@ -27,7 +28,7 @@ FOUR = pytest.mark.long
 
 def on_meshes(saved: bool = False) -> pytest.MarkDecorator:
     """Every scenario on every mesh; those of four ranks in the long suite."""
-    cases = [(label, name) for label, mesh in MESHES.items() for name in names_of(mesh["ranks"]) if name in (SAVED if saved else SCENARIOS)]
+    cases = [(label, name) for label, mesh in MESHES.items() for name in names_of(mesh["ranks"]) if not saved or name in SAVED]
     marked = [pytest.param(label, name, marks=FOUR if MESHES[label]["ranks"] > 2 else ()) for label, name in cases]
     return pytest.mark.parametrize(("label", "name"), marked)
 
@@ -39,7 +40,8 @@ every_mesh = pytest.mark.parametrize("label", [pytest.param(label, marks=FOUR if
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("meshes")
     write_policy(made)
-    for name in SCENARIOS:
+    write_tiny(made / "wan")
+    for name in names_of(4):
         write_claim(made, name)
     return made
 
@@ -72,7 +74,7 @@ def ranks(folder: Path, one: Callable[[str], Found]) -> Ranks:
         world = MESHES[label]["ranks"]
         if world not in made:
             (folder / "store").unlink(missing_ok=True)
-            made[world] = launched("tests.unit.trainer.learn.mesh_ranks", world, folder)
+            made[world] = launched("tests.unit.trainer.learn.mesh_ranks", world, folder, 8 * DEADLINE_S)
         return [rank[label] for rank in made[world]]
 
     return find
