@@ -74,7 +74,7 @@ class Scalars:
 
     def _play(self, path: Path, step: int) -> None:
         """An animated GIF, which TensorBoard shows where it shows images; its own `add_video` writes the same with a package more."""
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
         from actors.clips import animated
 

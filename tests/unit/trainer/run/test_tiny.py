@@ -6,20 +6,26 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from actors.prepared import read_manifest
+from actors.sources.folder import FolderSource
 from actors.sources.prepared import PreparedSource
-from diffusion.checkpoint import load_policy
+from diffusion.checkpoint import load_codec, load_policy
+from diffusion.families import registry
 from diffusion.families.wan.tiny import write_tiny as write_wan
+from services.contract import ItemScore
+from services.media.base import Media
 from services.scorers.registry import build_scorer
 from trainer.cli.main import app
 from trainer.config.errors import ConfigError
 from trainer.config.load import load_config
 from trainer.run.preflight import check_files, check_policy
 from trainer.run.tiny import tiny_config
+from trainer.run.tiny_anchors import ANCHORS
 from trainer.run.tiny_cache import cache_folder
 
 RECIPES = Path(__file__).resolve().parents[4] / "recipes"
@@ -84,6 +90,65 @@ def test_a_reward_on_towers_gets_tiny_ones() -> None:
     scorer = build_scorer(settings)
     scorer.self_test()
     assert config.held_out_rewards == ("ocr",)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pipeline", "latent"),
+    [
+        ("wan21-1.3b-videoalign", "WanPipeline", (16, 3, 4, 6)),
+        ("wan21-14b-i2v-videoalign", "WanImageToVideoPipeline", (16, 3, 4, 6)),
+        ("cosmos25-2b-videoalign", "Cosmos2_5_PredictBasePipeline", (16, 3, 4, 8)),
+        ("cosmos25-14b-videoalign", "Cosmos2_5_PredictBasePipeline", (16, 3, 4, 8)),
+    ],
+)
+def test_a_video_recipe_becomes_one_that_two_cores_run(recipe: str, pipeline: str, latent: tuple[int, ...]) -> None:
+    """Its own pipeline, a few frames at its own rate, a folder of clips of every split, and a VideoAlign that loads."""
+    made = tiny_config(RECIPES / f"{recipe}.yaml", [])
+    config, full = made.config, load_config(RECIPES / f"{recipe}.yaml")
+    check_files(config)
+    assert json.loads((Path(config.model.path) / "model_index.json").read_text())["_class_name"] == pipeline
+    assert (config.sampler.frames, config.sampler.fps, config.model.revision) == (9, full.sampler.fps, None)
+    assert config.model.model_copy(update={"path": full.model.path, "revision": full.model.revision}) == full.model
+    assert load_codec(Path(config.model.path)).latent_shape(config.sampler.height, config.sampler.width, 9) == latent
+    anchors = FolderSource(str(config.data.path)).examples
+    counts = {split: sum(example.split == split for example in anchors) for split in ANCHORS}
+    assert (config.data.kind, counts) == ("folder", ANCHORS)
+    clip = anchors[0].pixels(config.sampler.height, config.sampler.width)
+    assert clip.shape == (9, config.sampler.height, config.sampler.width, 3)
+    assert np.abs(clip[1:].astype(int) - clip[:-1]).max() > 100  # something moves
+    assert tiny_config(RECIPES / f"{recipe}.yaml", []) == made
+    assert f"draw noise of {config.sampler.height} x {config.sampler.width} pixels in 9 frames" in made.table()[-1]
+
+
+def test_videoalign_gets_a_tiny_one() -> None:
+    settings = tiny_config(RECIPES / "wan21-1.3b-videoalign.yaml", ["rewards={videoalign.vq+mq: {}}"], data=False).config.fleet.rewards["videoalign"]
+    assert (settings.kind, settings.device, settings.gpus) == ("videoalign", "cpu", 0)
+    scorer = build_scorer(settings)
+    scorer.self_test()
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), np.uint8)
+    first, second = scorer.score(["a cat", "a dog that sleeps"], [Media(frames, 16.0), Media(frames, 16.0)])
+    assert isinstance(first, ItemScore)
+    assert isinstance(second, ItemScore)
+    assert first.sub_scores["vq"] == pytest.approx(second.sub_scores["vq"], abs=1e-4)
+    assert first.sub_scores["ta"] != pytest.approx(second.sub_scores["ta"], abs=1e-4)
+
+
+def test_a_folder_that_is_here_is_kept(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((RECIPES / "cosmos25-2b-videoalign.yaml").read_text().replace("path: clips", f"path: {tmp_path}"))
+    assert tiny_config(recipe, []).config.data.path == str(tmp_path)
+    (tmp_path / "pictures.yaml").write_text("data: {kind: folder, path: no-pictures}\nsampler: {height: 64, width: 64}\n")
+    drawn = FolderSource(str(tiny_config(tmp_path / "pictures.yaml", []).config.data.path)).examples
+    assert drawn[0].pixels(32, 32).shape == (32, 32, 3)
+
+
+def test_layouts_without_a_tiny_one_are_told(tmp_path: Path) -> None:
+    wan = {"transformer": {"_class_name": "WanTransformer3DModel", "in_channels": 36, "out_channels": 16}, "vae": {}}
+    with pytest.raises(ValueError, match="takes a picture and has no CLIP features"):
+        registry.TINY["UMT5EncoderModel"](tmp_path, wan)
+    for name in ("UMT5EncoderModel", "Qwen2_5_VLForConditionalGeneration"):
+        with pytest.raises(ValueError, match="no vae/"):
+            registry.TINY[name](tmp_path, {"transformer": {}})
 
 
 def test_what_cannot_be_made_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
