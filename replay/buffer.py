@@ -105,9 +105,10 @@ class ReplayBuffer:
         scores: Scores | None = None,
         revisions: Mapping[str, str] | None = None,
     ) -> bool:
-        """Hand in a finished group: payload first, then the ledger entry, in one round trip. Idempotent.
+        """Hand in a finished group: payload first, then the ledger entry, small ones in one round trip. Idempotent.
 
-        `payload`: its segments, each of which can be read by itself (`read`); bytes alone are one segment.
+        `payload`: its segments, each of which can be read by itself (`read`) and may be made when it is asked for, always the
+        same; bytes alone are one segment.
         `rewards`: one per member that was scored, at least one. `version` is the oldest policy version that
         sampled any transition; `lineage` the learner epoch that published those weights (default: the epoch of
         the lease). `scores`: what each reward gave each member, `revisions` which revision of it; `rewards` is their

@@ -1,4 +1,4 @@
-"""Handing a payload in: bytes first, then the ledger entry, in one round trip; while there is no room, only the question.
+"""Handing a payload in: bytes first, then the ledger entry, small ones in one round trip; while there is no room, only the question.
 
 Invariant: the ledger never adopts bytes that are not there, and bytes it refuses are deleted. Whatever dies in between
 leaves bytes that expire or are swept.

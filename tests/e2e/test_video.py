@@ -103,3 +103,18 @@ def test_clips_are_drawn_from_the_command_line(start: Callable[..., Run], tmp_pa
     lines = [json.loads(text) for text in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert [(one["file"], one["frames"], one["fps"]) for one in lines] == [("0000.mp4", FRAMES, 16.0), ("0001.mp4", FRAMES, 16.0)]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"0000.mp4", "0001.mp4", "grid.png", "samples.jsonl"}
+
+
+@pytest.mark.long
+def test_a_run_on_a_prepared_set_of_clips(start: Callable[..., Run], tmp_path: Path) -> None:
+    """Each group's own clip is its anchor datum, its latent read from the set."""
+    wan.write_tiny(tmp_path / "policy")
+    write_clips(tmp_path / "clips")
+    line = command("prepare-data", str(tmp_path / "clips"), str(tmp_path / "set"), "--model", str(tmp_path / "policy"))
+    line += ["--size", f"{SIDE}x{SIDE}", "--frames", str(FRAMES), "--shard-rows", "20"]
+    subprocess.run(line, cwd=ROOT, text=True, capture_output=True, timeout=400, check=True)
+    prepared = settings("data.kind=prepared", f"data.path={tmp_path / 'set'}", "data.pairing=own", "replay.store_dtype=bfloat16")
+    run = start("run", *FEW, *video(tmp_path / "policy", tmp_path / "clips"), *prepared)
+    _, updates = trained(run)
+    assert all(update["ratio_deviation"] < 1e-3 and update["data_loss"] > 0 for update in updates)
+    assert all(record["diffusion_loss"] > 0 for record in records(run.folder, "evaluation"))
