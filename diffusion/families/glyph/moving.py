@@ -1,6 +1,6 @@
 """The glyph world in motion: prompts such as `the number "407" moving left` and rendered clips of such numbers.
 
-A number keeps its font and its two colours and moves by whole pixels, `STEP` of its direction from frame to frame, so that every
+A number is bright on dark ground in two colours of its own and moves by whole pixels, `STEP` of its direction from frame to frame, so that every
 frame of a clip is the one before, shifted, to the bit. Every clip is a pure function of (number, direction, generator).
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from diffusion.families.glyph.signs import font, two_colours
+from diffusion.families.glyph.signs import font, luminance, two_colours
 
-FONTS = ("DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")
+FONT = "DejaVuSans-Bold"
 FRAMES = 5
 """Frames of a clip."""
 STEP = {"left": (-2, 0), "right": (2, 0), "up": (0, -1), "down": (0, 1)}
@@ -30,14 +30,14 @@ def draw_number(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def render_clip(number: str, direction: str, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Clip of a moving number, uint8 `[FRAMES, height, width, 3]`: digits in cells of equal width, in one font and two colours, in the
+    """Clip of a moving number, uint8 `[FRAMES, height, width, 3]`: digits in cells of equal width, in the
     middle of the picture in the middle of the clip, give or take a pixel to the sides.
 
-    Font, place and colours are drawn from `rng`. Luminance of ink and ground differs by at least 0.35, so that every clip can be read.
+    Place and colours are drawn from `rng`. Luminance of ink and ground differs by at least 0.35, so that every clip can be read.
     """
-    cell, face = width * 9 / 40, font(FONTS[int(rng.integers(len(FONTS)))], round(height * 0.75))
+    cell, face = width * 9 / 40, font(FONT, round(height * 0.75))
     x, y = width / 2 + int(rng.integers(-1, 2)), height / 2
-    ground, ink = two_colours(rng)
+    ground, ink = sorted(two_colours(rng), key=luminance)
     path = [tuple(step * (i - FRAMES // 2) for step in STEP[direction]) for i in range(FRAMES)]
     margin = max(abs(step) for place in path for step in place)
     mask = Image.new("L", (width + 2 * margin, height + 2 * margin))

@@ -34,12 +34,16 @@ def draw_target(rng: np.random.Generator) -> str:
     return f"{int(rng.integers(10**digits)):0{digits}d}"
 
 
+def luminance(colour: np.ndarray) -> float:
+    """Rec. 601 luma of RGB `[3]`."""
+    return float(colour @ np.array([0.299, 0.587, 0.114]))
+
+
 def two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Colours of ground and ink, `[3]` each in 0 … 1, whose luminance differs by at least 0.35."""
-    luma = np.array([0.299, 0.587, 0.114])
     while True:
         ground, ink = rng.uniform(0, 1, (2, 3))
-        if abs(float((ground - ink) @ luma)) >= 0.35:
+        if abs(luminance(ground - ink)) >= 0.35:
             return ground, ink
 
 
