@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.conditioning import Conditioner, Subject
 from actors.prepared import FORMAT, Manifest, Row, begin, finish, shard_file, shard_rows, write_shard
 from actors.sources.draws import listed
 from actors.sources.example import DRAWS, Example, Source, SourceError
@@ -24,6 +25,7 @@ from diffusion.checkpoint import Policy
 from diffusion.codecs import Codec
 from diffusion.config import ModelConfig, SamplerConfig
 from diffusion.digests import codec_digest, network_digest
+from diffusion.engine.cache import PromptCache
 from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
 from diffusion.seeds import key
@@ -105,32 +107,38 @@ def presample(p: Presampling, policy: Policy, progress: Callable[[int, int], Non
     prompts = hashlib.blake2b(json.dumps([(example.id, example.text) for example in p.examples]).encode(), digest_size=16).hexdigest()
     plan = {"format": FORMAT, "prompts": prompts, "codec": codec, "network": "random" if p.model.init else network_digest(folder), "dtype": p.model.dtype}
     drawn = {"height": s.height, "width": s.width, "steps": p.steps, "guidance": p.guidance, "negative_prompt": s.negative_prompt, "seed": p.seed}
-    begin(p.out, plan | drawn | clips | {"per_prompt": p.per_prompt, "shard_prompts": per_shard})
-    engine = Engine(policy.transformer, policy.process, s.max_tokens, p.model.dtype, policy.text_encoder)
+    given = min(s.given_choices)  # text-to-video where the run has some of it: such samples have first frames to give, too
+    begin(p.out, plan | drawn | clips | ({"given_frames": given} if given else {}) | {"per_prompt": p.per_prompt, "shard_prompts": per_shard})
+    engine = Engine(policy.transformer, policy.process, s.max_tokens, p.model.dtype)
+    conditioner = Conditioner(PromptCache(policy.text_encoder, engine.runner.device), policy.frames, policy.codec, s, policy.transformer.needs_picture)
+    shape = policy.transformer.free_shape(latent, given)
     for number in range(shards):
         if not shard_file(p.out, number).exists():
-            _draw(p, engine, policy.codec, range(number * per_shard, min((number + 1) * per_shard, len(p.examples))), number, latent)
+            _draw(p, engine, conditioner, policy.codec, range(number * per_shard, min((number + 1) * per_shard, len(p.examples))), number, given, shape)
         if progress is not None:
             progress(number + 1, shards)
     return finish(p.out, shards, [], codec=codec, model=str(folder.resolve()), height=s.height, width=s.width, latent=latent, **clips)
 
 
-def _draw(p: Presampling, engine: Engine, codec: Codec, prompts: range, number: int, shape: tuple[int, ...]) -> None:
-    """Draw the samples of these prompts and write them as shard `number`."""
+def _draw(p: Presampling, engine: Engine, conditioner: Conditioner, codec: Codec, prompts: range, number: int, given: int, shape: tuple[int, ...]) -> None:
+    """Draw the samples of these prompts, all given as many frames, and write them as shard `number`."""
+    examples = p.examples[prompts.start : prompts.stop]
+    shown = conditioner.get([Subject(example.text, given, example) for example in examples])
+    negative = conditioner.get([Subject(p.sampler.negative_prompt, given, example) for example in examples]) if p.guidance != 1 else [None] * len(examples)
     requests = [
         SampleRequest(
             shape,
             p.steps,
-            prompt=example.text,
+            conditioning=shown[i],
             n=p.per_prompt,
             seed=key(p.seed, "presample"),
             group=group,
             kernel=KERNEL,
             guidance=p.guidance,
-            negative_prompt=p.sampler.negative_prompt,
+            negative=negative[i],
             id=example.text,
         )
-        for group, example in zip(prompts, p.examples[prompts.start : prompts.stop], strict=True)
+        for i, (group, example) in enumerate(zip(prompts, examples, strict=True))
     ]
     samples = engine.run(requests)
     rows = []
@@ -139,8 +147,8 @@ def _draw(p: Presampling, engine: Engine, codec: Codec, prompts: range, number: 
             raise PresamplingFailed(f"sample {one.member} of the prompt {one.request.id!r} is not finite; try model.dtype=float32, or less guidance")
         example = p.examples[one.request.group]
         rows.append(Row(example.id, example.text, f"prompt {one.request.group} sample {one.member}", p.sampler.width, p.sampler.height))
-    first = np.stack([_first(codec, one.latent) for one in samples]) if codec.video else None
-    write_shard(p.out, number, torch.stack([one.latent for one in samples]).numpy(), rows, [], first)
+    first = np.stack([_first(codec, one.whole) for one in samples]) if codec.video else None
+    write_shard(p.out, number, torch.stack([one.whole for one in samples]).numpy(), rows, [], first)
 
 
 def _first(codec: Codec, latent: Tensor) -> NDArray[np.uint8]:

@@ -6,16 +6,20 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from actors import prepared
+from actors.conditioning import first_frames
 from actors.prepared import read_header, read_manifest, shard_file
 from actors.preparing.presampling import chosen
 from actors.sources.example import SourceError, split_of
+from actors.sources.folder import FolderSource
 from actors.sources.glyph import GlyphSource
 from actors.sources.prepared import PreparedSource
 from actors.sources.text import TextSource
@@ -157,3 +161,26 @@ def test_a_video_policy_draws_clips_and_keeps_their_first_frames(tmp_path: Path,
         (tmp_path / "stopped" / name).unlink()
     assert presample(tmp_path / "stopped", *changes, prompts="3", per_prompt="2")[0] == 0
     assert manifest(tmp_path / "stopped") == manifest(tmp_path / "small")
+
+
+@pytest.mark.parametrize("style", ["ti2v", "i2v"])
+def test_samples_begin_with_the_frames_that_their_examples_give(style: Literal["ti2v", "i2v"], tmp_path: Path) -> None:
+    """Of TI2V they stand in front of what is drawn, bit for bit; Wan 2.1's image-to-video draws around them."""
+    write_tiny(tmp_path / "wan", style)
+    (tmp_path / "pictures").mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"a red circle {i}"}) for i in range(3)]
+    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    clips = ["sampler.height=32", "sampler.width=32", "sampler.frames=9", f"model.path={tmp_path / 'wan'}", "sampler.given_frames=1", "sampler.guidance=2"]
+    changes = [word for item in [*clips, "prompts.kind=folder", f"prompts.path={tmp_path / 'pictures'}"] for word in ("--set", item)]
+    code, _, stderr = presample(tmp_path / "set", *changes, prompts="3", per_prompt="2")
+    assert code == 0, stderr
+    codec, source = load_codec(tmp_path / "wan"), FolderSource(str(tmp_path / "pictures"))
+    given = {example.text: codec.encode(first_frames(example, 1, 32, 32)[None])[0].numpy() for example in source.examples}
+    for example in PreparedSource(str(tmp_path / "set")):
+        assert example.latent is not None
+        latent = example.latent.load()
+        assert latent.shape[1] == 3
+        assert np.array_equal(latent[:, :1], given[example.text]) == (style == "ti2v")
