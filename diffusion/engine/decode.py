@@ -98,13 +98,17 @@ class Decoder:
         stream = torch.cuda.stream(torch.cuda.Stream(self._device)) if self._device.type == "cuda" else nullcontext()
         with stream, torch.no_grad():
             while (items := self._queue.get()) is not None:
-                by_shape = sorted(items, key=lambda item: tuple(item[0].shape))  # stable: order of the caller within a shape
-                for _, same in groupby(by_shape, key=lambda item: tuple(item[0].shape)):
-                    equal = list(same)
-                    batch = max(1, min(self._batch, LATENT_BYTES // max(1, 4 * equal[0][0].numel())))
-                    for start in range(0, len(equal), batch):
-                        self._decode(equal[start : start + batch])
-                del items, by_shape, same, equal  # pixels are their asker's
+                self._decode_all(items)
+                del items  # while it waits: pixels are their asker's
+
+    def _decode_all(self, items: list[_Item]) -> None:
+        """What was handed in together."""
+        by_shape = sorted(items, key=lambda item: tuple(item[0].shape))  # stable: order of the caller within a shape
+        for _, same in groupby(by_shape, key=lambda item: tuple(item[0].shape)):
+            equal = list(same)
+            batch = max(1, min(self._batch, LATENT_BYTES // max(1, 4 * equal[0][0].numel())))
+            for start in range(0, len(equal), batch):
+                self._decode(equal[start : start + batch])
 
     def _decode(self, items: list[_Item]) -> None:
         """One call of the codec; one by one if that does not fit into memory. An error belongs to whoever waits for the pixels."""

@@ -144,6 +144,14 @@ def test_of_many_samples_two_turns_are_in_memory(monkeypatch: pytest.MonkeyPatch
         assert len(made) == 7
 
 
+def test_nothing_handed_in_is_nothing_decoded_and_the_next_is() -> None:
+    """Steps of an engine in which no sample was finished."""
+    with Decoder(Codec()) as decoder:
+        assert decoder.submit([]) == []
+        assert decoder.decode([latent(0.0)], 10)[0].shape == (4, 6, 3)
+        assert list(decoder.turns([], 72, 10)) == []
+
+
 def test_a_turn_that_fails_says_so_to_who_looks() -> None:
     with Decoder(Codec()) as decoder:
         with pytest.raises(ValueError, match="seven"):
