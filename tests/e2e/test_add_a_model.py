@@ -19,6 +19,7 @@ import torch.distributed as dist
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import UMT5Config, UMT5EncoderModel
 
+from actors.conditioning import Subject
 from actors.groups import group_payload, group_request
 from actors.payload import decode_group, encode
 from diffusion.checkpoint import load_policy
@@ -189,7 +190,7 @@ def test_an_update_and_its_export(rank: int, tmp_path: Path) -> None:
     x0, eps = torch.randn(2, 5, *learner.shape, generator=g)
     anchors = Anchors(x0, eps, torch.rand(5, generator=g), torch.ones(5), torch.zeros(5, dtype=torch.int64))
     before = {name: tensor.clone() for name, tensor in learner.full_state().items()}
-    stats = learner.update(StepBatch(learner.encode([payload.text]), rows, anchors, 3 * members, 5, [3 * members], [5]), 1)
+    stats = learner.update([StepBatch(learner.encode([Subject(payload.text)]), rows, anchors, 3 * members, 5, [3 * members], [5])], 1)
     assert not stats.get("skipped")
     assert stats["ratio_deviation"] < 1e-4
     changed = [name for name, tensor in learner.full_state().items() if not torch.equal(tensor, before[name])]
