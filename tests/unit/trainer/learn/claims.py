@@ -82,12 +82,12 @@ def assert_same(found: Any, expected: Any, rtol: float = 1e-4, atol: float = 0.0
 
 def assert_same_state(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Weights, average and optimiser agree. Of moments in 8 bits the weights: where rounding of a gradient decides a code, the next one is
-    a per cent of its block away."""
+    a per cent of its block away. Of clips to 1e-9: a bias of keys moves no softmax, and what it gets as a gradient is rounding."""
     if name == "moments in 8 bits":
         found, expected = ({part: state[part] for part in ("model", "average")} for state in (found, expected))
         assert_same(found, expected, rtol=1e-3)
     else:
-        assert_same(found, expected)
+        assert_same(found, expected, atol=1e-9 if name == "clips" else 0.0)
 
 
 def assert_same_updates(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
