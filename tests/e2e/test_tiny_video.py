@@ -64,7 +64,7 @@ def test_a_recipe_runs_to_its_report(recipe: str, tiny: Callable[..., Run]) -> N
     assert config.sampler.given_frames == full.sampler.given_frames
     check_ledger(run.folder, config.updates, config.rollout.groups_per_step)
     updates = records(run.folder, "update")
-    assert all(update["skipped"] == 0 and update["failed_scores"]["videoalign"] == 0 for update in updates)
+    assert all(update["skipped"] == 0 and "failed_scores" not in update for update in updates)
     assert all(("data_loss" in update) == full.uses_data for update in updates)
     assert all(("reverse_kl" in update) == (full.objective.kl_weight > 0) for update in updates)
     assert all(update["rewards_std"]["videoalign"] > 0 for update in updates)  # a judge of random weights tells clips of noise apart
@@ -74,7 +74,7 @@ def test_a_recipe_runs_to_its_report(recipe: str, tiny: Callable[..., Run]) -> N
     for name in ("before", "after"):
         with av.open(str(run.folder / "samples" / f"{name}.mp4")) as file:
             assert (file.streams.video[0].frames, file.streams.video[0].average_rate) == (FRAMES, FPS)
-    assert (run.folder / "report.html").read_text().count("<video ") == 2
+    assert (run.folder / "report.html").read_text().count("<video ") >= 2
     assert run.leftovers() == []
 
 
