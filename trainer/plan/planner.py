@@ -176,13 +176,12 @@ def _noted(config: RunConfig, sizes: Sizes, work: Work, machines: list[Process],
 
 def _more(config: RunConfig) -> str:
     """What would put idle GPUs to use: more ranks and generators, as long as an update has rollouts and groups for them."""
-    r, ranks = config.rollout, config.learner.ranks
+    r, learner = config.rollout, config.learner
     rollouts, groups = r.groups_per_step * r.group_size, r.groups_per_step * (1 + config.replay.max_staleness)
-    if config.uses_policy and ranks >= rollouts and r.generators >= groups:
-        return (
-            f"{rollouts} rollouts an update, {groups} groups in the making, keep no more than so many ranks and generators busy; raise rollout.groups_per_step"
-        )
-    return f"raise learner.ranks={ranks}, rollout.generators={r.generators}"
+    if config.uses_policy and learner.data_ranks >= rollouts and r.generators >= groups:
+        told = f"{rollouts} rollouts an update, {groups} groups in the making, keep no more than so many ranks with rows of their own and generators busy"
+        return f"{told}; raise rollout.groups_per_step, or learner.ranks with learner.sequence_ranks"
+    return f"raise learner.ranks={learner.ranks}, rollout.generators={r.generators}"
 
 
 def _largest(process: Process) -> str:

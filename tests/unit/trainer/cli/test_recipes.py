@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from actors.prepared import Row, begin, finish, write_shard
 from actors.sources.example import split_of
 from trainer.cli.main import app
 from trainer.config.load import load_config, parse_config
+from trainer.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[4]
 RUNS = sorted((p for p in (ROOT / "recipes").glob("*.yaml") if p.stem != "rewards"), key=lambda p: p.stem)
@@ -36,15 +37,24 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def anchors(_elsewhere: Path) -> Path:
-    """A prepared set of the recipes' size with an example of every split."""
-    folder, named = _elsewhere / "ocr-anchors", {}
+def anchors(_elsewhere: Path) -> Callable[[RunConfig], Path]:
+    """A prepared set of a recipe's size with an example of every split."""
+    return lambda config: prepared(_elsewhere, config)
+
+
+def prepared(root: Path, config: RunConfig) -> Path:
+    s, named = config.sampler, dict[str, str]()
+    folder = root / f"anchors-{s.frames}x{s.height}x{s.width}"
+    if folder.exists():
+        return folder
     for i in range(200):
         named.setdefault(split_of(f"{i}"), f"{i}")
+    rows, clips, frames = [Row(name, f'a sign that says "{name}"', name, s.width, s.height) for name in named.values()], s.frames > 1, s.frames // 4 + 1
+    latent = (16, *((frames,) if clips else ()), s.height // 8, s.width // 8)
     begin(folder, {"format": 1})
-    rows = [Row(name, f'a sign that says "{name}"', name, 512, 512) for name in named.values()]
-    write_shard(folder, 0, np.zeros((len(rows), 16, 64, 64), np.float32), rows, [])
-    finish(folder, 1, [], codec="another's", model="elsewhere", height=512, width=512, latent=(16, 64, 64))
+    write_shard(folder, 0, np.zeros((len(rows), *latent), np.float32), rows, [], np.zeros((len(rows), s.height, s.width, 3), np.uint8) if clips else None)
+    about = {"frames": s.frames, "fps": s.fps} if clips else {}
+    finish(folder, 1, [], codec="another's", model="elsewhere", height=s.height, width=s.width, latent=latent, **about)
     return folder
 
 
@@ -59,14 +69,14 @@ def clips(_elsewhere: Path) -> Path:
 
 
 @recipes
-def test_config_takes_it(recipe: Path, anchors: Path, clips: Path) -> None:
+def test_config_takes_it(recipe: Path, anchors: Callable[[RunConfig], Path], clips: Path) -> None:
     config = load_config(recipe)
-    given = {"prepared": (anchors, "is no prepared set"), "folder": (clips, "needs a metadata.jsonl")}.get(config.data.kind)
+    given = {"prepared": (anchors, "is no prepared set"), "folder": (lambda _: clips, "needs a metadata.jsonl")}.get(config.data.kind)
     if given is not None:  # what the recipe says to bring or to draw beforehand is asked for by name
         refused = CliRunner().invoke(app, ["config", str(recipe)])
         assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
         assert f"{config.data.path} {given[1]}" in refused.stderr
-    there = [] if given is None else [f"data.path={given[0]}"]
+    there = [] if given is None else [f"data.path={given[0](config)}"]
     if config.data.kind == "folder":
         there += ["sampler.height=64", "sampler.width=112"]  # some clips are read, in the run's size
     done = CliRunner().invoke(app, ["config", str(recipe), *(w for s in there for w in ("--set", s))])

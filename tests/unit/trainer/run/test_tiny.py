@@ -95,7 +95,6 @@ def test_a_reward_on_towers_gets_tiny_ones() -> None:
 @pytest.mark.parametrize(
     ("recipe", "pipeline", "latent"),
     [
-        ("wan21-1.3b-videoalign", "WanPipeline", (16, 3, 4, 6)),
         ("wan21-14b-i2v-videoalign", "WanImageToVideoPipeline", (16, 3, 4, 6)),
         ("cosmos25-2b-videoalign", "Cosmos2_5_PredictBasePipeline", (16, 3, 4, 8)),
         ("cosmos25-14b-videoalign", "Cosmos2_5_PredictBasePipeline", (16, 3, 4, 8)),
@@ -118,6 +117,14 @@ def test_a_video_recipe_becomes_one_that_two_cores_run(recipe: str, pipeline: st
     assert np.abs(clip[1:].astype(int) - clip[:-1]).max() > 100  # something moves
     assert tiny_config(RECIPES / f"{recipe}.yaml", []) == made
     assert f"draw noise of {config.sampler.height} x {config.sampler.width} pixels in 9 frames" in made.table()[-1]
+
+
+def test_samples_of_a_tiny_video_policy_are_its_anchors() -> None:
+    config = tiny_config(RECIPES / "wan21-1.3b-videoalign.yaml", []).config
+    check_files(config)
+    assert json.loads((Path(config.model.path) / "model_index.json").read_text())["_class_name"] == "WanPipeline"
+    manifest = read_manifest(PreparedSource(str(config.data.path)).folder)
+    assert (manifest.latent, manifest.frames, manifest.splits) == ((16, 3, 4, 6), 9, ANCHORS)
 
 
 def test_videoalign_gets_a_tiny_one() -> None:
