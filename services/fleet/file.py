@@ -13,26 +13,13 @@ import yaml
 from pydantic import ValidationError
 
 from services.config import FleetConfig, FleetConfigError, one_line
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML takes the last of two equal keys without a word; this loader refuses."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping, each key once."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
-            seen.add(key if isinstance(key, str) else repr(key))
-        return super().construct_mapping(node, deep)
+from services.unique_keys import UniqueKeys
 
 
 def read_fleet(path: Path) -> FleetConfig:
     """Read a ``rewards.yaml``; relative paths in it start from its folder. Raises ``FleetConfigError``."""
     try:
-        tree = yaml.load(path.read_text(), _UniqueKeys)  # a SafeLoader
+        tree = yaml.load(path.read_text(), UniqueKeys)  # a SafeLoader
     except OSError as error:
         raise FleetConfigError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

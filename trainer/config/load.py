@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from services.unique_keys import UniqueKeys
 from trainer.config.errors import ConfigError
 from trainer.config.objective import COMPOSED
 from trainer.config.rewards import RewardTerm
@@ -116,23 +117,10 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
         raise _one_line(error) from None
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """YAML in which no key of a mapping stands twice, of which PyYAML takes the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(problem=f"the key {name!r} stands there twice", problem_mark=key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a recipe and apply overrides. Raises ConfigError."""
     try:
-        tree = yaml.load(path.read_text(), _OnceLoader)
+        tree = yaml.load(path.read_text(), UniqueKeys)  # a SafeLoader
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

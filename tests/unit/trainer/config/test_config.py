@@ -325,7 +325,7 @@ def test_settings_do_not_change_after_reading() -> None:
     [
         (None, r"recipe .*x.yaml cannot be read: No such file or directory"),
         (b"a: [", r"recipe .*x.yaml is not YAML: "),
-        (b"model: {path: a}\nsampler: {steps: 4,\n  steps: 5}", r"recipe .*x.yaml is not YAML: the key 'steps' stands there twice.* line 3"),
+        (b"model: {path: a}\nsampler: {steps: 4,\n  steps: 5}", r"recipe .*x.yaml is not YAML: the key 'steps' stands twice.* line 3"),
         (b"- a\n- b\n", r"recipe .*x.yaml must be a mapping of settings"),
         (b"", r"recipe .*x.yaml must be a mapping of settings"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", r"recipe .*x.yaml "),
