@@ -30,20 +30,19 @@ def draw_number(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def render_clip(number: str, direction: str, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Clip of a moving number, uint8 `[FRAMES, height, width, 3]`: digits in cells of equal width, in the
-    middle of the picture in the middle of the clip, give or take a pixel to the sides.
+    """Clip of a moving number, uint8 `[FRAMES, height, width, 3]`: digits in cells of equal width, in the middle of the
+    picture in the middle of the clip.
 
-    Place and colours are drawn from `rng`. Luminance of ink and ground differs by at least 0.35, so that every clip can be read.
+    The colours are drawn from `rng`. Luminance of ink and ground differs by at least 0.35, so that every clip can be read.
     """
     cell, face = width * 9 / 40, font(FONT, round(height * 0.75))
-    x, y = width / 2 + int(rng.integers(-1, 2)), height / 2
     ground, ink = sorted(two_colours(rng), key=luminance)
     path = [tuple(step * (i - FRAMES // 2) for step in STEP[direction]) for i in range(FRAMES)]
     margin = max(abs(step) for place in path for step in place)
     mask = Image.new("L", (width + 2 * margin, height + 2 * margin))
     draw = ImageDraw.Draw(mask)
     for i, character in enumerate(number):
-        draw.text((margin + x + (i - (len(number) - 1) / 2) * cell, margin + y), character, fill=255, font=face, anchor="mm")
+        draw.text((margin + width / 2 + (i - (len(number) - 1) / 2) * cell, margin + height / 2), character, fill=255, font=face, anchor="mm")
     still = np.asarray(mask, np.float64)[..., None] / 255
     alpha = np.stack([still[margin - down :, margin - right :][:height, :width] for right, down in path])
     return np.rint((ground * (1 - alpha) + ink * alpha) * 255).astype(np.uint8)
