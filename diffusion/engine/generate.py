@@ -97,11 +97,12 @@ class DiffusionEngine:
         """The request that draws `params.n` samples of a prompt. Raises ValueError for a size the codec cannot make, and for frames that
         cannot be given."""
         codec = self.policy.codec
-        shape, given = codec.latent_shape(params.height, params.width, params.frames), self._given(params)
+        shape = self.policy.transformer.free_shape(codec.latent_shape(params.height, params.width, params.frames), self._latent_frames(params))
+        given = self._given(params)
         conditioning, negative = self._conditioning(prompt, given), self._conditioning(params.negative_prompt, given) if params.guidance != 1 else None
         noisy = range(stochastic_steps(params.kernel, params.steps)) if params.stochastic == "all" else ()
         return SampleRequest(
-            shape=self.policy.transformer.free_shape(shape, self._latent_frames(params)),
+            shape=shape,
             steps=params.steps,
             conditioning=conditioning,
             n=params.n,

@@ -6,7 +6,7 @@ flow with Euler steps instead of UniPC, which is a solver of its own; the grid i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,23 @@ def test_given_frames_condition_as_in_the_pipeline_beside_prompts_without(policy
         torch.testing.assert_close(found[group].latent, latent[:, k:], atol=2e-4, rtol=1e-3)
         if given is not None:
             assert 0 < (latent[:, :k] - given).abs().max() < 0.03  # theirs keep (1 - t_0) of the way to the starting noise
+
+
+@torch.no_grad()
+def test_given_frames_come_out_bit_for_bit_as_they_went_in(policy: Policy, pipeline: Any) -> None:
+    """A picture, and a clip of five frames; pixels beside the pipeline's, whose noise on the given frames moves all of them a little."""
+    clip = np.random.default_rng(1).integers(0, 256, (5, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    params = SamplingParams(HEIGHT, WIDTH, STEPS, seed=3, guidance=3.5, negative_prompt="a white cat", frames=FRAMES)
+    with DiffusionEngine(policy) as engine:
+        found = engine.generate(PROMPTS[:2], [replace(params, given=clip[:1]), replace(params, given=clip)])
+    for group, (one,) in enumerate(found):
+        k = group + 1
+        assert torch.equal(one.trajectory.whole[:, :k], policy.codec.encode(clip[None, : 1 + 4 * group])[0])
+        assert one.trajectory.whole.shape[1] == FRAMES // 4 + 1
+        options: dict[str, Any] = {"video": [Image.fromarray(frame) for frame in clip]} if group else {"image": Image.fromarray(clip[0])}
+        latent = theirs(pipeline, PROMPTS[group], noise(group, k), 3.5, **options)
+        latent = torch.cat([one.trajectory.whole[:, :k], latent[:, k:]], 1)  # theirs without that noise
+        assert np.abs(one.image.astype(int) - policy.codec.decode(latent[None])[0].astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("steps", [5, 35])

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,6 +162,46 @@ def test_pictures_become_the_pipelines_clips(style: Literal["i2v", "ti2v"], guid
     torch.testing.assert_close(found.latent, latent[:, k:], atol=1e-4, rtol=1e-4)
     if k:
         torch.testing.assert_close(latent[:, :1], extra["given"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("style", ["i2v", "ti2v"])
+@torch.no_grad()
+def test_what_is_drawn_from_a_picture_is_what_the_pipeline_draws(style: Literal["i2v", "ti2v"], tmp_path: Path) -> None:
+    """Pixels, and the given latent bit for bit."""
+    write_tiny(tmp_path, style)
+    pipeline = WanImageToVideoPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    with DiffusionEngine.from_pretrained(str(tmp_path), grid="diffusers") as engine:
+        codec = engine.policy.codec
+        assert isinstance(codec, ClipCodec)
+        height, width, frames = 6 * codec.factor, 4 * codec.factor, 9
+        picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        params = SamplingParams(height, width, 4, 1, 3, 3.0, "a white cat", frames=frames, given=picture[None])
+        (one,) = engine.generate(["a red circle"], params)[0]
+        with pytest.raises(ValueError, match="2 given frames make no whole latent frames of this policy; give 5"):
+            engine.generate([""], replace(params, given=np.stack([picture, picture])))
+        with pytest.raises(ValueError, match="given frames are "):
+            engine.generate([""], replace(params, given=picture[None, :-8]))
+        if style == "ti2v":
+            assert torch.equal(one.trajectory.whole[:, :1], codec.encode(picture[None, None])[0])
+    k = 3 - one.trajectory.latent.shape[1]
+    assert k == (style == "ti2v")
+    with on_grid(pipeline, 4):
+        clip = pipeline(
+            Image.fromarray(picture),
+            "a red circle",
+            "a white cat",
+            height=height,
+            width=width,
+            num_frames=frames,
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            latents=torch.cat([torch.zeros(codec.channels, k, 6, 4), step_noise(3, 0, 0, INITIAL, one.trajectory.request.shape)], 1)[None],
+            output_type="np",
+        ).frames[0]
+    assert one.image.shape == (frames, height, width, 3)
+    assert clip.std() > 1e-3
+    assert np.abs(one.image.astype(float) - 255 * clip).max() <= 1
 
 
 def test_what_a_run_cannot_do_with_a_folder_is_said_at_start(tmp_path: Path) -> None:
