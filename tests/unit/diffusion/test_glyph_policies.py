@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-from diffusion.checkpoint import Policy, load_policy
+from diffusion.checkpoint import load_policy, save_policy
 from diffusion.config import ModelConfig
 from diffusion.families.glyph.policy import CLIPS, write_skeleton
 
@@ -19,8 +18,14 @@ COMMITTED = Path(__file__).resolve().parents[3] / "recipes" / "glyph-video-base"
 PROMPT = 'the number "407" moving left'
 
 
-def load(**keys: Any) -> Policy:
-    return load_policy(ModelConfig(path=str(COMMITTED), **keys))
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The policy with random weights, none of them zero."""
+    state = load_policy(ModelConfig(path=str(COMMITTED), init=True)).transformer.state_dict()
+    g = torch.Generator().manual_seed(0)
+    folder = tmp_path_factory.mktemp("policy") / "drawn"
+    save_policy(folder, COMMITTED, {name: tensor + 0.05 * torch.randn(tensor.shape, generator=g) for name, tensor in state.items()})
+    return folder
 
 
 def test_the_committed_folder_is_the_skeleton_the_code_writes(tmp_path: Path) -> None:
@@ -34,16 +39,16 @@ def test_the_committed_folder_is_the_skeleton_the_code_writes(tmp_path: Path) ->
 
 def test_it_is_small_and_its_parts_fit() -> None:
     assert sum(path.stat().st_size for path in COMMITTED.rglob("*") if path.is_file()) <= 8_000_000
-    policy = load(init=True)
+    policy = load_policy(ModelConfig(path=str(COMMITTED), init=True))
     assert policy.codec.video
     assert policy.codec.latent_shape(12, 32, 5) == (3, 5, 12, 32)
     assert policy.transformer.tokens((3, 5, 12, 32)) == 5 * 3 * 8
     torch.testing.assert_close(policy.process.time_grid(2)[1], torch.tensor(CLIPS.shift / (1 + CLIPS.shift)))
 
 
-def test_it_opens_in_diffusers_with_the_same_velocity() -> None:
-    theirs = WanTransformer3DModel.from_pretrained(COMMITTED, subfolder="transformer").eval()
-    policy = load()
+def test_it_opens_in_diffusers_with_the_same_velocity(drawn: Path) -> None:
+    theirs = WanTransformer3DModel.from_pretrained(drawn, subfolder="transformer").eval()
+    policy = load_policy(ModelConfig(path=str(drawn)))
     text = policy.text_encoder.encode([PROMPT, 'the number "22" moving up'])
     x, t = torch.randn(2, 3, 5, 12, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.9])
     with torch.no_grad():
@@ -55,9 +60,9 @@ def test_it_opens_in_diffusers_with_the_same_velocity() -> None:
 
 
 @pytest.mark.parametrize("given", [1, 2])
-def test_its_first_frames_can_be_given(given: int) -> None:
+def test_its_first_frames_can_be_given(given: int, drawn: Path) -> None:
     """Every frame has patches of its own, so that the network that samples whole clips samples what follows given frames."""
-    policy = load()
+    policy = load_policy(ModelConfig(path=str(drawn)))
     text = policy.text_encoder.encode([PROMPT])
     g = torch.Generator().manual_seed(0)
     frames, free = torch.randn(1, 3, given, 12, 32, generator=g), torch.randn(1, 3, 5 - given, 12, 32, generator=g)

@@ -56,7 +56,7 @@ def test_everything_around_the_network() -> None:
 
 @pytest.mark.parametrize("base", GLYPH)
 def test_the_glyph_bases_are_what_is_loaded(base: str) -> None:
-    policy = load_policy(ModelConfig(path=f"recipes/{base}", lora={"rank": 4}))
+    policy = load_policy(ModelConfig(path=f"recipes/{base}", lora={"rank": 4}, init=True))
     found, text = sizes(f"recipes/{base}", 48, rank=4), policy.text_encoder.encode(["a sign"])
     assert found.published_values == sum(t.numel() for t in trained_weights(policy.transformer).values())
     assert found.transformer.values == sum(t.numel() for t in policy.transformer.state_dict().values())
