@@ -67,7 +67,7 @@ def sample(
         typer.Option(help="picture or clip that all begin with (image-, video-to-video) [default: those of the folder]", show_default=False),
     ] = None,
     given_frames: Annotated[
-        int | None, typer.Option(min=0, help="latent frames of it that are given [default: the largest of sampler.given_frames]", show_default=False)
+        int | None, typer.Option(min=0, help="latent frames of it that are given [default: as many as the recipe gives at most]", show_default=False)
     ] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels, several separated by commas [default: the recipe's]", show_default=False)] = None,
     steps: Annotated[str | None, typer.Option(help="denoising steps, several separated by commas [default: sampler.eval_steps]", show_default=False)] = None,
@@ -97,6 +97,11 @@ def sample(
         _draw(policy, prompts, given, given_frames, sizes, counts, n, noise, seed, folder, device)
     except OSError as error:
         fail(f"{folder}: {error.strerror or error}", 1)
+
+
+def given_by(examples: Sequence[Example], choices: Sequence[int], given: Path | None) -> int:
+    """Latent frames that are given: as many as the run gives at most, none of texts alone where it has text-to-video, one of a named file at least."""
+    return max(max(choices), int(given is not None)) if all(example.media for example in examples) else min(choices)
 
 
 def examples_of(prompts: Path, given: Path | None) -> list[Example]:
@@ -145,7 +150,7 @@ def _draw(
         ]
         plan = spread(examples, choices, n or len(examples) * len(choices))
         policy = load_policy(config.model, where, config.seed)
-        latents = given_frames if given_frames is not None else max(s.given_choices, default=0) or int(given is not None)
+        latents = given_frames if given_frames is not None else given_by(examples, s.given_choices, given)
         if latents:
             frames = policy.codec.pixel_frames(latents)
             plan = [(example, replace(p, given=first_frames(example, frames, p.height, p.width))) for example, p in plan]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusion.engine.generate import SamplingParams
+from diffusion.engine.generate import DiffusionEngine, Sample, SamplingParams
 from diffusion.families.sd3.network import SD3Transformer
+from diffusion.families.wan.tiny import write_tiny
 from trainer.cli.main import app
 from trainer.cli.sample import parse_sizes, parse_steps, spread
 
@@ -129,3 +132,38 @@ def test_samples_cover_prompts_and_choices_evenly(prompts: int, choices: int, ro
     counts = Counter((text, p.steps) for text, p in spread(texts, params, prompts * choices * rounds))
     assert set(counts.values()) == {rounds}
     assert len(counts) == prompts * choices
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder, draw = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(2):
+        Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.png", "text": f"a red circle {i}"}) + "\n" for i in range(2)))
+    return folder
+
+
+def test_clips_begin_with_the_pictures_of_a_folder_or_with_one_for_all(pictures: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path / "wan", "ti2v")
+    clips = [f"model.path={tmp_path / 'wan'}", "sampler.height=32", "sampler.width=32", "sampler.frames=5", "sampler.eval_steps=2"]
+    changes = [word for item in [*clips, "sampler.given_frames=[0, 1]"] for word in ("--set", item)]
+    drawn: list[np.ndarray | None] = []
+    draw = DiffusionEngine.generate
+
+    def generate(engine: DiffusionEngine, texts: Sequence[str], params: Sequence[SamplingParams], told: Any) -> list[list[Sample]]:
+        drawn.extend(one.given for one in params)
+        return draw(engine, texts, params, told)
+
+    monkeypatch.setattr(DiffusionEngine, "generate", generate)
+    for name, asked in {"own": [str(pictures)], "one": [str(pictures), "--given", str(pictures / "1.png")], "none": [str(prompts), "-n", "2"]}.items():
+        code, _, stderr = sample("--prompts", *asked, "--out", str(tmp_path / name), *changes)
+        assert code == 0, stderr
+        assert {file.name for file in (tmp_path / name).iterdir()} == {"0000.mp4", "0001.mp4", "grid.png", "samples.jsonl"}
+    first, second = (np.asarray(Image.open(pictures / f"{i}.png"))[None] for i in range(2))
+    for frames, expected in zip(drawn, [first, second, second, second, None, None], strict=True):
+        assert frames is None if expected is None else frames is not None and np.array_equal(frames, expected)
+    code, _, stderr = sample("--prompts", str(prompts), "--out", str(tmp_path / "no"), *changes, "--given-frames", "1")
+    assert (code, "has a text only" in stderr) == (2, True), stderr
+    code, _, stderr = sample("--prompts", str(prompts), "--given", "gone.png", "--out", str(tmp_path / "no"), *changes)
+    assert (code, "--given gone.png: there is no such file" in stderr) == (2, True), stderr
