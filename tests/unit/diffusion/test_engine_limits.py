@@ -22,7 +22,7 @@ class Narrow(torch.nn.Module):
     def __init__(self, model: SD3Transformer, limit: int, error: Exception) -> None:
         super().__init__()
         self.inner, self.limit, self.error, self.seen = model, limit, error, list[int]()
-        self.packed_tokens, self.activation_bytes = model.packed_tokens, model.activation_bytes
+        self.packed_tokens, self.activation_bytes, self.sequence_ranks = model.packed_tokens, model.activation_bytes, model.sequence_ranks
 
     def forward(self, latents: Tensor | list[Tensor], t: Tensor, prompt_embeds: Tensor | list[Tensor], pooled: Tensor) -> Tensor | list[Tensor]:
         tokens = sum(self.inner.packed_tokens(tuple(x.shape), len(e)) for x, e in zip(latents, prompt_embeds, strict=True))

@@ -53,12 +53,12 @@ def write_claim(folder: Path, name: str) -> None:
     payloads, groups = {}, []
     for i, (request, text) in enumerate(zip(requests, texts, strict=True)):
         members = [t for t in done if t.request is request][: MEMBERS - (i in (1, 3))]
-        payloads[f"g{i}"] = encode(group_payload(members, text))
+        payloads[f"g{i}"] = list(encode(group_payload(members, text)))
         ocr, sharp = torch.rand(2, len(members), generator=g).tolist()
         totals = [float(a + b) for a, b in zip(ocr, sharp, strict=True)]
         groups.append(ClaimedGroup(i, GroupHeader(totals, len(members), 0, 0, "", scores={"ocr": totals}), f"g{i}"))
     rows = config.data_rows
-    payloads["d"] = encode(DataPayload((texts[0],) * rows, torch.randn(rows, *scenario.shape, generator=g)))
+    payloads["d"] = list(encode(DataPayload((texts[0],) * rows, torch.randn(rows, *scenario.shape, generator=g))))
     torch.save((Claim(1, 1, groups, [ClaimedData(1, "d", "")]), payloads), folder / f"claim-{name}.pt")
 
 

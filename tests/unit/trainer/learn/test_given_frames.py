@@ -212,6 +212,19 @@ def test_given_frames_are_those_of_the_rows_own_clip(policies: Path, clips: Path
     assert seen == set(ledger.given.values())
 
 
+def test_noise_and_times_of_data_do_not_depend_on_how_many_frames_are_given(policies: Path, clips: Path) -> None:
+    found = []
+    for given in (0, 1, 2):
+        _, _, learner, ledger = made("cosmos", "free", policies, clips, sampler={"given_frames": given}, objective={"data_per": "rollout"})
+        (batch,) = learner.batches(ledger, ledger.claim, 0, 1)  # type: ignore[arg-type]
+        assert batch.anchors is not None
+        found.append(batch.anchors)
+    for given, anchors in enumerate(found):
+        assert torch.equal(anchors.t, found[0].t)
+        assert torch.equal(anchors.eps, found[0].eps[:, :, given:])
+        assert torch.equal(anchors.x0, found[0].x0[:, :, given:])
+
+
 def test_guidance_keeps_the_frames_that_are_given(policies: Path, clips: Path) -> None:
     _, policy, learner, ledger = made("cosmos", "free", policies, clips, sampler={"guidance": 3.0, "negative_prompt": "a white cat"})
     batch = next(b for b in learner.batches(ledger, ledger.claim, 0, 1) if b.transitions is not None and b.transitions.x.shape[2] == 2)  # type: ignore[arg-type]
