@@ -20,7 +20,9 @@ SUITES = {
     "settle": ("tests/integration/trainer/test_settle.py",),
     "loop": ("tests/integration/trainer/test_loop.py",),
     **{name: (f"tests/unit/trainer/run/test_{name}.py",) for name in ("watch", "runfolder", "signals", "resources")},
-    **{name: (f"{LEARN}/test_{name}.py",) for name in ("advantages", "objective", "plan", "batch", "learner", "checkpoint", "exports", "ranks")},
+    **{
+        name: (f"{LEARN}/test_{name}.py",) for name in ("advantages", "objective", "plan", "batch", "learner", "checkpoint", "exports", "ranks", "given_frames")
+    },
 }
 
 
