@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from services.errors import ProblemError
 from services.jobs.config import JobsConfig
 from services.jobs.store import Claim, Job, JobConflict, JobsFull, JobStore, JobStoreError
+from services.jobs.tasks import ended
 from services.jobs.worker import Handler, JobWorker, Outcome
 from services.rest.idempotency import mismatch
 from services.rest.ingress import KeyHeader, RequestId, Services, TimeoutHeader, has_retryable, owner_of, read_call, services_of
@@ -121,8 +122,7 @@ class Jobs:
         try:
             yield
         finally:
-            measuring.cancel()
-            await asyncio.gather(measuring, return_exceptions=True)
+            await ended(measuring)
             await self._worker.stop()
             await self._store.close()
 

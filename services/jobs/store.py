@@ -27,6 +27,7 @@ from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 from services.errors import ProblemError
 from services.jobs.config import JobsConfig
+from services.jobs.tasks import ended
 from services.rest.idempotency import Kept, in_progress, mismatch
 
 logger = logging.getLogger(__name__)
@@ -213,8 +214,7 @@ class RedisIdempotency:
     async def close(self) -> None:
         """Close the connections; keys being worked on are free again when their leases end."""
         if self._renewal is not None:
-            self._renewal.cancel()
-            await asyncio.gather(self._renewal, return_exceptions=True)
+            await ended(self._renewal)
         await self._redis.close()
 
     async def _end(self, name: str, fingerprint: str, ttl_ms: int, body: bytes, media_type: str) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from services.errors import ProblemError
 from services.jobs.store import Claim, JobStore, JobStoreError
+from services.jobs.tasks import ended
 from services.rest.problems import as_problem
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,7 @@ class JobWorker:
 
     async def stop(self) -> None:
         """Take no more; jobs in hand go back to the queue."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await ended(*self._tasks)
         self._tasks = []
 
     async def _run(self) -> None:
@@ -94,8 +93,7 @@ class JobWorker:
             await self._store.release(claim, 0, counted=False)
             raise
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await ended(task)
 
     async def _handled(self, claim: Claim) -> None:
         last = claim.tries + 1 >= self._store.config.max_tries
