@@ -1,4 +1,4 @@
-"""Architecture of a Cosmos-Predict2.5 network, as its config.json says."""
+"""Architecture of a Cosmos network, as its config.json says: Predict2.5, and earlier ones whose positions are learnt beside the rotary ones."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class CosmosConfig:
     def from_dict(cls, values: dict[str, Any]) -> CosmosConfig:
         """From a config.json. Raises ValueError on a key or value this implementation does not know."""
         config = cls(**known_keys(cls, values, "Cosmos"))
-        if config.extra_pos_embed_type is not None:
-            raise ValueError(f"extra_pos_embed_type={config.extra_pos_embed_type!r} is of Cosmos-Predict2 and earlier; Predict2.5 has none (null)")
+        if config.extra_pos_embed_type not in (None, "learnable"):
+            raise ValueError(f"extra_pos_embed_type={config.extra_pos_embed_type!r} is not known; Predict2.5 has none (null), Cosmos 1.0 'learnable'")
         if config.img_context_dim_in or config.controlnet_block_every_n is not None:
             raise ValueError("img_context_dim_in and controlnet_block_every_n are of Cosmos-Transfer2.5; this build has Predict2.5")
         if config.in_channels != config.out_channels + 1:

@@ -1,4 +1,4 @@
-"""Cosmos-Predict2.5 transformer on packed sequences, with diffusers' config keys and parameter names.
+"""Cosmos transformer (Predict2.5, and earlier ones) on packed sequences, with diffusers' config keys and parameter names.
 
 A state dict of `diffusers.CosmosTransformer3DModel` loads here unchanged and back. Clips of any mix of frame counts and sizes share one
 forward (`diffusion.packing`). Conditioning:
@@ -77,6 +77,29 @@ class Patches(nn.Module):
         return out
 
 
+class LearnablePositions(nn.Module):
+    """Learnt vectors of a token's frame, row and column, of which the sum is brought to a root mean square of 1 (Cosmos 1.0)."""
+
+    def __init__(self, config: CosmosConfig) -> None:
+        super().__init__()
+        frames, rows, columns = (n // p for n, p in zip(config.max_size, config.patch_size, strict=True))
+        self.pos_emb_t, self.pos_emb_h, self.pos_emb_w = (nn.Parameter(torch.zeros(n, config.inner_dim)) for n in (frames, rows, columns))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Normal, not diffusers' zeros: of zeros there is no direction to learn."""
+        for table in self.parameters():
+            nn.init.normal_(table, std=0.1, generator=generator)
+
+    def forward(self, grid: tuple[int, int, int]) -> Tensor:
+        """Of a grid's tokens, `[tokens, dim]`, fp32. Raises ValueError for one that is larger than the tables."""
+        tables = self.pos_emb_t, self.pos_emb_h, self.pos_emb_w
+        if any(n > len(table) for table, n in zip(tables, grid, strict=True)):
+            raise ValueError(f"{grid} patches are more than the network has learnt positions of, {tuple(len(table) for table in tables)}")
+        t, h, w = (table[:n].float() for table, n in zip(tables, grid, strict=True))
+        total = (t[:, None, None] + h[:, None] + w).flatten(0, 2)
+        return total / (EPS + torch.linalg.vector_norm(total, dim=-1, keepdim=True) * total.shape[-1] ** -0.5)
+
+
 class CosmosTransformer(PackedModel):
     """Velocity network of Cosmos-Predict2.5.
 
@@ -99,6 +122,7 @@ class CosmosTransformer(PackedModel):
         frames, rows, columns = (THETA * scale ** (d / (d - 2)) for scale, d in axes)
         self.rotary = Rotary(head, self.longest_edge[0], (frames, rows, columns))
         self.patch_embed = Patches(config)
+        self.learnable_pos_embed = LearnablePositions(config) if config.extra_pos_embed_type else None
         self.time_embed = TimeEmbedding(dim)
         self.add_module("transformer_blocks", nn.ModuleList(CosmosBlock(config) for _ in range(config.num_layers)))
         self.norm_out = Modulation(config, 2)
@@ -128,6 +152,8 @@ class CosmosTransformer(PackedModel):
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear_2.weight)
+        if self.learnable_pos_embed is not None:
+            self.learnable_pos_embed.init_weights(generator)
         nn.init.zeros_(self.proj_out.weight)
 
     def packed_tokens(self, shape: Sequence[int], prompt_tokens: int) -> int:
@@ -164,6 +190,16 @@ class CosmosTransformer(PackedModel):
             return stream.ranks.cut(tables[keys[0]][None])
         return stream.pack([tables[key].flatten(1) for key in keys]).unflatten(-1, (2, -1))
 
+    def _learnt(self, latents: Batch, stream: Stream, dtype: torch.dtype) -> Tensor | None:
+        """Learnt positions of a stream `[rows, tokens, dim]`, None where the network has none; each grid's are computed once."""
+        if self.learnable_pos_embed is None:
+            return None
+        grids = [self.grid(x.shape) for x in latents]
+        tables = {grid: self.learnable_pos_embed(grid).to(dtype) for grid in set(grids)}
+        if stream.even and len(tables) == 1:
+            return stream.ranks.cut(tables[grids[0]][None])
+        return stream.pack([tables[grid] for grid in grids])
+
     def _marked(self, whole: Batch, given: Batch | None) -> Batch:
         """The network's input: latents, 1 on given frames, and a padding mask of zeros."""
         frames = [0] * len(whole) if given is None else [g.shape[1] for g in given]
@@ -179,7 +215,7 @@ class CosmosTransformer(PackedModel):
         layout = self._layout(whole, prompt_embeds)
         inputs = self._marked(whole, given)
         x = layout.image.pack(self.patch_embed(inputs) if isinstance(inputs, Tensor) else by_shape(inputs, self.patch_embed)).contiguous()
-        positions = self._positions(whole, layout.image, fps)
+        positions, learnt = self._positions(whole, layout.image, fps), self._learnt(whole, layout.image, x.dtype)
         text = self.project(layout.text.pack(prompt_embeds))
         first = (0,) * len(latents) if given is None else tuple(g[0].numel() // prod(self.patch) for g in given)
         apart = self.given_time is not None and any(first)
@@ -187,7 +223,7 @@ class CosmosTransformer(PackedModel):
         times = given_times(t, self.given_time) if apart and self.given_time is not None else t
         embedded, shared = (self._per_request(values) for values in self.time_embed(times, x.dtype))
         for block in self.blocks:
-            x = block(x, text, embedded, shared, positions, owner, layout, self.provider)
+            x = block(x if learnt is None else x + learnt, text, embedded, shared, positions, owner, layout, self.provider)
         shift, scale = self.norm_out(embedded, shared)
         velocities = self._unpack(self.proj_out(modulated(x, shift, scale, owner)), whole, layout.image)
         return velocities if given is None else free_part(velocities, given)

@@ -76,6 +76,21 @@ def diffusers_model(seed: int = 0, **keys: Any) -> Any:
     torch.manual_seed(seed)
     model = transformer_cosmos.CosmosTransformer3DModel(**{**TINY, **keys}).eval()
     for name, parameter in model.named_parameters():
+        if name.startswith("learnable_pos_embed"):  # zeros, which have no direction
+            parameter.data += torch.randn_like(parameter)
         if "norm" in name and parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model
+
+
+@torch.no_grad()
+def theirs(model: Any, whole: Tensor, t: Tensor, embeds: Tensor, frames: int = 0, given_time: float | None = None, fps: int | None = None) -> Tensor:
+    """Velocity of one clip `[C, f, h, w]` as the pipeline asks for it: a mask of given frames and a time for each frame."""
+    mask = whole.new_zeros(1, 1, *whole.shape[1:])
+    mask[:, :, :frames] = 1
+    times = t.expand(1, 1, whole.shape[1], 1, 1).clone()
+    if given_time is not None:
+        times[:, :, :frames] = given_time
+    padding = whole.new_zeros(1, 1, *whole.shape[2:])
+    found: Tensor = model(whole[None], times, embeds[None], condition_mask=mask, padding_mask=padding, fps=fps).sample[0]
+    return found

@@ -134,6 +134,7 @@ def _cases() -> dict[str, Case]:
         "Wan TI2V": (lambda: WanTransformer(WanConfig(**WAN)), 10, True),
         "Cosmos T2V": (lambda: CosmosTransformer(CosmosConfig(**COSMOS)), 14, False),
         "Cosmos V2V": (lambda: CosmosTransformer(CosmosConfig(**COSMOS)), 14, True),
+        "Cosmos 1.0's positions": (lambda: CosmosTransformer(CosmosConfig(**{**COSMOS, "extra_pos_embed_type": "learnable"})), 14, False),
     }
     found = {}
     for name, (build, channels, given) in networks.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion.families.cosmos.config import CosmosConfig
 from diffusion.families.cosmos.network import GIVEN_TIME, CosmosTransformer
-from tests.unit.diffusion.cosmos import TINY, diffusers_model
+from tests.unit.diffusion.cosmos import TINY, diffusers_model, theirs
 from tests.unit.diffusion.peak import PeakBytes
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -41,6 +41,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         "crossattn_proj_in_channels": text + draw(st.integers(1, 9)),
         "encoder_hidden_states_channels": text,
         "rope_scale": draw(st.sampled_from([(1.0, 3.0, 3.0), (2.0, 1.0, 1.0)])),
+        "extra_pos_embed_type": draw(st.sampled_from([None, "learnable"])),
     }
 
 
@@ -60,19 +61,6 @@ def requests(config: CosmosConfig, clips: list[tuple[int, ...]], lengths: list[i
 def parts(whole: list[Tensor], frames: list[int]) -> tuple[list[Tensor], list[Tensor]]:
     """Given and free frames."""
     return [x[:, :k] for x, k in zip(whole, frames, strict=True)], [x[:, k:] for x, k in zip(whole, frames, strict=True)]
-
-
-@torch.no_grad()
-def theirs(model: Any, whole: Tensor, t: Tensor, embeds: Tensor, frames: int = 0, given_time: float | None = None, fps: int | None = None) -> Tensor:
-    """Velocity of one clip `[C, f, h, w]` as the pipeline asks for it: a mask of given frames and a time for each frame."""
-    mask = whole.new_zeros(1, 1, *whole.shape[1:])
-    mask[:, :, :frames] = 1
-    times = t.expand(1, 1, whole.shape[1], 1, 1).clone()
-    if given_time is not None:
-        times[:, :, :frames] = given_time
-    padding = whole.new_zeros(1, 1, *whole.shape[2:])
-    found: Tensor = model(whole[None], times, embeds[None], condition_mask=mask, padding_mask=padding, fps=fps).sample[0]
-    return found
 
 
 # -- parity with diffusers ------------------------------------------------------------------------------------------
@@ -96,11 +84,12 @@ def test_velocities_and_state_dicts_are_diffusers(architecture: dict[str, Any], 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("positions", [None, "learnable"])
 @pytest.mark.parametrize("buckets", [None, 8])
 @pytest.mark.parametrize("given_time", [GIVEN_TIME, None])
 @pytest.mark.parametrize("frames", [[0] * 4, GIVEN], ids=["text-to-video", "frames-given"])
-def test_a_mixed_pack_is_diffusers_one_by_one(frames: list[int], given_time: float | None, buckets: int | None) -> None:
-    ours, model = cosmos(given_time=given_time), diffusers_model()
+def test_a_mixed_pack_is_diffusers_one_by_one(frames: list[int], given_time: float | None, buckets: int | None, positions: str | None) -> None:
+    ours, model = cosmos(given_time=given_time, extra_pos_embed_type=positions), diffusers_model(extra_pos_embed_type=positions)
     ours.buckets = buckets
     clips = [(1, 8, 8), (3, 4, 12), (5, 2, 2), (1, 8, 8)]
     latents, t, embeds = requests(ours.config, clips, LENGTHS)
@@ -219,6 +208,13 @@ def test_token_counts() -> None:
         model.tokens((4, 13, 2, 2))
 
 
+def test_learnt_positions_end_with_their_tables() -> None:
+    """Of 8 frames, where the tables of rows and columns hold 12."""
+    model = cosmos(extra_pos_embed_type="learnable")
+    with pytest.raises(ValueError, match=r"\(9, 1, 1\) patches are more than the network has learnt positions of, \(8, 12, 12\)"):
+        model(*requests(model.config, [(9, 2, 2)], [3]))
+
+
 @given(architecture=architectures())
 @settings(max_examples=25)
 def test_config_round_trip(architecture: dict[str, Any]) -> None:
@@ -235,7 +231,7 @@ def test_config_defaults_are_diffusers() -> None:
     ("change", "message"),
     [
         ({"window": 1}, "keys this model does not know: window"),
-        ({"extra_pos_embed_type": "learnable"}, "is of Cosmos-Predict2 and earlier"),
+        ({"extra_pos_embed_type": "sincos"}, "extra_pos_embed_type='sincos' is not known"),
         ({"img_context_dim_in": 12}, "are of Cosmos-Transfer2.5"),
         ({"controlnet_block_every_n": 7}, "are of Cosmos-Transfer2.5"),
         ({"in_channels": 4}, "in_channels=4 must be out_channels [+] 1 = 5"),
