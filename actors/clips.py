@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from actors.pictures import contact_sheet
+from actors.pictures import CELL, contact_sheet
 
 STRIP = 4
 """Frames of a clip that stand in a grid, the first and the last among them."""
@@ -40,6 +40,11 @@ def strip(clip: NDArray[np.uint8], frames: int = STRIP) -> NDArray[np.uint8]:
     """Some frames of a clip `[F, H, W, 3]`, evenly spread, side by side: `[H, frames · W, 3]`."""
     places = np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)
     return np.concatenate([clip[i] for i in places], 1)
+
+
+def strip_sheet(clips: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], captions: Sequence[str]) -> Image.Image:
+    """`contact_sheet` of clips' strips, in two columns: of four, shrunk to a page, no caption can be read."""
+    return contact_sheet([strip(clip) for clip in clips], captions, columns=2, width=STRIP * CELL)
 
 
 def playing_sheet(clips: NDArray[np.uint8], captions: Sequence[str], columns: int = 4) -> NDArray[np.uint8]:

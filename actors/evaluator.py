@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.clips import playing_sheet, shown, strip, write_clip
+from actors.clips import playing_sheet, shown, strip_sheet, write_clip
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.groups import fps_of
 from actors.judgement import EvaluationFailed, Judgement, Scores, judged
@@ -167,12 +167,13 @@ class Evaluator:
         }
         path = self.run_dir / "samples" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        samples, captions = np.stack([sample for n in sorted(found) for sample in found[n]]), [caption(example.text) for example in examples]
+        samples = np.stack([sample for n in sorted(found) for sample in found[n]])
         if samples.ndim == 5:
-            write_clip(path.with_suffix(".mp4"), playing_sheet(samples, captions), self.spec.sampler.fps)
-            sheet = contact_sheet([strip(clip) for clip in samples], captions, columns=2)  # of four, shrunk to a page, no caption can be read
+            texts = [example.text for example in examples]  # whole: what moves, and how, is said outside quotes
+            write_clip(path.with_suffix(".mp4"), playing_sheet(samples, texts), self.spec.sampler.fps)
+            sheet = strip_sheet(samples, texts)
         else:
-            sheet = contact_sheet(samples, captions)
+            sheet = contact_sheet(samples, [caption(example.text) for example in examples])
         sheet.save(path)
         return str(path)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+CELL = 144
+"""Widest that small pictures are enlarged to, in pixels."""
 CAPTION_LINES = 3
 LINE = 12
 """Height of one line of a caption, in pixels."""
@@ -34,7 +36,7 @@ def wrapped(text: str, width: float, measure: Callable[[str], float]) -> list[st
     return lines
 
 
-def contact_sheet(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], columns: int = 4, width: int = 144) -> Image.Image:
+def contact_sheet(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], columns: int = 4, width: int = CELL) -> Image.Image:
     """Pictures uint8 `[H, W, 3]` in rows, each with its caption below, in as many lines as the longest needs. Sizes may differ:
     all are enlarged by the same whole number, with which the widest stays within `width` pixels, and stand in the middle of
     their cells."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actors.clips import GIF_FRAMES, GIF_WIDTH, SHOWN, animated, playing_sheet, shown, strip, write_clip
+from actors.clips import GIF_FRAMES, GIF_WIDTH, SHOWN, animated, playing_sheet, shown, strip, strip_sheet, write_clip
 
 
 def moving(frames: int = 9, height: int = 17, width: int = 33) -> np.ndarray:
@@ -44,6 +44,14 @@ def test_a_strip_holds_the_first_and_the_last_frame() -> None:
     np.testing.assert_array_equal(found[:, :33], clip[0])
     np.testing.assert_array_equal(found[:, -33:], clip[-1])
     assert strip(clip[:2]).shape == (17, 66, 3)
+
+
+def test_strips_of_small_clips_are_enlarged_until_their_captions_can_be_read() -> None:
+    clips = np.stack([moving(5, 12, 32)] * 3)
+    sheet = np.asarray(strip_sheet(clips, ['the number "407" moving left'] * 3))
+    scale = 4
+    assert sheet.shape[1] == 2 * (4 * 32 * scale + 8)
+    np.testing.assert_array_equal(sheet[2 : 2 + 12 * scale : scale, 4 : 4 + 4 * 32 * scale : scale], strip(clips[0]))
 
 
 def test_a_sheet_of_clips_plays_them_in_step() -> None:
