@@ -55,15 +55,17 @@ glyph-base: setup  ## train the demo's starting policy again (about 35 minutes)
 LEARN = learn() { recipe=$$1; name=$$2; shift 2; test -e runs/$$name/summary.json || \
 	$(BIN)/ddrl train recipes/$$recipe.yaml --set name=$$name "$$@" $$(test ! -e runs/$$name || echo --resume); }
 
-results-video: setup  ## every run of docs/results.md with clips; again goes on where it stopped (about 2 hours on two idle cores)
+results-video: setup  ## every run of docs/results.md with clips; again goes on where it stopped (about 90 minutes on two idle cores)
 	@$(LEARN); for s in 0 1 2; do \
 	  learn glyph-video-control glyph-video-control-$$s --set seed=$$s && learn glyph-video glyph-video-$$s --set seed=$$s && \
-	  learn glyph-video-motion glyph-video-motion-$$s --set seed=$$s || exit 1; done; \
-	learn glyph-video glyph-video-free --set objective.data_weight=0 && learn glyph-video-motion glyph-video-motion-free --set objective.data_weight=0
+	  learn glyph-video-motion glyph-video-motion-$$s --set seed=$$s && learn glyph-video-i2v glyph-video-i2v-$$s --set seed=$$s && \
+	  learn glyph-video-control glyph-video-i2v-control-$$s --set seed=$$s --set sampler.given_frames=1 || exit 1; done; \
+	for name in glyph-video glyph-video-motion glyph-video-i2v; do learn $$name $$name-free --set objective.data_weight=0 || exit 1; done
 	@$(BIN)/python -m benchmarks.results --reward ocr --held-out motion --ddrl runs/glyph-video-[012] --control runs/glyph-video-control-[012] --free runs/glyph-video-free
 	@$(BIN)/python -m benchmarks.results --reward motion --sub-score motion.direction --held-out ocr --ddrl runs/glyph-video-motion-[012] --control runs/glyph-video-control-[012] --free runs/glyph-video-motion-free
+	@$(BIN)/python -m benchmarks.results --reward motion --sub-score motion.direction --held-out ocr --ddrl runs/glyph-video-i2v-[012] --control runs/glyph-video-i2v-control-[012] --free runs/glyph-video-i2v-free
 
-glyph-video-base: setup  ## train the starting policy of the clips again (about 70 minutes)
+glyph-video-base: setup  ## train the starting policy of the clips again (about 25 minutes)
 	@$(BIN)/python -m diffusion.families.glyph.policy recipes/glyph-video-base --clips
 	@$(BIN)/ddrl train recipes/glyph-video-base.yaml
 	@$(BIN)/ddrl export runs/glyph-video-base recipes/glyph-video-base --ema --overwrite
@@ -78,8 +80,9 @@ test-long: setup-dev  ## what takes minutes: the demo at reduced size, kills in 
 test-chaos: setup-dev  ## a seeded storm of 50 kills over the whole pipeline, then the audit (about 15 minutes)
 	@$(PYTEST) -m chaos -s
 
-test-fullsize: setup-dev  ## one update of SD3.5-medium's size with random weights (about 25 minutes on 2 cores, 22 GB of memory, 40 GB of disk)
-	@$(BIN)/python -m benchmarks.fullsize
+test-fullsize: MODEL := sd35-medium
+test-fullsize: setup-dev  ## one update of a published size with random weights, MODEL=sd35-medium, wan21-1.3b or cosmos25-2b (8 to 30 minutes on 2 cores, 22 GB of memory, 45 GB of disk)
+	@$(BIN)/python -m benchmarks.fullsize --model $(MODEL)
 
 test-mutation: setup-dev  ## break ledger, learner and driver on purpose, one place at a time: the tests must notice (about 20 minutes on 2 cores)
 	@$(BIN)/python -m tests.mutation.run

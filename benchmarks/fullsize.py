@@ -1,11 +1,11 @@
-"""One whole update of SD3.5-medium's real architecture through the whole pipeline, on a machine without a GPU.
+"""One whole update of a published architecture, at its real size, through the whole pipeline on a machine without a GPU.
 
-    python -m benchmarks.fullsize [--json] [--folder FOLDER] [--policy POLICY]
+    python -m benchmarks.fullsize [--model sd35-medium|wan21-1.3b|cosmos25-2b] [--json] [--folder FOLDER] [--policy POLICY]
 
-Random weights in bf16, an adapter, 128 x 128 pixels, 2 steps, 2 groups of 2; everything else is recipes/sd35-medium-ocr.yaml's: text
-encoders of full width, OCR, FSDP, Redis, Serve, checkpoint and export. It shows that a policy of this size loads, fits and learns, with
-peak memory beside what `ddrl plan` says and seconds by stage. Weights are written to FOLDER once (16 GB); the run needs some 22 GB of
-memory and 40 GB of disk, and takes about 25 minutes on two cores. `--policy`: another folder in diffusers' layout instead.
+Random weights in bf16, an adapter, small pictures or clips, 2 steps, 2 groups of 2; everything else is the recipe's: text encoders of full
+width, guidance, step kernel, given frames, FSDP, Redis, Serve, checkpoint and export. It shows that a policy of this size loads, fits and
+learns, with peak memory beside what `ddrl plan` says and seconds by stage. Weights are written to FOLDER once (14 to 20 GB); a run needs
+some 22 GB of memory and 45 GB of disk, and takes 8 to 30 minutes on two cores. `--policy`: another folder in diffusers' layout instead.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,50 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from actors.clips import write_clip
 from benchmarks.machine import machine
 from benchmarks.markdown import table
-from benchmarks.random_policy import write_policy
+from benchmarks.random_policy import ARCHITECTURES, write_policy
 
 ROOT = Path(__file__).parents[1]
-RECIPE = "recipes/sd35-medium-ocr.yaml"
-SIDE, PICTURES, POLL_S, DEADLINE_S = 128, 48, 0.5, 5400.0
-REWARDS = {"ocr": {"weight": 1.0}, "scene.sharpness": {"weight": 0.1}}
-"""OCR reads nothing in noise, so that its groups' rewards are equal; sharpness varies, and the policy's loss has a gradient."""
+EXAMPLES, FPS, POLL_S, DEADLINE_S = 48, 16, 0.5, 5400.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is tried of an architecture.
+
+    Attributes:
+        recipe: whose settings hold where nothing else is said.
+        side, frames: of a sample, pixels.
+        rewards: of the run; one of them must vary over noise, or the policy's loss has no gradient.
+        overrides: of the recipe, beside `SMALL`.
+    """
+
+    recipe: str
+    side: int
+    frames: int
+    rewards: dict[str, dict[str, Any]]
+    overrides: tuple[str, ...] = ()
+
+
+ADAPTER = 'model.lora={"rank": 16, "alpha": 32, "targets": "attention"}'
+CASES = {
+    "sd35-medium": Case("recipes/sd35-medium-ocr.yaml", 128, 1, {"ocr": {"weight": 1.0}, "scene.sharpness": {"weight": 0.1}}),
+    "wan21-1.3b": Case("recipes/wan21-1.3b-videoalign.yaml", 64, 5, {"scene.motion": {"weight": 1.0}, "scene.sharpness": {"weight": 0.1}}),
+    "cosmos25-2b": Case(
+        "recipes/cosmos25-2b-videoalign.yaml",
+        64,
+        9,
+        {"scene.motion": {"weight": 1.0}, "scene.sharpness": {"weight": 0.1}},
+        (ADAPTER, "model.base_dtype=bfloat16", "learner.ranks=1", "learner.sequence_ranks=1", "data.kind=prepared", "rollout.generators=1"),
+    ),
+}
 FLEET = {"ocr": {"kind": "ocr", "mode": "flow_grpo", "reading": "detection", "upscale": 1}, "scene": {"kind": "scene"}}
 SMALL = (
     "updates=1",
     "checkpoint_every=1",
     "model.map_weights=true",
-    f"sampler.height={SIDE}",
-    f"sampler.width={SIDE}",
     "sampler.steps=2",
     "sampler.eval_steps=2",
     "sampler.trained_steps=[0]",
@@ -63,8 +92,7 @@ SMALL = (
     "evaluation.diversity_samples=2",
     "evaluation.grid_prompts=2",
     "replay.claim_timeout_s=3600",
-    f"rewards={json.dumps(REWARDS)}",
-    f"fleet.rewards={json.dumps(FLEET)}",
+    "held_out_rewards=[]",
 )
 ROLES = {
     "learner rank": ("RayTrainWorker",),
@@ -77,15 +105,20 @@ ROLES = {
 """What a process's title holds, by the names that a plan uses."""
 
 
-def write_pictures(folder: Path) -> None:
-    """Captioned pictures of coloured noise."""
+def write_source(folder: Path, case: Case) -> None:
+    """Captioned pictures or clips of coloured noise."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     lines = []
-    for i in range(PICTURES):
-        coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8))
-        coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
-        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": f'a sign that says "{i:03d}"'}))
+    for i in range(EXAMPLES):
+        coarse = draw.integers(0, 256, (case.frames, 8, 8, 3), np.uint8)
+        frames = [Image.fromarray(frame).resize((case.side, case.side), Image.Resampling.BICUBIC) for frame in coarse]
+        name = f"{i:03d}.{'png' if case.frames == 1 else 'mp4'}"
+        if case.frames == 1:
+            frames[0].save(folder / name)
+        else:
+            write_clip(folder / name, np.stack([np.asarray(frame) for frame in frames]), FPS)
+        lines.append(json.dumps({"file_name": name, "text": f'a sign that says "{i:03d}"'}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -138,9 +171,9 @@ class Watch:
             self.resident[role], self.mapped[role] = sizes["VmRSS"], sizes["RssFile"]
 
 
-def planned(overrides: list[str]) -> dict[str, float]:
+def planned(recipe: str, overrides: list[str]) -> dict[str, float]:
     """Bytes of a process by its role, as `ddrl plan` says."""
-    done = subprocess.run(ddrl("plan", RECIPE, "--gpus", "0", "--json", *overrides), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
+    done = subprocess.run(ddrl("plan", recipe, "--gpus", "0", "--json", *overrides), cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
     plan = json.loads(done.stdout)
     found: dict[str, float] = {}
     for process in plan["processes"] + plan["hosts"]:
@@ -149,19 +182,23 @@ def planned(overrides: list[str]) -> dict[str, float]:
     return found
 
 
-def measure(work: Path, policy: Path) -> dict[str, Any]:
+def measure(work: Path, policy: Path, case: Case) -> dict[str, Any]:
     """Prepare the anchor data, train one update, and say what it took. Raises RuntimeError for a run that is not as it should be."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    write_pictures(work / "pictures")
+    write_source(work / "source", case)
     started = time.monotonic()
-    prepare = ddrl("prepare-data", str(work / "pictures"), str(work / "anchors"), "--model", str(policy), "--size", f"{SIDE}x{SIDE}")
+    clips = [] if case.frames == 1 else ["--frames", str(case.frames), "--fps", str(FPS)]
+    prepare = ddrl("prepare-data", str(work / "source"), str(work / "anchors"), "--model", str(policy), "--size", f"{case.side}x{case.side}", *clips)
     subprocess.run(prepare, cwd=ROOT, env=environment, check=True, timeout=DEADLINE_S)
     seconds = {"prepare-data": time.monotonic() - started}
-    paths = (f"model.path={policy}", f"data.path={work / 'anchors'}", f"replay.payloads={work / 'payloads'}")
-    overrides = [part for value in (*SMALL, *paths) for part in ("--set", value)]
+    values = [*SMALL, *case.overrides, f"sampler.height={case.side}", f"sampler.width={case.side}", f"sampler.frames={case.frames}"]
+    used = {reward.split(".")[0] for reward in case.rewards}
+    values += [f"rewards={json.dumps(case.rewards)}", f"fleet.rewards={json.dumps({name: FLEET[name] for name in FLEET if name in used})}"]
+    values += [f"model.path={policy}", "model.revision=null", f"data.path={work / 'anchors'}", f"replay.payloads={work / 'payloads'}"]
+    overrides = [part for value in values for part in ("--set", value)]
     about = machine()
     run, started, began = work / "run", time.monotonic(), time.time()
-    process = subprocess.Popen(ddrl("train", RECIPE, "--run-dir", str(run), *overrides), cwd=ROOT, env=environment)
+    process = subprocess.Popen(ddrl("train", case.recipe, "--run-dir", str(run), *overrides), cwd=ROOT, env=environment)
     watch = Watch(process)
     try:
         status = process.wait(DEADLINE_S)
@@ -178,7 +215,7 @@ def measure(work: Path, policy: Path) -> dict[str, Any]:
     summary = json.loads((run / "summary.json").read_text())
     check(update, summary, run)
     stages = {"first update finished after": update["time"] - began} | {f"update: {name}": value for name, value in update["seconds"].items()}
-    plan = planned(overrides)
+    plan = planned(case.recipe, overrides)
     memory = {role: {"plan": plan.get(role), "resident": watch.resident[role], "mapped": watch.mapped[role]} for role in ROLES if role in watch.resident}
     return {"machine": about, "memory": memory, "available_at_least": watch.left, "seconds": seconds | stages, "update": update}
 
@@ -216,18 +253,19 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("--model", choices=CASES, default="sd35-medium", help="the architecture")
     parser.add_argument("--json", action="store_true", help="figures as JSON")
     parser.add_argument("--folder", type=Path, help="where weights and the run are kept; default: a temporary folder, removed at the end")
     parser.add_argument("--policy", type=Path, help="a folder in diffusers' layout, instead of random weights at full size")
     options = parser.parse_args()
     work = options.folder or Path(tempfile.mkdtemp(prefix="ddrl-fullsize-"))
     try:
-        policy = options.policy or work / "policy"
+        policy = options.policy or work / f"policy-{options.model}"
         if options.policy is None:
-            write_policy(policy)
-        for name in ("run", "payloads", "anchors", "pictures"):
+            write_policy(policy, ARCHITECTURES[options.model])
+        for name in ("run", "payloads", "anchors", "source"):
             shutil.rmtree(work / name, ignore_errors=True)
-        found = measure(work, policy.resolve())
+        found = measure(work, policy.resolve(), CASES[options.model])
         print(json.dumps(found) if options.json else markdown(found))
     finally:
         if options.folder is None:
