@@ -2,7 +2,7 @@
 
     python -m benchmarks.fullsize [--model sd35-medium|wan21-1.3b|cosmos25-2b] [--json] [--folder FOLDER] [--policy POLICY]
 
-Random weights in bf16, an adapter, small pictures or clips, 2 steps, 2 groups of 2; everything else is the recipe's: text encoders of full
+Random weights in bf16, an adapter, small pictures or clips, 2 or 3 steps, 2 groups of 2; everything else is the recipe's: text encoders of full
 width, guidance, step kernel, given frames, FSDP, Redis, Serve, checkpoint and export. It shows that a policy of this size loads, fits and
 learns, with peak memory beside what `ddrl plan` says and seconds by stage. Weights are written to FOLDER once (14 to 20 GB); a run needs
 some 22 GB of memory and 45 GB of disk, and takes 8 to 30 minutes on two cores. `--policy`: another folder in diffusers' layout instead.
@@ -64,7 +64,7 @@ CASES = {
         64,
         9,
         {"scene.motion": {"weight": 1.0}, "scene.sharpness": {"weight": 0.1}},
-        (ADAPTER, "model.base_dtype=bfloat16", "learner.ranks=1", "learner.sequence_ranks=1", "data.kind=prepared", "rollout.generators=1"),
+        (ADAPTER, "sampler.steps=3", "model.base_dtype=bfloat16", "learner.ranks=1", "learner.sequence_ranks=1", "data.kind=prepared", "rollout.generators=1"),
     ),
 }
 FLEET = {"ocr": {"kind": "ocr", "mode": "flow_grpo", "reading": "detection", "upscale": 1}, "scene": {"kind": "scene"}}
