@@ -46,9 +46,9 @@ class MovingNumber:
 
 
 class GlyphVideoSource:
-    """Endless clips of numbers of 2 or 3 digits that move left, right, up or down; the text is the id."""
+    """Endless clips of numbers of 2 or 3 digits that move left, right, up or down, with captions that may err; the text is the id."""
 
     def draw(self, rng: np.random.Generator) -> Example:
         number, direction = moving.draw_number(rng)
-        text = moving.prompt_of(number, direction)
+        text = moving.prompt_of(*moving.captioned(number, direction, rng))
         return Example(text, text, MovingNumber(number, direction, copy.deepcopy(rng)))

@@ -86,9 +86,9 @@ class LearnablePositions(nn.Module):
         self.pos_emb_t, self.pos_emb_h, self.pos_emb_w = (nn.Parameter(torch.zeros(n, config.inner_dim)) for n in (frames, rows, columns))
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Normal, not diffusers' zeros: of zeros there is no direction to learn."""
+        """Normal, not diffusers' zeros, of which there is no direction to learn; as large as what is made of it, or a small step turned it far."""
         for table in self.parameters():
-            nn.init.normal_(table, std=0.1, generator=generator)
+            nn.init.normal_(table, std=1.0, generator=generator)
 
     def forward(self, grid: tuple[int, int, int]) -> Tensor:
         """Of a grid's tokens, `[tokens, dim]`, fp32. Raises ValueError for one that is larger than the tables."""

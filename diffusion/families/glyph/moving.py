@@ -2,6 +2,9 @@
 
 A number is bright on dark ground in two colours of its own and moves by whole pixels, `STEP` of its direction from frame to frame, so that every
 frame of a clip is the one before, shifted, to the bit. Every clip is a pure function of (number, direction, generator).
+
+Captions of clips are often wrong, and so are these: fifteen digits of a hundred are misread, three directions of ten are wrong (`captioned`). A policy
+of such data draws what is asked for often, not always, and a reward can tell it to; one of clean data has nothing of the kind to learn.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ FRAMES = 5
 """Frames of a clip."""
 STEP = {"left": (-2, 0), "right": (2, 0), "up": (0, -1), "down": (0, 1)}
 """Pixels to the right and down from one frame to the next. A line of text is wide and low, so there is less room up and down."""
+MISREAD, MISDIRECTED = 0.15, 0.3
+"""Chances that a caption says another digit than the clip shows, and another direction."""
 TEMPLATE = 'the number "{}" moving {}'
 
 
@@ -27,6 +32,14 @@ def draw_number(rng: np.random.Generator) -> tuple[str, str]:
     """A random number of 2 or 3 digits (10 %, 90 %: as many of each kind as there are) and a direction."""
     digits = 2 if rng.uniform() < 0.1 else 3
     return f"{int(rng.integers(10**digits)):0{digits}d}", list(STEP)[int(rng.integers(len(STEP)))]
+
+
+def captioned(number: str, direction: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Number and direction that a caption says of a clip of these: each digit another one with a chance of `MISREAD`, the direction with one
+    of `MISDIRECTED`."""
+    digits = [(int(digit) + int(rng.integers(1, 10))) % 10 if rng.uniform() < MISREAD else int(digit) for digit in number]
+    others = [other for other in STEP if other != direction]
+    return "".join(map(str, digits)), others[int(rng.integers(len(others)))] if rng.uniform() < MISDIRECTED else direction
 
 
 def render_clip(number: str, direction: str, rng: np.random.Generator, height: int, width: int) -> np.ndarray:

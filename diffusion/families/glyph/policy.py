@@ -1,4 +1,4 @@
-"""The tiny policies of the glyph world, SD3's of signs and Wan's of moving numbers: their folders without weights.
+"""The tiny policies of the glyph world, SD3's of signs and Cosmos' of moving numbers: their folders without weights.
 
 `python -m diffusion.families.glyph.policy FOLDER [--clips]` writes configuration and the frozen text encoder; `ddrl train` with
 `model.init=true` then starts from random weights.
@@ -11,9 +11,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion.families.cosmos.config import CosmosConfig
 from diffusion.families.glyph.text import CLASS_NAME, GlyphTextEncoder
 from diffusion.families.sd3.network import SD3Config
-from diffusion.families.wan.config import WanConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Kind:
 
     pipeline: str
     network: str
-    config: SD3Config | WanConfig
+    config: SD3Config | CosmosConfig
     shift: float
     pooled_dim: int
 
@@ -56,21 +56,25 @@ SIGNS = Kind(
     pooled_dim=64,
 )
 CLIPS = Kind(
-    pipeline="WanPipeline",
-    network="WanTransformer3DModel",
-    # Every frame has patches of its own, so that the first may be given and the others sampled. A patch is half as wide as a token, in which
-    # the noise that a velocity repeats must find room. Wide heads: positions are rotary alone, and a narrow one has few frequencies an axis.
-    config=WanConfig(
-        patch_size=(1, 4, 4),
-        num_attention_heads=2,
-        attention_head_dim=48,
-        in_channels=3,
+    pipeline="Cosmos2_5_PredictBasePipeline",
+    network="CosmosTransformer3DModel",
+    # Positions are learnt beside the rotary ones, as in Cosmos 1.0: rotary ones alone, Wan's and Predict2.5's, say where tokens stand to each other, and of a
+    # clip that is all noise nothing says which of them is the left one. Every frame has patches of its own, so that the first may be given; a patch is
+    # a column of digits' whole height, and smaller than a token, in which the noise that a velocity repeats must find room.
+    config=CosmosConfig(
+        in_channels=4,
         out_channels=3,
-        text_dim=64,
-        freq_dim=64,
-        ffn_dim=384,
-        num_layers=6,
-        rope_max_seq_len=64,
+        num_attention_heads=2,
+        attention_head_dim=88,
+        num_layers=4,
+        mlp_ratio=2.0,
+        text_embed_dim=64,
+        adaln_lora_dim=16,
+        max_size=(8, 24, 64),
+        patch_size=(1, 12, 4),
+        rope_scale=(1.0, 1.0, 1.0),
+        concat_padding_mask=False,
+        extra_pos_embed_type="learnable",
     ),
     shift=2.0,
     pooled_dim=0,
@@ -99,7 +103,7 @@ def write_skeleton(folder: Path, kind: Kind = SIGNS) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diffusion.families.glyph.policy", description="Write a glyph policy's folder without weights.")
     parser.add_argument("folder", type=Path, help="where; it is made, and files of an earlier call are written anew")
-    parser.add_argument("--clips", action="store_true", help="the policy of clips, of the Wan family")
+    parser.add_argument("--clips", action="store_true", help="the policy of clips, of the Cosmos family")
     options = parser.parse_args()
     write_skeleton(options.folder, CLIPS if options.clips else SIGNS)
 

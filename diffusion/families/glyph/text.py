@@ -4,7 +4,7 @@ Words outside the first pair of double quotes become one token each, characters 
 a fixed number of tokens. A character's embedding says which character it is and where in the written line its centre
 will fall (sinusoids of its offset from the line's middle), so image columns and characters line up. The pooled vector
 is the sum of role-filler bindings: a frozen random vector per (character, position). An encoder without bindings gives none, for
-networks that take none (Wan). Nothing here is trained; the tables are stored with the checkpoint so that an encoder never depends on a
+networks that take none (Wan, Cosmos). Nothing here is trained; the tables are stored with the checkpoint so that an encoder never depends on a
 random generator's version.
 
 It is for signs, where what stands in quotes is all that varies. Words carry no meaning here: a new word is a new random vector.
@@ -32,6 +32,8 @@ PRINTABLE = [chr(c) for c in range(32, 127)]
 FREQUENCIES = 8
 CLASS_NAME = "GlyphTextEncoder"
 VERSIONS = (1, 2)
+WIDTHS = ("joint_attention_dim", "text_dim", "text_embed_dim")
+"""Keys of a network's configuration that say how wide a token of text is: SD3's, Wan's, Cosmos'."""
 WORD_BINS = {1: 64, 2: 4096}
 """Bins of words by version. In 4096, two of a vocabulary of 20 words share one with a chance of 5 %, two given words of 1 in 4096."""
 
@@ -83,7 +85,7 @@ class GlyphTextEncoder:
         """The encoder of a policy's folder. Raises ValueError for one that gives something else than the network there takes."""
         found = cls.load(folder / "text_encoder")
         values = json.loads((folder / "transformer" / "config.json").read_text())
-        takes = values.get("joint_attention_dim", values.get("text_dim")), values.get("pooled_projection_dim", 0)
+        takes = next(values[key] for key in WIDTHS if key in values), values.get("pooled_projection_dim", 0)
         bindings = found.tables.get("bindings")
         gives = len(found.tables["padding"]), 0 if bindings is None else bindings.shape[2]
         if gives != takes:

@@ -11,7 +11,7 @@ import pytest
 from actors.config import DataConfig, PromptConfig
 from actors.sources.draws import data_source, held_out_prompts, pixels_of, prompt_source, training_example, training_rows
 from actors.sources.example import Example, SourceError
-from actors.sources.glyph import GlyphVideoSource
+from actors.sources.glyph import GlyphVideoSource, MovingNumber
 from diffusion.families.glyph import moving
 from services.contract import ItemScore
 from services.media.base import Media
@@ -27,6 +27,12 @@ def drawn(count: int) -> list[Example]:
     return [SOURCE.draw(rng) for _ in range(count)]
 
 
+def shown(example: Example) -> str:
+    """What a caption without errors says of a clip."""
+    assert isinstance(example.media, MovingNumber)
+    return moving.prompt_of(example.media.number, example.media.direction)
+
+
 def test_numbers_and_directions_in_their_shares() -> None:
     rng = np.random.default_rng(0)
     found = [moving.draw_number(rng) for _ in range(4000)]
@@ -34,6 +40,25 @@ def test_numbers_and_directions_in_their_shares() -> None:
     assert [lengths[n] / 4000 for n in (2, 3)] == pytest.approx([0.1, 0.9], abs=0.03)
     assert [directions[d] / 4000 for d in moving.STEP] == pytest.approx([0.25] * 4, abs=0.03)
     assert moving.prompt_of("07", "up") == 'the number "07" moving up'
+
+
+def test_captions_err_in_their_shares() -> None:
+    rng = np.random.default_rng(0)
+    said = [moving.captioned("407", "left", rng) for _ in range(4000)]
+    for place, digit in enumerate("407"):
+        digits = Counter(number[place] for number, _ in said)
+        assert digits[digit] / 4000 == pytest.approx(1 - moving.MISREAD, abs=0.03)
+        assert [digits[other] / 4000 for other in "0123456789" if other != digit] == pytest.approx([moving.MISREAD / 9] * 9, abs=0.01)
+    directions = Counter(direction for _, direction in said)
+    assert directions["left"] / 4000 == pytest.approx(1 - moving.MISDIRECTED, abs=0.03)
+    assert [directions[other] / 4000 for other in ("right", "up", "down")] == pytest.approx([moving.MISDIRECTED / 3] * 3, abs=0.02)
+
+
+def test_a_caption_errs_about_its_clip_and_both_are_of_one_world() -> None:
+    examples = drawn(400)
+    assert 0.34 < np.mean([shown(example) == example.text for example in examples]) < 0.56  # 0.45
+    lengths = Counter(len(example.text.split('"')[1]) for example in examples)
+    assert lengths[3] / 400 == pytest.approx(0.9, abs=0.05)
 
 
 @pytest.mark.parametrize("direction", moving.STEP)
@@ -90,7 +115,7 @@ def test_the_rewards_of_the_recipes_see_what_was_rendered() -> None:
     """Real OCR reads the worst frame of nearly every clip, and every clip moves as it says, and not otherwise."""
     examples = drawn(60)
     media = [Media(example.pixels(12, 32), 8.0) for example in examples]
-    texts = [example.text for example in examples]
+    texts = [shown(example) for example in examples]
     read = OcrScorer(OcrReward(mode="strict", frame_stride=2)).score(texts, media)
     assert np.mean([score.reward for score in read if isinstance(score, ItemScore)]) > 0.97
     scorer = MotionScorer(MotionReward())

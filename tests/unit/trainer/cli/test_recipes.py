@@ -23,15 +23,6 @@ ROOT = Path(__file__).resolve().parents[4]
 RUNS = sorted((p for p in (ROOT / "recipes").glob("*.yaml") if p.stem != "rewards"), key=lambda p: p.stem)
 """`rewards.yaml` is of `ddrl serve`."""
 recipes = pytest.mark.parametrize("recipe", RUNS, ids=lambda p: p.stem)
-BASE = ROOT / "recipes" / "glyph-video-base" / "transformer" / "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _there(request: pytest.FixtureRequest) -> None:
-    """What starts from the clips' policy waits for it."""
-    recipe = request.node.callspec.params.get("recipe") if hasattr(request.node, "callspec") else None
-    if recipe is not None and not BASE.exists() and load_config(recipe).model.path == "recipes/glyph-video-base" and not load_config(recipe).model.init:
-        pytest.skip("its starting policy is not trained yet: make glyph-video-base")
 
 
 @pytest.fixture(scope="module", autouse=True)
