@@ -55,7 +55,7 @@ glyph-base: setup  ## train the demo's starting policy again (about 35 minutes)
 LEARN = learn() { recipe=$$1; name=$$2; shift 2; test -e runs/$$name/summary.json || \
 	$(BIN)/ddrl train recipes/$$recipe.yaml --set name=$$name "$$@" $$(test ! -e runs/$$name || echo --resume); }
 
-results-video: setup  ## every run of docs/results.md with clips; again goes on where it stopped (about 90 minutes on two idle cores)
+results-video: setup  ## every run of docs/results.md with clips; again goes on where it stopped (hours on two cores)
 	@$(LEARN); for s in 0 1 2; do \
 	  learn glyph-video-control glyph-video-control-$$s --set seed=$$s && learn glyph-video glyph-video-$$s --set seed=$$s && \
 	  learn glyph-video-motion glyph-video-motion-$$s --set seed=$$s && learn glyph-video-i2v glyph-video-i2v-$$s --set seed=$$s && \
@@ -81,7 +81,7 @@ test-chaos: setup-dev  ## a seeded storm of 50 kills over the whole pipeline, th
 	@$(PYTEST) -m chaos -s
 
 test-fullsize: MODEL := sd35-medium
-test-fullsize: setup-dev  ## one update of a published size with random weights, MODEL=sd35-medium, wan21-1.3b or cosmos25-2b (8 to 30 minutes on 2 cores, 22 GB of memory, 45 GB of disk)
+test-fullsize: setup-dev  ## one update of a published size with random weights, MODEL=sd35-medium, wan21-1.3b or cosmos25-2b (SD3.5-medium: 8 to 25 minutes on 2 cores, 22 GB of memory, 40 GB of disk)
 	@$(BIN)/python -m benchmarks.fullsize --model $(MODEL)
 
 test-mutation: setup-dev  ## break ledger, learner and driver on purpose, one place at a time: the tests must notice (about 20 minutes on 2 cores)

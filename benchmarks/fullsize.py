@@ -4,8 +4,8 @@
 
 Random weights in bf16, an adapter, small pictures or clips, 2 or 3 steps, 2 groups of 2; everything else is the recipe's: text encoders of full
 width, guidance, step kernel, given frames, FSDP, Redis, Serve, checkpoint and export. It shows that a policy of this size loads, fits and
-learns, with peak memory beside what `ddrl plan` says and seconds by stage. Weights are written to FOLDER once (14 to 20 GB); a run needs
-some 22 GB of memory and 45 GB of disk, and takes 8 to 30 minutes on two cores. `--policy`: another folder in diffusers' layout instead.
+learns, with peak memory beside what `ddrl plan` says and seconds by stage. Weights are written to FOLDER once (14 to 20 GB); a run of
+SD3.5-medium needs some 22 GB of memory and 40 GB of disk, and takes 8 to 25 minutes on two cores. `--policy`: another folder in diffusers' layout instead.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Case:
 
     Attributes:
         recipe: whose settings hold where nothing else is said.
-        side, frames: of a sample, pixels.
+        side: of a sample, in pixels.
+        frames: of a sample, 1 = a picture.
         rewards: of the run; one of them must vary over noise, or the policy's loss has no gradient.
         overrides: of the recipe, beside `SMALL`.
     """

@@ -4,7 +4,7 @@ A number is bright on dark ground in two colours of its own and moves by whole p
 frame of a clip is the one before, shifted, to the bit. Every clip is a pure function of (number, direction, generator).
 
 Captions of clips are often wrong, and so are these: fifteen digits of a hundred are misread, three directions of ten are wrong (`captioned`). A policy
-of such data draws what is asked for often, not always, and a reward can tell it to; one of clean data has nothing of the kind to learn.
+of such data draws what is asked for often, not always, which leaves a reward something to change.
 """
 
 from __future__ import annotations
