@@ -68,7 +68,16 @@ class RolloutConfig(Strict):
     )
     same_initial_noise: bool = Field(False, description="all members of a group start from the same noise (DanceGRPO)")
     threads: int = Field(1, ge=1, description="torch threads of one generator")
-    gpus: float = Field(0.0, ge=0, description="GPUs of one generator")
+    gpus: float = Field(0.0, ge=0, description="GPUs of one generator; of each of its processes where several share the tokens")
+    sequence_ranks: int = Field(
+        1, ge=1, description="processes of a generator that share the tokens of every forward pass, and in attention its heads (Ulysses); 1 = it is one"
+    )
+
+    @model_validator(mode="after")
+    def _ranks_have_devices(self) -> RolloutConfig:
+        if self.sequence_ranks > 1 and self.gpus % 1:
+            raise ValueError(f"each of rollout.sequence_ranks={self.sequence_ranks} processes needs a whole GPU (NCCL refuses two on one), not {self.gpus:g}")
+        return self
 
     @model_validator(mode="after")
     def _group_can_be_enough(self) -> RolloutConfig:

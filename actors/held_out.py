@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.conditioning import Conditioner, Subjects
+from actors.ranks import GeneratorRanks
 from actors.sources.draws import data_source, held_out_rows
 from actors.sources.example import Example, Source
 from actors.sources.latents import clean_latents
@@ -72,11 +73,21 @@ class HeldOut:
         spec: the generator's settings.
         engine: its engine; the policy in it; what makes conditioning for it; its codec's thread.
         max_tokens: of one forward pass.
+        ranks: other processes that share the network's passes.
     """
 
-    def __init__(self, spec: RolloutSpec, engine: AsyncEngine, policy: Policy, conditioner: Conditioner, decoder: Decoder, max_tokens: int) -> None:
+    def __init__(
+        self,
+        spec: RolloutSpec,
+        engine: AsyncEngine,
+        policy: Policy,
+        conditioner: Conditioner,
+        decoder: Decoder,
+        max_tokens: int,
+        ranks: GeneratorRanks | None = None,
+    ) -> None:
         self._spec, self._engine, self._policy, self._conditioner = spec, engine, policy, conditioner
-        self._decoder, self._max_tokens = decoder, max_tokens
+        self._decoder, self._max_tokens, self._ranks = decoder, max_tokens, ranks
         self._subjects = Subjects(spec.seed, spec.prompts, spec.data, spec.sampler)
         self._lock = threading.Lock()
         self._name: Name | None = None  # of the second set that the engine holds
@@ -184,9 +195,12 @@ class HeldOut:
         name = name_of(weights)
         if name == self._name:
             return
+        version = 0 if weights is None else weights.version
+        if self._ranks is not None:
+            self._ranks.hold(True, weights, version, None, READ_DEADLINE_S)
         incoming = StartingWeights(self._policy.transformer, self._spec.model, self._spec.seed) if weights is None else weights.open(READ_DEADLINE_S)
         self._name = None
-        self._waited(self._engine.set_side_weights(incoming, 0 if weights is None else weights.version))
+        self._waited(self._engine.set_side_weights(incoming, version))
         self._name = name
 
     def _let_go(self) -> None:

@@ -32,6 +32,7 @@ from actors.encoding import EncoderUnavailable
 from actors.groups import fps_of, group_payload, group_request, judge
 from actors.held_out import HeldOut
 from actors.payload import encode
+from actors.ranks import GeneratorRanks
 from actors.rewards import RunRewards
 from actors.sources.example import Example
 from actors.sources.latents import clean_latents
@@ -121,12 +122,14 @@ class RolloutGenerator:
         torch.set_num_threads(spec.rollout.threads)
         self.spec, self.weights, self.owner = spec, weights, f"generator-{index}"
         device = resolve_device("cuda" if spec.rollout.gpus > 0 else "cpu", f"rollout.gpus={spec.rollout.gpus:g}")
+        ranks = GeneratorRanks(spec, device.type) if spec.rollout.sequence_ranks > 1 else None  # they load while this one does
         self.policy = load_policy(spec.model, device, spec.seed, spec.encoder)
         sampler = spec.sampler
         self.shape = self.policy.codec.latent_shape(sampler.height, sampler.width, sampler.frames)
         self.subjects = Subjects(spec.seed, spec.prompts, spec.data, sampler)
         merge = spec.model.lora.rank > 0 and spec.model.lora.merge
-        engine = Engine(self.policy.transformer, self.policy.process, sampler.max_tokens, spec.model.dtype, merge=merge, side=True)
+        tokens = sampler.max_tokens if ranks is None else min(sampler.max_tokens, ranks.join(self.policy.transformer))
+        engine = Engine(self.policy.transformer, self.policy.process, tokens, spec.model.dtype, merge=merge, side=True, followers=ranks)
         self.text = PromptCache(self.policy.text_encoder, device)
         picture = self.policy.transformer.needs_picture
         self.conditioner = Conditioner(self.text, spec.frames or self.policy.frames, self.policy.codec, sampler, picture)
@@ -142,8 +145,9 @@ class RolloutGenerator:
         }
         self.engine = AsyncEngine(engine)
         self.decoder = Decoder(self.policy.codec, device)
-        self._held_out = HeldOut(spec, self.engine, self.policy, self.conditioner, self.decoder, engine.runner.plan.tokens)
+        self._held_out = HeldOut(spec, self.engine, self.policy, self.conditioner, self.decoder, engine.runner.plan.tokens, ranks)
         self.held: tuple[int, int] | None = None  # (lineage, version) of the newest weights that the engine was given
+        self._ranks = ranks
         self.buffer = spec.target.buffer()
         self.client = spec.rewards.connect()
         self.revisions: dict[str, str] = {}  # of the trained rewards, asked for before the first group is scored
@@ -263,6 +267,8 @@ class RolloutGenerator:
         if view is None:
             return
         try:
+            if self._ranks is not None:
+                self._ranks.hold(False, view, view.table.version, view.table.digest, wait_s)
             fresh = view.open(wait_s)
         except (WeightsGone, WeightsDamaged) as error:
             self.weights.lost.remote(view.table.name, str(error))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from diffusion.engine.cache import MAX_BYTES, PromptCache
 from diffusion.engine.incoming import Incoming, Whole
+from diffusion.engine.lead import Followers
 from diffusion.engine.request import Failure, SampleRequest, SamplingFailed, Trajectory
 from diffusion.engine.runner import OutOfMemory, Runner
 from diffusion.engine.scheduler import Scheduler
@@ -67,6 +68,7 @@ class Engine:
         cache_bytes: bound on the encoded prompts that are kept.
         merge: merge adapters (LoRA) into the weights. Their log-densities then differ from the learner's by rounding.
         side: leave room for a second set of weights (`diffusion.engine.side`).
+        followers: processes that share the network's passes (`diffusion.engine.lead`).
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class Engine:
         cache_bytes: int = MAX_BYTES,
         merge: bool = False,
         side: bool = False,
+        followers: Followers | None = None,
     ) -> None:
-        runner = Runner(model, max_tokens, dtype, merge, side)
+        runner = Runner(model, max_tokens, dtype, merge, side, followers)
         self._begin(runner, process, PromptCache(text_encoder, runner.device, cache_bytes) if text_encoder is not None else None)
 
     def _begin(self, runner: Runner, process: ForwardProcess, prompts: PromptCache | None) -> None:

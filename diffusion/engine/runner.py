@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusion.engine.forward import Rows, predict, rows_of
 from diffusion.engine.incoming import Incoming
+from diffusion.engine.lead import Followers, Lead
 from diffusion.engine.memory import keep_freed_memory, out_of_memory, plan_memory
 from diffusion.engine.sequence import Sequence
 from diffusion.families.base import PackedModel
@@ -47,14 +48,21 @@ class Runner:
         dtype: `float32` or `bfloat16` inside the network (`diffusion.precision`).
         merge: merge adapters (LoRA) into the weights. Their log-densities then differ from the learner's by rounding.
         side: leave room for a second set of what is trained (`diffusion.engine.side`).
+        followers: those that share the network's passes, do as this one does (`diffusion.engine.lead`).
 
     Attributes:
         plan: the token budget and where it comes from.
         version, digest: of the weights in place.
     """
 
-    def __init__(self, model: PackedModel, max_tokens: int, dtype: str = "float32", merge: bool = False, side: bool = False) -> None:
+    second = False
+    """Whether its weights are the second set."""
+
+    def __init__(
+        self, model: PackedModel, max_tokens: int, dtype: str = "float32", merge: bool = False, side: bool = False, followers: Followers | None = None
+    ) -> None:
         self.model, self.dtype, self.merge = model.eval(), dtype, merge
+        self.lead = None if followers is None else Lead(model, followers)
         self.device = next(model.parameters()).device
         if merge:
             merge_lora(model)  # before memory is measured: the unmerged weights are kept
@@ -95,6 +103,8 @@ class Runner:
         if self._next is None:
             return
         incoming, self.version, digest = self._next
+        if self.lead is not None:
+            self.lead.followers.swap(self.second, self.version, digest)
         if digest is None or digest != self.digest:
             self._put(incoming)
             if self.merge:
@@ -126,6 +136,8 @@ class Runner:
             with self.weights():
                 return list(zip(rows, predict(self.model, rows, self.dtype), strict=True))
         except Exception as error:
+            if self.lead is not None:
+                self.lead.followers.lost(error)
             if not out_of_memory(error):
                 raise
             shortage = str(error) or type(error).__name__

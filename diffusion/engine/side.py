@@ -13,7 +13,7 @@ A compiled network reads its parameters through their objects at each call and k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -30,8 +30,11 @@ T = TypeVar("T")
 class SideRunner(Runner):
     """The network of a live runner with weights of its own."""
 
+    second = True
+
     def __init__(self, live: Runner) -> None:
         self.model, self.dtype, self.device, self.plan, self.merge = live.model, live.dtype, live.device, live.plan, False
+        self.lead = live.lead
         self.version, self.digest, self._next = 0, None, None
         self._held: dict[str, Tensor] = {}
 
@@ -45,7 +48,7 @@ class SideRunner(Runner):
         """The network has the second set meanwhile. Raises LookupError when none is held."""
         if not self._held:
             raise LookupError("no second set of weights is held; set_weights first")
-        with unmerged_lora(self.model):
+        with unmerged_lora(self.model), nullcontext() if self.lead is None else self.lead.second():
             self._exchange()
             try:
                 yield
@@ -58,6 +61,8 @@ class SideRunner(Runner):
 
     def drop(self) -> None:
         """Free the second set."""
+        if self.lead is not None:
+            self.lead.followers.drop()
         self._held, self._next, self.version, self.digest = {}, None, 0, None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # others share the device
@@ -92,4 +97,9 @@ class SideEngine(Engine):
     def call(self, work: Callable[[], T]) -> T:
         """Run `work`, such as a forward pass for its loss, with the second set in place."""
         with self.runner.weights():
-            return work()
+            try:
+                return work()
+            except Exception as error:
+                if self.runner.lead is not None:
+                    self.runner.lead.followers.lost(error)
+                raise

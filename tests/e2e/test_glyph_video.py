@@ -39,6 +39,14 @@ def test_a_run_learns_from_one_reward_and_is_seen_by_the_other(recipe: str, rewa
 
 
 @pytest.mark.long
+def test_generators_of_two_processes_sample_what_the_learner_finds_again(start: Callable[..., Run]) -> None:
+    few = [*FEW, "--set", "rollout.generators=1", "--set", "rollout.sequence_ranks=2"]
+    run = start("run", *few, recipe="recipes/glyph-video-i2v.yaml")
+    _, updates = trained(run)
+    assert all(update["ratio_deviation"] < 1e-3 for update in updates)
+
+
+@pytest.mark.long
 def test_the_control_has_no_rollouts_and_the_same_evaluations(start: Callable[..., Run]) -> None:
     run = start("run", *FEW, "--set", "data.batch_size=16", recipe="recipes/glyph-video-control.yaml")
     run.succeed()

@@ -59,7 +59,7 @@ def shrunk(config: RunConfig, fixed: Collection[str] = ()) -> dict[str, Any]:
     size = config.rollout.group_size if "rollout.group_size" in fixed else low["rollout.group_size"]
     replicas = config.learner.replicas if "learner.replicas" in fixed else 1
     sequence = config.learner.sequence_ranks if "learner.sequence_ranks" in fixed else min(config.learner.sequence_ranks, max(1, ranks // replicas))
-    low |= {"learner.replicas": replicas, "learner.sequence_ranks": sequence}
+    low |= {"learner.replicas": replicas, "learner.sequence_ranks": sequence, "rollout.sequence_ranks": min(config.rollout.sequence_ranks, RANKS)}
     low |= {"learner.ranks": ranks, "rollout.groups_per_step": min(config.rollout.groups_per_step, max(ranks, RANKS))}
     if config.rollout.min_group_size is not None:
         low["rollout.min_group_size"] = min(config.rollout.min_group_size, size)

@@ -231,7 +231,7 @@ def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     cast = network.trained if based == "bfloat16" else max(sizes.blocks) if sizes.adapted else network.parameters
     casts = 0.0 if e == 4 else 2.0 * cast
     merged = BYTES[based] * sizes.adapted_weights if config.model.lora.merge else 0
-    members = rollout.concurrent_groups * rollout.group_size if config.uses_policy else 0
+    members, sharing = rollout.concurrent_groups * rollout.group_size if config.uses_policy else 0, rollout.sequence_ranks
     evaluated = parcel(config)
     one = sizes.tokens * (2 if sampler.guidance > 1 else 1)  # more than the budget, it runs alone
     tokens = max(one if members else sizes.tokens, min(sampler.max_tokens, max(members * one, evaluated * sizes.tokens)))
@@ -240,7 +240,11 @@ def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
         Part("weights", weights, "fp32; the network runs in them or in casts" if based == "float32" else f"frozen ones in {based}"),
         Part("casts of weights", casts, "bf16, for the time of a forward pass"),
         Part("unmerged weights", merged, "kept beside those that the adapter is merged into"),
-        Part("activations", tokens * sizes.network.activation_bytes(e), f"{tokens} tokens a forward pass"),
+        Part(
+            "activations",
+            tokens * sizes.network.activation_bytes(e) / sharing,
+            f"{tokens} tokens a forward pass{f' of {sharing} ranks' if sharing > 1 else ''}",
+        ),
         Part("states", members * 3 * sizes.latent_values * 4.0, f"{members} samples as they stand, fp32; what is stored of them is in host memory"),
         Part("weights under evaluation", MASTER * sizes.published_values, "what is trained, of the version that is evaluated; for that time"),
         Part("encoded prompts", min(PROMPT_CACHE, prompts * sizes.prompt_values * 4.0), "cache of at most 256 MiB"),
@@ -255,6 +259,16 @@ def generator(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
             parts.append(Part("encoding", vae.batch * vae.encode.peak, "held-out pictures of an evaluation, in one call" if len(sizes.shape) == 3 else what))
         parts.append(Part("decoding", batch * vae.decode.peak, what))
     return tuple(part for part in parts if part.bytes)
+
+
+RANK_PARTS = ("weights", "casts of weights", "unmerged weights", "activations", "weights under evaluation")
+"""What of a generator a rank that follows it has too: the network and its share of a pass."""
+
+
+def _of_ranks(config: RunConfig, parts: tuple[Part, ...]) -> list[Process]:
+    """Ranks that follow the generators (`rollout.sequence_ranks`), where there are any; `parts`: of a generator."""
+    others = config.rollout.generators * (config.rollout.sequence_ranks - 1)
+    return [Process("generator rank", others, config.rollout.gpus, tuple(p for p in parts if p.name in RANK_PARTS))] if others else []
 
 
 def encoder(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
@@ -308,7 +322,8 @@ def processes(config: RunConfig, sizes: Sizes, vae: VAEPass, assumptions: Assump
     """Everything that may lie on a GPU: learner ranks, generators, rewards."""
     own = Part("process", assumptions.process_gb * 1e9, "context and libraries")
     found = [Process("learner rank", config.learner.ranks, config.learner.gpus, learner_rank(config, sizes))]
-    found.append(Process("generator", config.rollout.generators, config.rollout.gpus, generator(config, sizes, vae, assumptions)))
+    sampling = generator(config, sizes, vae, assumptions)
+    found += [Process("generator", config.rollout.generators, config.rollout.gpus, sampling), *_of_ranks(config, sampling)]
     if config.encoder.actors:
         found.append(Process("encoder", config.encoder.actors, config.encoder.gpus, encoder(config, sizes)))
     return [replace(p, parts=(*p.parts, own)) if p.gpus and not p.reserved else p for p in (*found, *rewards(config))]
@@ -349,7 +364,7 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
             0,
             (Part("weights that arrive", version, "mapped or shared memory of its node"), *_generator_host(config, sizes)),
         )
-    )
+    )  # ranks that follow it read the same files or shared memory
     if config.feeds_data and pixels.bytes:
         found.append(Process("anchor feeder", 1, 0, (pixels,)))
     if config.weights.transport == "objects":

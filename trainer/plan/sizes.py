@@ -160,10 +160,11 @@ def sizes_of(config: RunConfig, assumptions: Assumptions) -> Sizes:
         network.tokens(shape)
     except ValueError as error:
         raise ConfigError(f"sampler.height, sampler.width: {error}") from None
-    try:
-        check_heads(network.config.num_attention_heads, config.learner.sequence_ranks)
-    except ValueError as error:
-        raise ConfigError(f"learner.sequence_ranks: {error}") from None
+    for part, count in (("learner", config.learner.sequence_ranks), ("rollout", config.rollout.sequence_ranks)):
+        try:
+            check_heads(network.config.num_attention_heads, count)
+        except ValueError as error:
+            raise ConfigError(f"{part}.sequence_ranks: {error}") from None
     values = parts["transformer"]
     channels = prompt_channels(values, config.model)
     tokens: int = assumptions.prompt_tokens or sum(

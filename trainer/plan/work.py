@@ -141,7 +141,7 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     r, learner, rate = config.rollout, config.learner, gpu.rate(config.model.dtype)
     text_rate = gpu.rate(config.model.text_dtype) * assumptions.rollout_utilisation
     busy = samplers(config) if config.uses_policy else r.generators
-    sample_s = seconds(sampling, busy, r.gpus, rate * assumptions.rollout_utilisation)
+    sample_s = seconds(sampling, busy * r.sequence_ranks, r.gpus, rate * assumptions.rollout_utilisation)
     texts = config.encoder
     actors = texts.actors * (1 if texts.gpus else texts.threads)
     sample_s += seconds(prompts, actors, texts.gpus, text_rate) if actors else seconds(prompts, busy, r.gpus, text_rate)
@@ -153,15 +153,15 @@ def work_of(config: RunConfig, sizes: Sizes, vae: VAEPass, storage: Storage, gpu
     train_s += offload_s
     if not actors:  # ranks encode what they train on, before they do
         train_s += seconds(anchors * prompt + prompts, learner.data_ranks, learner.gpus, text_rate)
-    colocated = r.gpus > 0 and learner.gpus > 0 and r.generators + learner.ranks > count
+    colocated = r.gpus > 0 and learner.gpus > 0 and r.generators * r.sequence_ranks + learner.ranks > count
     evaluated: dict[str, float] = {}
     if evaluation is not None:
-        evaluated["evaluation"] = seconds(evaluation, evaluators(config), r.gpus, rate * assumptions.rollout_utilisation)
+        evaluated["evaluation"] = seconds(evaluation, evaluators(config) * r.sequence_ranks, r.gpus, rate * assumptions.rollout_utilisation)
     turns = config.uses_policy and (colocated or config.replay.max_staleness == 0)
     update = sample_s + train_s if turns else max(sample_s, train_s)
     hours = config.updates * update / 3600
     version = version_bytes(config, sizes)
-    generators = r.generators if config.uses_policy else 0
+    generators = r.generators * r.sequence_ranks if config.uses_policy else 0
     read = config.feeds_data * config.data_rows + config.uses_policy * config.rollout.groups_per_step  # a group's own datum has its text
     embeds = read * sizes.prompt_values * 4.0 if config.encoder.actors else 0.0
     return Work(

@@ -56,10 +56,11 @@ def check_policy(config: RunConfig) -> None:
             _check_given(config, policy, given)
     except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
         raise ConfigError(f"model: {error}") from None
-    try:
-        check_heads(policy.transformer.config.num_attention_heads, config.learner.sequence_ranks)
-    except ValueError as error:
-        raise ConfigError(f"learner.sequence_ranks: {error}") from None
+    for part, count in (("learner", config.learner.sequence_ranks), ("rollout", config.rollout.sequence_ranks)):
+        try:
+            check_heads(policy.transformer.config.num_attention_heads, count)
+        except ValueError as error:
+            raise ConfigError(f"{part}.sequence_ranks: {error}") from None
     try:
         same = collisions(signature, _texts(config))
     except ValueError as error:

@@ -13,7 +13,7 @@ CPUS = {"weight store": 0.1, "evaluator": 0.1, "generator": 1.0, "encoder": 1.0,
 
 def needs(config: RunConfig, fleet: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Ray CPUs and GPUs of a run by the part that asks for them; `fleet`: what its own reward fleet asks for."""
-    generators = config.rollout.generators  # evaluations are their work too
+    generators = config.rollout.generators * config.rollout.sequence_ranks  # processes; evaluations are their work too
     cpus = {
         "rollout.generators": generators * CPUS["generator"],
         "encoder.actors": config.encoder.actors * CPUS["encoder"],

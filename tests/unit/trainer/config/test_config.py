@@ -291,6 +291,10 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"learner": {"ranks": 6, "replicas": 4}}, "learner: ranks=6 is no multiple of replicas=4"),
     ({"learner": {"ranks": 6, "sequence_ranks": 4}}, "learner: 6 ranks of a replica are no multiple of sequence_ranks=4"),
     ({"learner": {"ranks": 8, "replicas": 4, "sequence_ranks": 4}}, "learner: 2 ranks of a replica are no multiple of sequence_ranks=4"),
+    (
+        {"rollout": {"sequence_ranks": 2, "gpus": 0.5}},
+        "rollout: each of rollout.sequence_ranks=2 processes needs a whole GPU (NCCL refuses two on one), not 0.5",
+    ),
     ({"model": None}, "model: "),
     # every rank needs a rollout and an anchor row: known before anything is started
     ({"rollout": {"groups_per_step": 1, "group_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),

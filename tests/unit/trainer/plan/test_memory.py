@@ -80,6 +80,23 @@ def test_sequence_ranks_share_activations_and_have_rows_together() -> None:
         rank(recipe(learner={"ranks": 16, "sequence_ranks": 16}))
 
 
+def test_ranks_of_a_generator_share_activations_and_each_has_the_network() -> None:
+    def parts(**rollout: int) -> dict[str, tuple[int, dict[str, float]]]:
+        config = recipe(rollout={"generators": 2, **rollout})
+        sizes = sizes_of(config, Assumptions())
+        return {p.name: (p.count, {q.name: q.bytes for q in p.parts}) for p in processes(config, sizes, vae_pass(sizes, 512, 512), Assumptions())}
+
+    one, four = parts(), parts(sequence_ranks=4)
+    assert "generator rank" not in one
+    assert (four["generator"][0], four["generator rank"][0]) == (2, 6)
+    leader, follower = four["generator"][1], four["generator rank"][1]
+    assert leader["activations"] == follower["activations"] == one["generator"][1]["activations"] / 4
+    assert follower["weights"] == leader["weights"] == one["generator"][1]["weights"]
+    assert {"VAE", "decoding", "text encoders", "states"} <= leader.keys() - follower.keys()
+    with pytest.raises(ConfigError, match=r"rollout\.sequence_ranks: 24 attention heads cannot be shared evenly by 16 sequence ranks"):
+        parts(sequence_ranks=16)
+
+
 def test_replicas_hold_larger_shards() -> None:
     found, whole = rank(recipe(learner={"replicas": 2})), rank(recipe(learner={"ranks": 4}))
     shards = ("weights", "optimiser", "average", "gathered weights")

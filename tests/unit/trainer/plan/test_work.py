@@ -46,6 +46,14 @@ def test_forwards_of_an_update() -> None:
     assert sft == {"sampling": 0, "policy loss": 0, "data loss": 15}
 
 
+def test_ranks_of_a_generator_share_its_sampling() -> None:
+    one, two = work(recipe(), 8), work(recipe(rollout={"sequence_ranks": 2}), 8)
+    sampled = 480 * one.forward / (2 * 989e12 * 0.4)
+    assert one.seconds["sampling"] - two.seconds["sampling"] == pytest.approx(sampled / 2)
+    assert two.links["weights, read by generators"] == 2 * one.links["weights, read by generators"]
+    assert work(recipe(rollout={"sequence_ranks": 2}), 4).colocated
+
+
 def test_operations_and_seconds() -> None:
     found = work(recipe())
     assert found.forward == pytest.approx(2.4426e12, rel=0.002)  # counted of the network at 512 x 512, 333 tokens of text

@@ -23,6 +23,11 @@ def test_needs_are_told_by_the_key_that_asks() -> None:
     assert found["GPU"] == {"rollout.gpus": 0.75, "encoder.gpus": 0.4, "learner.gpus": 0, "rewards": 0.5}
 
 
+def test_every_process_of_a_generator_asks() -> None:
+    found = needs(config(rollout={"generators": 3, "gpus": 1, "sequence_ranks": 2}), FLEET)
+    assert (found["CPU"]["rollout.generators"], found["GPU"]["rollout.gpus"]) == (6, 6)
+
+
 def test_supervised_training_asks_for_generators_too() -> None:
     """They make its evaluations."""
     found = needs(config(objective={"preset": "sft"}, rewards={}, rollout={"generators": 2, "gpus": 0.5}), {})
