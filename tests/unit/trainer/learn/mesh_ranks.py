@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gloo import join, leave
+from tests.unit.trainer.learn.given import SCENARIOS as GIVEN
 from tests.unit.trainer.learn.ranks import CPU, SAVED, SCENARIOS, resumed, scenario
 from trainer.learn.learner import Learner
 from trainer.learn.selftest import self_test
@@ -33,6 +34,7 @@ LONG = (
     "kl",
     "moments in 8 bits",
     "clips",
+    *GIVEN,
 )
 """of four."""
 

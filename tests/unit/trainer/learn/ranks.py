@@ -28,6 +28,8 @@ from diffusion.checkpoint import build_network, save_policy
 from diffusion.lora import trained_weights
 from replay.records import Claim
 from tests.gloo import join, leave
+from tests.unit.trainer.learn.given import SCENARIOS as GIVEN
+from tests.unit.trainer.learn.given import Given
 from tests.unit.trainer.learn.reports import DEADLINE_S, Reports
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
@@ -99,8 +101,8 @@ STARTS: dict[str, dict[str, Any]] = {
 """How a learner gets its first values: keys of `model`."""
 
 
-def scenario_of(name: str) -> Scenario:
-    return CLIPS if name == "clips" else SCENARIOS[name]
+def scenario_of(name: str) -> Scenario | Given:
+    return CLIPS if name == "clips" else GIVEN[name] if name in GIVEN else SCENARIOS[name]
 
 
 class Held:

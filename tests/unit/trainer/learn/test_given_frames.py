@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from actors.clips import write_clip
-from actors.conditioning import Conditioner, Subject, Subjects
-from actors.groups import group_payload, group_request
-from actors.payload import DataPayload, encode
-from actors.sources.draws import data_source, training_rows
+from actors.conditioning import Subjects
 from actors.sources.latents import clean_latents
 from diffusion.checkpoint import Policy, load_policy
-from diffusion.engine.cache import PromptCache
-from diffusion.engine.engine import Engine
-from diffusion.families.cosmos import tiny as cosmos
-from diffusion.families.wan import tiny as wan
-from replay.buffer import Claim
-from replay.records import ClaimedData, ClaimedGroup, GroupHeader
-from trainer.config.load import parse_config
+from tests.unit.trainer.learn.given import FRAMES, GROUPS, POLICIES, SIDE, Ledger, config_of, write_clips
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, noise_rows
 from trainer.learn.learner import Learner
 from trainer.learn.objective import Anchors, Transitions, data_terms, policy_terms
 
-CPU, SIDE, FRAMES, CLIPS, GROUPS, MEMBERS = torch.device("cpu"), 16, 9, 30, (3, 7, 9, 11), 2
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,15 +32,9 @@ def _group() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
-    for i in range(CLIPS):
-        write_clip(folder / f"{i}.mp4", draw.integers(0, 256, (FRAMES + 1, SIDE, SIDE, 3), dtype=np.uint8), 16.0)
-    lines = [json.dumps({"file_name": f"{i}.mp4", "text": "a red circle", "id": str(i)}) for i in range(CLIPS)]  # all of one text
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    folder = tmp_path_factory.mktemp("clips")
+    write_clips(folder)
     return folder
-
-
-POLICIES: dict[str, Any] = {"cosmos": cosmos.write_tiny, "wan": wan.write_tiny, "i2v": lambda folder: wan.write_tiny(folder, "i2v")}
 
 
 @pytest.fixture(scope="module")
@@ -61,63 +43,6 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, write in POLICIES.items():
         write(folder / name)
     return folder
-
-
-def config_of(policy: Path, clips: Path, pairing: str = "free", **changes: Any) -> RunConfig:
-    values: dict[str, Any] = {
-        "seed": 5,
-        "model": {"path": str(policy)},
-        "sampler": {
-            "steps": 4,
-            "trained_steps": [0, 2],
-            "height": SIDE,
-            "width": SIDE,
-            "frames": FRAMES,
-            "given_frames": [1] if policy.name == "i2v" else [0, 1, 2],
-        },
-        "rollout": {"groups_per_step": len(GROUPS), "group_size": MEMBERS},
-        "data": {"kind": "folder", "path": str(clips), "pairing": pairing},
-        "prompts": {"kind": "data"},
-        "objective": {"clip": 0.2, "data_weight": 0.3},
-        "learner": {"ranks": 1, "micro_batch": 3},
-    }
-    for key, value in changes.items():
-        values[key] |= value
-    return parse_config(values)
-
-
-class Ledger:
-    """A claim of groups that the engine sampled, as a generator does it, and of a batch as the feeder makes it."""
-
-    def __init__(self, config: RunConfig, policy: Policy) -> None:
-        sampler, codec = config.sampler, policy.codec
-        subjects = Subjects(config.seed, config.prompts, config.data, sampler)
-        conditioner = Conditioner(PromptCache(policy.text_encoder), policy.frames, codec, sampler, policy.transformer.needs_picture)
-        shape = codec.latent_shape(sampler.height, sampler.width, sampler.frames)
-        engine = Engine(policy.transformer, policy.process, sampler.max_tokens)
-        self.payloads: dict[str, list[bytearray]] = {}
-        self.given = {g: subjects.given_to_group(g) for g in GROUPS}
-        groups, data = [], []
-        for g in GROUPS:
-            subject = subjects.group(g)
-            own = config.data.pairing == "own" and subject.example is not None
-            x0 = clean_latents([subject.example], codec, SIDE, SIDE, FRAMES)[0] if own and subject.example is not None else None
-            texts = [subject.text, sampler.negative_prompt]
-            shown, negative = conditioner.get([Subject(text, subject.given, subject.example, x0) for text in texts])
-            free = policy.transformer.free_shape(shape, subject.given)
-            members = engine.run([group_request(sampler, config.rollout, config.seed, g, shown, negative, free)])
-            self.payloads[f"g{g}"] = encode(group_payload(members, subject.text, x0))
-            rewards = [float(m + g) for m in range(MEMBERS)]
-            groups.append(ClaimedGroup(g, GroupHeader(rewards, MEMBERS, 0, 0, "", scores={"ocr": rewards}), f"g{g}"))
-        if config.feeds_data:
-            rows = training_rows(data_source(config.data), 0.5, config.seed, 1, config.data_rows)
-            x0 = clean_latents([example for _, example in rows], codec, SIDE, SIDE, FRAMES)
-            self.payloads["d1"] = encode(DataPayload(tuple(text for text, _ in rows), x0))
-            data = [ClaimedData(1, "d1", "")]
-        self.claim = Claim(1, 1, groups, data)
-
-    def read(self, item: ClaimedGroup | ClaimedData, segments: list[int]) -> list[bytearray]:
-        return [self.payloads[item.ref][i] for i in segments]
 
 
 CASES = [("cosmos", "free"), ("cosmos", "own"), ("wan", "free"), ("i2v", "free"), ("i2v", "own")]
