@@ -65,7 +65,7 @@ results-video: setup  ## every run of docs/results.md with clips; again goes on 
 	@$(BIN)/python -m benchmarks.results --reward motion --sub-score motion.direction --held-out ocr --ddrl runs/glyph-video-motion-[012] --control runs/glyph-video-control-[012] --free runs/glyph-video-motion-free
 	@$(BIN)/python -m benchmarks.results --reward motion --sub-score motion.direction --held-out ocr --ddrl runs/glyph-video-i2v-[012] --control runs/glyph-video-i2v-control-[012] --free runs/glyph-video-i2v-free
 
-glyph-video-base: setup  ## train the starting policy of the clips again (about 30 minutes)
+glyph-video-base: setup  ## train the starting policy of the clips again (about 20 minutes)
 	@$(BIN)/python -m diffusion.families.glyph.policy recipes/glyph-video-base --clips
 	@$(BIN)/ddrl train recipes/glyph-video-base.yaml
 	@$(BIN)/ddrl export runs/glyph-video-base recipes/glyph-video-base --ema --overwrite

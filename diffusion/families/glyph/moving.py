@@ -1,7 +1,8 @@
 """The glyph world in motion: prompts such as `the number "407" moving left` and rendered clips of such numbers.
 
-A number is bright on dark ground in two colours of its own and moves by whole pixels, `STEP` of its direction from frame to frame, so that every
-frame of a clip is the one before, shifted, to the bit. Every clip is a pure function of (number, direction, generator).
+A number is bright on dark ground in two colours of its own. It starts in the middle of the picture, so that a first frame does not tell where it will go,
+and moves by whole pixels, `STEP` of its direction from frame to frame, so that every frame of a clip is the one before, shifted, to the bit. Every
+clip is a pure function of (number, direction, generator).
 
 Captions of clips are often wrong, and so are these: fifteen digits of a hundred are misread, three directions of ten are wrong (`captioned`). A policy
 of such data draws what is asked for often, not always, which leaves a reward something to change.
@@ -17,8 +18,8 @@ from diffusion.families.glyph.signs import font, luminance, two_colours
 FONT = "DejaVuSans-Bold"
 FRAMES = 5
 """Frames of a clip."""
-STEP = {"left": (-2, 0), "right": (2, 0), "up": (0, -1), "down": (0, 1)}
-"""Pixels to the right and down from one frame to the next. A line of text is wide and low, so there is less room up and down."""
+STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+"""Pixels to the right and down from one frame to the next; a number that has gone up or down for a whole clip can still be read."""
 MISREAD, MISDIRECTED = 0.15, 0.3
 """Chances that a caption says another digit than the clip shows, and another direction."""
 TEMPLATE = 'the number "{}" moving {}'
@@ -44,13 +45,13 @@ def captioned(number: str, direction: str, rng: np.random.Generator) -> tuple[st
 
 def render_clip(number: str, direction: str, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Clip of a moving number, uint8 `[FRAMES, height, width, 3]`: digits in cells of equal width, in the middle of the
-    picture in the middle of the clip.
+    picture at first.
 
     The colours are drawn from `rng`. Luminance of ink and ground differs by at least 0.35, so that every clip can be read.
     """
-    cell, face = width * 9 / 40, font(FONT, round(height * 0.75))
+    cell, face = width * 9 / 40, font(FONT, round(height * 2 / 3))
     ground, ink = sorted(two_colours(rng), key=luminance)
-    path = [tuple(step * (i - FRAMES // 2) for step in STEP[direction]) for i in range(FRAMES)]
+    path = [tuple(step * i for step in STEP[direction]) for i in range(FRAMES)]
     margin = max(abs(step) for place in path for step in place)
     mask = Image.new("L", (width + 2 * margin, height + 2 * margin))
     draw = ImageDraw.Draw(mask)

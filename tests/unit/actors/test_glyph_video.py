@@ -20,6 +20,7 @@ from services.scorers.ocr import OcrScorer
 from services.scorers.settings import MotionReward, OcrReward
 
 SOURCE = GlyphVideoSource()
+ORDER = (1, -1, 0)
 
 
 def drawn(count: int) -> list[Example]:
@@ -63,23 +64,33 @@ def test_a_caption_errs_about_its_clip_and_both_are_of_one_world() -> None:
 
 @pytest.mark.parametrize("direction", moving.STEP)
 def test_every_frame_is_the_one_before_shifted(direction: str) -> None:
-    """To the bit, and nothing of the number leaves the picture: what comes in at the edges is ground."""
+    """To the bit; what comes in at the edges is ground."""
     right, down = moving.STEP[direction]
+    old = (slice(None, -1), slice(1, None), slice(None))  # what stays in the picture, by the sign of a shift: +1, -1, 0
+    new = (slice(1, None), slice(None, -1), slice(None))
+    came = {1: slice(0, 1), -1: slice(-1, None)}
     for seed in range(40):
         rng = np.random.default_rng(seed)
         number, _ = moving.draw_number(rng)
         clip = moving.render_clip(number, direction, rng, 12, 32)
         assert (clip.shape, clip.dtype) == ((moving.FRAMES, 12, 32, 3), np.uint8)
         for a, b in itertools.pairwise(clip):
-            np.testing.assert_array_equal(np.roll(a, (down, right), (0, 1)), b)
-        assert len(np.unique(clip[:, 0, 0], axis=0)) == 1
+            np.testing.assert_array_equal(a[old[ORDER.index(down)], old[ORDER.index(right)]], b[new[ORDER.index(down)], new[ORDER.index(right)]])
+            edge = b[came[down]] if down else b[:, came[right]]
+            assert (edge == clip[0, 0, 0]).all()
+
+
+def test_a_first_frame_does_not_tell_where_its_number_goes() -> None:
+    for seed in range(5):
+        first = [moving.render_clip("407", direction, np.random.default_rng(seed), 12, 32)[0] for direction in moving.STEP]
+        assert all(np.array_equal(frame, first[0]) for frame in first)
 
 
 def test_a_larger_clip_is_drawn_larger() -> None:
     clip = moving.render_clip("407", "down", np.random.default_rng(0), 24, 64)
     assert clip.shape == (moving.FRAMES, 24, 64, 3)
     ink = np.abs(clip[0].astype(int) - clip[0, 0, 0]).sum(-1) > 60
-    assert 32 <= np.flatnonzero(ink.any(0)).size <= 48
+    assert 26 <= np.flatnonzero(ink.any(0)).size <= 48
 
 
 def test_an_example_looks_the_same_every_time_and_goes_by_its_text() -> None:
@@ -94,7 +105,7 @@ def test_an_example_looks_the_same_every_time_and_goes_by_its_text() -> None:
 
 
 def test_there_are_enough_prompts_for_the_recipes() -> None:
-    dev, test = held_out_prompts(SOURCE, "dev", 96), held_out_prompts(SOURCE, "test", 384)
+    dev, test = held_out_prompts(SOURCE, "dev", 96), held_out_prompts(SOURCE, "test", 432)
     assert not {*dev} & {*test}
     assert training_example(SOURCE, 0, 0).text not in {*dev, *test}
 
@@ -123,6 +134,6 @@ def test_the_rewards_of_the_recipes_see_what_was_rendered() -> None:
     turned = [text.rpartition(" ")[0] + " " + {"left": "up", "up": "right", "right": "down", "down": "left"}[text.split()[-1]] for text in texts]
     other = [score.reward for score in scorer.score(turned, media) if isinstance(score, ItemScore)]
     assert len(own) == len(other) == len(examples)
-    assert min(own) > 0.7
-    assert np.mean(own) > 0.9
+    assert min(own) > 0.6
+    assert np.mean(own) > 0.88
     assert max(other) < 0.2
