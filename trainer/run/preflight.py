@@ -33,8 +33,7 @@ def check_files(config: RunConfig) -> None:
     if folder is not None:
         _check_model(folder, config.model.init)
         _check_size(folder, config)
-    if (config.data.kind if config.prompts.kind == "data" else config.prompts.kind) not in DRAWN:
-        _check_prompts(config)
+    _check_prompts(config)
     if config.data.kind not in DRAWN:
         _check_data(config, folder)
 

@@ -78,6 +78,13 @@ def test_a_prompt_file_that_is_missing_or_too_short(tmp_path: Path) -> None:
     assert "distinct test prompts, 512 were asked for" in refused(tree)
 
 
+def test_more_held_out_prompts_than_a_drawn_world_has() -> None:
+    """4,400 numbers in motion, a tenth of them held out for the test."""
+    told = refused({"data": {"kind": "glyph_video"}, "evaluation": {"test_prompts": 500}})
+    assert "prompts: the prompt source has only" in told
+    assert "distinct test prompts, 500 were asked for; lower evaluation.*_prompts" in told
+
+
 def test_an_anchor_folder_that_lacks_something(tmp_path: Path) -> None:
     tree = {"data": {"kind": "folder", "path": str(tmp_path / "none")}}
     assert "needs a metadata.jsonl" in refused(tree)
