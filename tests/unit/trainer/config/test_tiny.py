@@ -83,6 +83,8 @@ def test_the_mesh_of_ranks_falls_with_them() -> None:
     wide = full.model_copy(update={"learner": full.learner.model_copy(update={"ranks": 64, "replicas": 4, "sequence_ranks": 8})})
     low = shrunk(wide)
     assert (low["learner.ranks"], low["learner.replicas"], low["learner.sequence_ranks"]) == (2, 1, 2)
+    shared = full.model_copy(update={"rollout": full.rollout.model_copy(update={"sequence_ranks": 8})})
+    assert shrunk(shared)["rollout.sequence_ranks"] == 2
     fixed = shrunk(wide, ("learner.ranks", "learner.replicas", "learner.sequence_ranks"))
     assert not {"learner.ranks", "learner.replicas", "learner.sequence_ranks"} & fixed.keys()
 
