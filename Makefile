@@ -55,7 +55,7 @@ glyph-base: setup  ## train the demo's starting policy again (about 35 minutes)
 LEARN = learn() { recipe=$$1; name=$$2; shift 2; test -e runs/$$name/summary.json || \
 	$(BIN)/ddrl train recipes/$$recipe.yaml --set name=$$name "$$@" $$(test ! -e runs/$$name || echo --resume); }
 
-results-video: setup  ## every run of docs/results.md with clips; again goes on where it stopped (hours on two cores)
+results-video: setup  ## every run of docs/results.md with clips; again goes on where it stopped (about 75 minutes)
 	@$(LEARN); for s in 0 1 2; do \
 	  learn glyph-video-control glyph-video-control-$$s --set seed=$$s && learn glyph-video glyph-video-$$s --set seed=$$s && \
 	  learn glyph-video-motion glyph-video-motion-$$s --set seed=$$s && learn glyph-video-i2v glyph-video-i2v-$$s --set seed=$$s && \
