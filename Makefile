@@ -64,6 +64,8 @@ results-video: setup  ## every run of docs/results.md with clips; again goes on 
 	@$(BIN)/python -m benchmarks.results --reward ocr --held-out motion --ddrl runs/glyph-video-[012] --control runs/glyph-video-control-[012] --free runs/glyph-video-free
 	@$(BIN)/python -m benchmarks.results --reward motion --sub-score motion.direction --held-out ocr --ddrl runs/glyph-video-motion-[012] --control runs/glyph-video-control-[012] --free runs/glyph-video-motion-free
 	@$(BIN)/python -m benchmarks.results --reward motion --sub-score motion.direction --held-out ocr --ddrl runs/glyph-video-i2v-[012] --control runs/glyph-video-i2v-control-[012] --free runs/glyph-video-i2v-free
+	@$(BIN)/python -m benchmarks.clips docs/media/glyph-video.gif --height 156 "before training=runs/glyph-video-0/samples/before.mp4" "control: data alone=runs/glyph-video-control-0/samples/after.mp4" "DDRL=runs/glyph-video-0/samples/after.mp4" "without the data term=runs/glyph-video-free/samples/after.mp4"
+	@$(BIN)/python -m benchmarks.clips docs/media/glyph-video-i2v.gif --height 156 "the first frame given, before training=runs/glyph-video-i2v-0/samples/before.mp4" "DDRL=runs/glyph-video-i2v-0/samples/after.mp4" "without the data term=runs/glyph-video-i2v-free/samples/after.mp4"
 
 glyph-video-base: setup  ## train the starting policy of the clips again (about 20 minutes)
 	@$(BIN)/python -m diffusion.families.glyph.policy recipes/glyph-video-base --clips

@@ -90,7 +90,7 @@ def test_a_larger_clip_is_drawn_larger() -> None:
     clip = moving.render_clip("407", "down", np.random.default_rng(0), 24, 64)
     assert clip.shape == (moving.FRAMES, 24, 64, 3)
     ink = np.abs(clip[0].astype(int) - clip[0, 0, 0]).sum(-1) > 60
-    assert 26 <= np.flatnonzero(ink.any(0)).size <= 48
+    assert 29 <= np.flatnonzero(ink.any(0)).size <= 43  # a font of two thirds of the height
 
 
 def test_an_example_looks_the_same_every_time_and_goes_by_its_text() -> None:
@@ -124,16 +124,17 @@ def test_a_clip_longer_than_the_world_s_is_refused() -> None:
 
 def test_the_rewards_of_the_recipes_see_what_was_rendered() -> None:
     """Real OCR reads the worst frame of nearly every clip, and every clip moves as it says, and not otherwise."""
-    examples = drawn(60)
+    examples = drawn(400)
     media = [Media(example.pixels(12, 32), 8.0) for example in examples]
     texts = [shown(example) for example in examples]
-    read = OcrScorer(OcrReward(mode="strict", frame_stride=2)).score(texts, media)
+    read = OcrScorer(OcrReward(mode="strict", frame_stride=2)).score(texts[:60], media[:60])
     assert np.mean([score.reward for score in read if isinstance(score, ItemScore)]) > 0.97
     scorer = MotionScorer(MotionReward())
-    own = [score.reward for score in scorer.score(texts, media) if isinstance(score, ItemScore)]
+    own = np.array([score.reward for score in scorer.score(texts, media) if isinstance(score, ItemScore)])
     turned = [text.rpartition(" ")[0] + " " + {"left": "up", "up": "right", "right": "down", "down": "left"}[text.split()[-1]] for text in texts]
     other = [score.reward for score in scorer.score(turned, media) if isinstance(score, ItemScore)]
     assert len(own) == len(other) == len(examples)
-    assert min(own) > 0.6
-    assert np.mean(own) > 0.88
+    assert np.mean(own > 0.7) > 0.99  # what leaves the picture at the top or bottom costs two of them more
+    assert own.min() > 0.64
+    assert own.mean() > 0.9
     assert max(other) < 0.2
