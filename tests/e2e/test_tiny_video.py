@@ -11,22 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
+from actors.clips import strip
+from actors.pictures import caption, contact_sheet
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig
 from diffusion.lora import PREFIX, WEIGHTS
+from diffusion.seeds import INITIAL, step_noise
 from tests.pipeline import ROOT, Run, check_ledger, command, records, settings
 from tests.unit.diffusion.cosmos import pipeline as open_cosmos
+from tests.unit.diffusion.euler import on_grid
 from trainer.config.load import load_config
+from trainer.config.run import RunConfig
 from trainer.run.resume import registered_step
 
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*videoalign*.yaml"))
-FRAMES, FPS = 9, 16
+FRAMES, FPS, STEPS = 9, 16, 4
+PROMPT = "a small red circle"
+EXACT = settings("model.dtype=float32", "model.base_dtype=float32", "model.text_dtype=float32", "model.grid=diffusers", "sampler.kernel=ddim_eta")
+"""Types and grid of diffusers' pipelines, and the ODE's plain steps, so that clips can be equal."""
 FAMILIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "wan21-1.3b-videoalign": ("WanPipeline", lambda folder: WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)),
     "wan21-14b-i2v-videoalign": (
@@ -107,7 +118,8 @@ def test_stopped_resumed_exported_and_opened_by_diffusers(recipe: str, tiny: Cal
     base = opened(Path(config.model.path))
     before = base.transformer.state_dict()
     assert any(not torch.equal(before[name].to(ours[name].dtype), ours[name]) for name in ours)
-    assert drawn(pipeline).shape == (1, FRAMES, 32, 48, 3)
+    drawn(pipeline)
+    check_drawn(pipeline, exported, config, tmp_path)
     if config.model.lora.rank:
         base.load_lora_weights(exported, weight_name=WEIGHTS)
         stored = load_file(exported / WEIGHTS)
@@ -117,8 +129,58 @@ def test_stopped_resumed_exported_and_opened_by_diffusers(recipe: str, tiny: Cal
 
 
 @torch.no_grad()
-def drawn(pipeline: Any) -> Any:
+def drawn(pipeline: Any) -> None:
     """A clip of the pipeline, with its own solver."""
     pipeline.set_progress_bar_config(disable=True)
     given = {"image": Image.new("RGB", (48, 32), "red")} if isinstance(pipeline, WanImageToVideoPipeline) else {}
-    return pipeline(prompt="a small red circle", height=32, width=48, num_frames=FRAMES, num_inference_steps=2, output_type="np", **given).frames
+    clips = pipeline(prompt=PROMPT, height=32, width=48, num_frames=FRAMES, num_inference_steps=2, output_type="np", **given).frames
+    assert clips.shape == (1, FRAMES, 32, 48, 3)
+
+
+def check_drawn(pipeline: Any, exported: Path, config: RunConfig, folder: Path) -> None:
+    """`ddrl sample` of an export draws what its pipeline draws, with a picture that the clip begins with and without, as the policy can."""
+    height, width, cosmos = config.sampler.height, config.sampler.width, type(pipeline).__name__.startswith("Cosmos")
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(folder / "first.png")
+    (folder / "prompts.txt").write_text(PROMPT + "\n")
+    codec = load_policy(ModelConfig(path=str(exported))).codec
+    for given in [True] if isinstance(pipeline, WanImageToVideoPipeline) else [False, True] if cosmos else [False]:
+        out = folder / f"drawn-{given}"
+        line = command("sample", str(exported), "--prompts", str(folder / "prompts.txt"), "--steps", str(STEPS), "--out", str(out), *EXACT)
+        line += ["--given", str(folder / "first.png"), "--given-frames", "1"] if given else []
+        done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        found = np.asarray(Image.open(out / "grid.png")).astype(int)
+        kept = codec.encode(picture[None, None])[0] if cosmos and given else torch.zeros(16, 0, height // 8, width // 8)
+        frames = theirs(pipeline, config, kept, Image.fromarray(picture) if given else None)
+        assert frames.std() > 1
+        assert frames.shape == (FRAMES, height, width, 3)
+        sheet = contact_sheet([strip(frames)], [f"{caption(PROMPT)} · {STEPS}"], columns=8)
+        assert np.abs(found - np.asarray(sheet)).max() <= 1
+        if kept.shape[1]:  # the first frame hangs on its own latent alone: bit for bit what the picture becomes
+            assert np.array_equal(found[2 : 2 + height, 4 : 4 + width], codec.decode(kept[None])[0][0])
+
+
+@torch.no_grad()
+def theirs(pipeline: Any, config: RunConfig, kept: Tensor, picture: Image.Image | None) -> NDArray[np.uint8]:
+    """What the pipeline draws from the noise that `ddrl sample` starts from; given frames as they were given, not with its 0.5 % of noise on them."""
+    s, k = config.sampler, kept.shape[1]
+    noise = step_noise(0, 0, 0, INITIAL, (16, FRAMES // 4 + 1 - k, s.height // 8, s.width // 8))
+    with on_grid(pipeline):
+        latent: Tensor = pipeline(
+            prompt=PROMPT,
+            negative_prompt=s.negative_prompt,
+            height=s.height,
+            width=s.width,
+            num_frames=FRAMES,
+            num_inference_steps=STEPS,
+            guidance_scale=s.guidance - (1 if type(pipeline).__name__.startswith("Cosmos") else 0),
+            latents=torch.cat([torch.zeros_like(kept), noise], 1)[None],
+            output_type="latent",
+            **({} if picture is None else {"image": picture}),
+        ).frames[0]
+    vae = pipeline.vae
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    whole = torch.cat([kept, latent[:, k:]], 1) * std + mean
+    clip = pipeline.video_processor.postprocess_video(vae.decode(whole[None]).sample, output_type="np")[0]
+    return (255 * clip).round().astype(np.uint8)

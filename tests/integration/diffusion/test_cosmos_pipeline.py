@@ -6,14 +6,14 @@ flow with Euler steps instead of UniPC, which is a solver of its own; the grid i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from diffusion.families.cosmos.tiny import write_tiny
 from diffusion.processes import process_from_scheduler
 from diffusion.seeds import INITIAL, step_noise
 from tests.unit.diffusion.cosmos import pipeline as open_pipeline
+from tests.unit.diffusion.euler import on_grid
 
 PROMPTS = ["a small red circle", "the blue square"]
 HEIGHT, WIDTH, FRAMES, STEPS = 32, 48, 9, 5
@@ -49,26 +50,6 @@ def policy(folder: Path) -> Policy:
     return load_policy(ModelConfig(path=str(folder), grid="diffusers"))
 
 
-@dataclass
-class OnGrid:
-    """Euler's steps on the grid of a pipeline's UniPC, while the block runs."""
-
-    pipeline: Any
-
-    def __enter__(self) -> None:
-        unipc = UniPCMultistepScheduler.from_config(self.pipeline.scheduler.config)
-
-        class Euler(FlowMatchEulerDiscreteScheduler):
-            def set_timesteps(self, steps: int, **options: Any) -> None:  # type: ignore[override]
-                unipc.set_timesteps(steps)
-                super().set_timesteps(sigmas=unipc.sigmas[:-1].numpy())
-
-        self.original, self.pipeline.scheduler = self.pipeline.scheduler, Euler(shift=1.0)
-
-    def __exit__(self, *exception: object) -> None:
-        self.pipeline.scheduler = self.original
-
-
 def noise(group: int, given: int = 0) -> Tensor:
     """Starting noise of a sample `[1, 16, f, h, w]`: that of its free frames behind zeros."""
     free = step_noise(3, group, 0, INITIAL, (16, FRAMES // 4 + 1 - given, HEIGHT // 8, WIDTH // 8))
@@ -78,7 +59,7 @@ def noise(group: int, given: int = 0) -> Tensor:
 @torch.no_grad()
 def theirs(pipeline: Any, prompt: str, latents: Tensor, guidance: float, **given: Any) -> Tensor:
     """Latent of the pipeline, whose guidance is one less than everybody else's."""
-    with OnGrid(pipeline):
+    with on_grid(pipeline):
         found: Tensor = pipeline(
             prompt=prompt,
             negative_prompt="a white cat",

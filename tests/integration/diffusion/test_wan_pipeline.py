@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from diffusion.checkpoint import load_codec, load_policy
@@ -32,6 +30,7 @@ from diffusion.families.wan.tiny import write_tiny
 from diffusion.processes import process_from_scheduler
 from diffusion.seeds import INITIAL, step_noise
 from diffusion.source import CheckpointError
+from tests.unit.diffusion.euler import on_grid
 from trainer.config.errors import ConfigError
 from trainer.config.load import parse_config
 from trainer.run.preflight import check_policy
@@ -55,27 +54,10 @@ def pipeline(folder: Path) -> WanPipeline:
     return opened
 
 
-@contextmanager
-def on_grid(pipeline: Any, steps: int) -> Iterator[None]:
-    """The pipeline takes Euler's steps on its UniPC's grid meanwhile."""
-    unipc = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
-    unipc.set_timesteps(steps)
-
-    class Euler(FlowMatchEulerDiscreteScheduler):
-        def set_timesteps(self, *arguments: Any, **options: Any) -> None:
-            super().set_timesteps(sigmas=unipc.sigmas[:-1].numpy())
-
-    original, pipeline.scheduler = pipeline.scheduler, Euler(shift=1.0)
-    try:
-        yield
-    finally:
-        pipeline.scheduler = original
-
-
 @torch.no_grad()
 def theirs(pipeline: WanPipeline, prompt: str, params: SamplingParams, shape: tuple[int, ...], group: int, member: int) -> torch.Tensor:
     """Latent; Euler's steps on UniPC's grid."""
-    with on_grid(pipeline, params.steps):
+    with on_grid(pipeline):
         latent: torch.Tensor = pipeline(
             prompt,
             height=params.height,
@@ -146,7 +128,7 @@ def test_pictures_become_the_pipelines_clips(style: Literal["i2v", "ti2v"], guid
     (found,) = Engine(policy.transformer, policy.process, 4096).run([one])
     assert isinstance(found, Trajectory)
     noise = step_noise(3, 0, 0, INITIAL, shape)
-    with on_grid(pipeline, 4):
+    with on_grid(pipeline):
         latent = pipeline(
             Image.fromarray(picture),
             "a red circle",
@@ -186,7 +168,7 @@ def test_what_is_drawn_from_a_picture_is_what_the_pipeline_draws(style: Literal[
             assert torch.equal(one.trajectory.whole[:, :1], codec.encode(picture[None, None])[0])
     k = 3 - one.trajectory.latent.shape[1]
     assert k == (style == "ti2v")
-    with on_grid(pipeline, 4):
+    with on_grid(pipeline):
         clip = pipeline(
             Image.fromarray(picture),
             "a red circle",
