@@ -56,7 +56,7 @@ class RolloutConfig(Strict):
         2, ge=1, description="rollout generator actors; they also do the network's work of evaluations, in runs without rollouts nothing else"
     )
     groups_per_step: int = Field(8, ge=1, description="groups (prompts) per update, G")
-    group_size: int = Field(16, ge=2, description="rollouts per group, N")
+    group_size: int = Field(16, ge=1, description="rollouts per group, N; of a group of 1 the advantage is the reward itself (public DDRL code)")
     min_group_size: int | None = Field(
         None, ge=2, description="rewarded members with which a group is still trained when scoring the others failed; null = all of them, else it is made again"
     )

@@ -18,6 +18,7 @@ SUITES = {
     "embedded": (f"{REPLAY}/test_replay_embedded.py",),
     "parts": ("tests/unit/replay",),
     "settle": ("tests/integration/trainer/test_settle.py",),
+    "published": (f"{LEARN}/published",),
     "loop": ("tests/integration/trainer/test_loop.py",),
     **{name: (f"tests/unit/trainer/run/test_{name}.py",) for name in ("watch", "runfolder", "signals", "resources")},
     **{

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from services.unique_keys import UniqueKeys
 from trainer.config.errors import ConfigError
-from trainer.config.objective import COMPOSED
+from trainer.config.presets import COMPOSED
 from trainer.config.rewards import RewardTerm
 from trainer.config.run import RunConfig
 

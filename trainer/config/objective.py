@@ -1,4 +1,4 @@
-"""What is minimised, and the named compositions (presets) of it."""
+"""What is minimised."""
 
 from __future__ import annotations
 
@@ -7,29 +7,22 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from diffusion.config import Strict
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # DDRL: reward and data term, no reference model (DDRL §1.4; data_beta of the public configs)
-    "ddrl": {"policy_weight": 1.0, "kl_weight": 0.0, "data_weight": 0.01},
-    # Flow-GRPO on SD3.5 with the OCR reward: reverse KL 0.04, standard deviation over the whole batch
-    "flow_grpo": {"policy_weight": 1.0, "kl_weight": 0.04, "data_weight": 0.0, "advantage_scale": "batch"},
-    # DanceGRPO: neither
-    "dance_grpo": {"policy_weight": 1.0, "kl_weight": 0.0, "data_weight": 0.0},
-    # supervised fine-tuning: the data term alone, no rollouts
-    "sft": {"policy_weight": 0.0, "kl_weight": 0.0, "data_weight": 1.0},
-}
-
-
-COMPOSED = frozenset(key for preset in PRESETS.values() for key in preset)
-"""What presets set."""
+from trainer.config.presets import PRESETS, PresetName
 
 
 class ObjectiveConfig(Strict):
     """What is minimised: policy_weight x policy loss + kl_weight x reverse KL + data_weight x diffusion loss."""
 
-    preset: Literal["ddrl", "flow_grpo", "dance_grpo", "sft"] = Field("ddrl", description="a named composition; keys given beside it win")
+    preset: PresetName = Field(
+        "ddrl", description="a published composition of the keys below (docs/algorithms.md says which code, of which date); keys given beside it win"
+    )
     policy_weight: float = Field(1.0, ge=0, description="weight of the policy loss; 0 = no rollouts at all")
     kl_weight: float = Field(0.0, ge=0, description="weight of the reverse KL to the starting policy; > 0 keeps a reference model")
+    kl_scale: Literal["step", "rate", "unscaled"] = Field(
+        "step",
+        description="what (mu - mu_ref)² is divided by: step = 2 std², the KL of the two steps (Flow-GRPO until June 2025); rate = 2 std² / (t - t'), the "
+        "noise of a unit of time (Flow-GRPO since July 2025); unscaled = 1 (public DDRL code)",
+    )
     data_weight: float = Field(0.01, ge=0, description="weight of the diffusion loss on anchor data (data_beta of the public code)")
     log_prob: Literal["exact", "unscaled", "std_weighted"] = Field(
         "exact", description="scaling of log-probabilities: exact density; unscaled = squared error only (public DDRL code); std_weighted between"
@@ -48,10 +41,27 @@ class ObjectiveConfig(Strict):
         "leave_out", description="a member without a score: leave_out of its group, or fill_mean = give it the mean of the group's others (public DDRL code)"
     )
     advantage_scale: Literal["group", "batch"] = Field("group", description="whose standard deviation divides the advantage")
+    advantage_baseline: Literal["group", "prompt"] = Field(
+        "group",
+        description="whose mean is taken off, and with advantage_scale=group whose standard deviation divides: each group's own, or that of all "
+        "groups of the update with the same prompt (Flow-GRPO)",
+    )
+    advantage_std: Literal["unbiased", "biased"] = Field("unbiased", description="standard deviation of n rewards: over n - 1, or over n (Flow-GRPO)")
+    advantage_epsilon: float = Field(1e-4, gt=0, description="added to the standard deviation (DanceGRPO: 1e-8)")
     advantage_clip: float = Field(5.0, gt=0, description="bound on |advantage|")
     exponential_advantage: bool = Field(False, description="map A to -exp(-A), the theory's transform (exp_reward of the public code)")
-    data_per: Literal["transition", "rollout"] = Field(
-        "transition", description="diffusion-loss evaluations: one per trained transition (public code) or one per rollout (data_on_first_only)"
+    data_per: Literal["transition", "rollout", "first"] = Field(
+        "transition",
+        description="diffusion-loss evaluations: one per trained transition (public code); one per rollout; or first = one per rollout at its "
+        "first trained step, with weight 1 / trained steps (data_on_first_only of the public code)",
+    )
+    data_weighting: Literal["uniform", "cosmos"] = Field(
+        "uniform", description="weight of the velocity's squared error over the flow's time t: 1, or t² + (1 - t)² (public DDRL code)"
+    )
+    data_times: Literal["policy", "cosmos"] = Field(
+        "policy",
+        description="times of fresh evaluations: the policy's own law; or that of the public DDRL code, sigma log-normal around 19.6 (ln 4 + ln 24 / 2, 1.2), "
+        "5 % of it log-uniform from 200 to 100,000",
     )
     data_noise: Literal["fresh", "shared"] = Field(
         "fresh", description="fresh = new noise and time for each evaluation; shared = the rollout's own starting noise and time (public code)"
@@ -61,7 +71,8 @@ class ObjectiveConfig(Strict):
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            return {**PRESETS.get(str(values.get("preset", "ddrl")), {}), **values}
+            preset = PRESETS.get(str(values.get("preset", "ddrl")))
+            return {**(preset.objective if preset else {}), **values}
         return values
 
     @model_validator(mode="after")

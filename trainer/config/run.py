@@ -70,6 +70,13 @@ class RunConfig(Strict):
         return self.uses_data and self.data.pairing == "free"
 
     @property
+    def data_share(self) -> float:
+        """What the mean of an update's diffusion losses is multiplied by: `data_weight`; evaluated at the first of K trained steps alone, over K."""
+        steps = self.sampler.trained_steps
+        first = self.objective.data_per == "first"
+        return self.objective.data_weight / ((steps if isinstance(steps, int) else len(steps)) if first else 1)
+
+    @property
     def data_rows(self) -> int:
         """Anchor samples per update: as configured, else one per rollout."""
         return self.data.batch_size or self.rollout.groups_per_step * self.rollout.group_size
@@ -125,8 +132,19 @@ class RunConfig(Strict):
                 "weights.dtype=bfloat16 rounds the weights that rollouts are sampled with, and log-probabilities of such rollouts would not match; "
                 "set objective.old_log_prob=learner, or weights.dtype=float32"
             )
+        if self.uses_policy and self.rollout.group_size == 1:
+            o = self.objective
+            if o.advantage_baseline == "group" and (o.advantage_scale == "batch" or o.advantage_std == "biased"):
+                raise ValueError(
+                    "rollout.group_size=1 leaves every advantage at 0 with objective.advantage_scale=batch or advantage_std=biased; use group and unbiased, "
+                    "with which the advantage is the reward itself, or larger groups"
+                )
+            if self.replay.drop_zero_variance:
+                raise ValueError("replay.drop_zero_variance=true drops every group of rollout.group_size=1; set it to false")
         if self.objective.data_noise == "shared" and not self.uses_policy:
             raise ValueError("objective.data_noise=shared needs rollouts; use fresh")
+        if self.objective.data_per == "first" and not self.uses_policy:
+            raise ValueError("objective.data_per=first evaluates at a rollout's first trained step, and there are no rollouts; use rollout")
         if self.redis.url == "embedded" and self.ray.address is not None:
             raise ValueError("redis.url=embedded listens on this machine only; with ray.address give a redis://host:port/ that every node can reach")
         return self

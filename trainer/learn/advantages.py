@@ -1,7 +1,8 @@
 """Group-normalised advantages of one or several rewards. Pure Python on lists: no torch.
 
-A_n = (r_n - mean of the group) / (std + 1e-4), clipped to ±5 (public DDRL code; Flow-GRPO and DanceGRPO clip alike).
-The standard deviation is the group's own, unbiased, or that of all rewards of the update (Flow-GRPO on SD3.5).
+A_n = (r_n - mean of the group) / (std + epsilon), clipped to ±5 (public DDRL code; Flow-GRPO and DanceGRPO clip alike).
+The standard deviation is the group's own or that of all rewards of the update (Flow-GRPO on SD3.5), over n - 1 or over n; groups with the same
+prompt may be one group (Flow-GRPO). A group of one has no standard deviation over n - 1: A = r (public DDRL code).
 
 Several rewards (terms), each clamped to its own bounds first, become one advantage in one of two ways:
 
@@ -26,7 +27,7 @@ from typing import Literal
 from replay.policy import zero_variance
 
 EPSILON = 1e-4
-"""Added to the standard deviation (public DDRL code)."""
+"""Added to the standard deviation (public DDRL code, Flow-GRPO)."""
 
 GroupScores = Mapping[str, Sequence[float | None]]
 """Scores of one group's members by term; None: the term failed for that member."""
@@ -44,19 +45,31 @@ class Term:
         return score if self.clip is None else min(max(score, self.clip[0]), self.clip[1])
 
 
-def group_advantages(groups: Sequence[Sequence[float]], scale: str = "group", clip: float = 5.0, exponential: bool = False) -> list[list[float]]:
+def group_advantages(
+    groups: Sequence[Sequence[float]],
+    scale: str = "group",
+    clip: float = 5.0,
+    exponential: bool = False,
+    *,
+    biased: bool = False,
+    epsilon: float = EPSILON,
+    prompts: Sequence[str] | None = None,
+) -> list[list[float]]:
     """Advantages of every member of every group, of one reward.
 
     Args:
-        groups: rewards by group, each of at least two members, all finite.
+        groups: rewards by group, all finite.
         scale: `group` or `batch`: whose standard deviation divides.
         clip: bound on |A|.
         exponential: map A to -exp(-A) before clipping (the theory's lambda, DDRL §1.2), which restores the exact
             exponential tilt in form.
+        biased: the standard deviation of n rewards is over n (Flow-GRPO), else over n - 1.
+        epsilon: added to it.
+        prompts: of the groups: those of one prompt are one group (Flow-GRPO's tracker); None: each is its own.
     Raises:
-        ValueError: a group with fewer than two members or a reward that is not finite.
+        ValueError: a group without members, or a reward that is not finite.
     """
-    return [_bounded(values, clip, exponential) for values in normalised(groups, scale)]
+    return [_bounded(values, clip, exponential) for values in normalised(groups, scale, biased, epsilon, prompts)]
 
 
 def advantages_of(
@@ -67,16 +80,20 @@ def advantages_of(
     scale: str = "group",
     clip: float = 5.0,
     exponential: bool = False,
+    *,
+    biased: bool = False,
+    epsilon: float = EPSILON,
+    prompts: Sequence[str] | None = None,
 ) -> list[list[float]]:
     """Advantages of every member of every group, of several rewards.
 
     Args:
-        groups: scores by term, of at least two members; every term of `terms` is there, for every member.
+        groups: scores by term; every term of `terms` is there, for every member.
         terms: what is trained on. A group that has no score at all of a term gets nothing from it.
         combine: see the module's docstring.
         failed: `fill_mean` puts the mean of the group's other members in the place of a failed score, before the standard
             deviation is taken (public DDRL code). With `leave_out` a member without a score is not in the group at all.
-        scale, clip, exponential: as for `group_advantages`.
+        scale, clip, exponential, biased, epsilon, prompts: as for `group_advantages`.
     Raises:
         ValueError: what `group_advantages` raises; a term that a group lacks; weights that are all 0; with `leave_out`,
             a member without a score.
@@ -89,11 +106,12 @@ def advantages_of(
     if combine == "sum":
         scored = [[(terms[name].weight, values) for name in terms if (values := filled[name][g])] for g in range(len(groups))]
         sums = [[math.fsum(w * values[m] for w, values in rows) for m in range(n)] for rows, n in zip(scored, sizes, strict=True)]
-        return group_advantages(sums, scale, clip, exponential)
+        return group_advantages(sums, scale, clip, exponential, biased=biased, epsilon=epsilon, prompts=prompts)
     mixed = [[0.0] * n for n in sizes]
     for name, term in terms.items():
         present = [g for g, values in enumerate(filled[name]) if values]
-        for g, values in zip(present, normalised([filled[name][g] for g in present], scale), strict=True):
+        asked = None if prompts is None else [prompts[g] for g in present]
+        for g, values in zip(present, normalised([filled[name][g] for g in present], scale, biased, epsilon, asked), strict=True):
             mixed[g] = [a + term.weight / total * b for a, b in zip(mixed[g], values, strict=True)]
     return [_bounded(values, clip, exponential) for values in mixed]
 
@@ -112,18 +130,29 @@ def _filled(name: str, group: GroupScores, term: Term, failed: str) -> list[floa
     return [mean if score is None else term.clamp(score) for score in scores]
 
 
-def normalised(groups: Sequence[Sequence[float]], scale: str) -> list[list[float]]:
-    """(r - mean of the group) / (std + 1e-4), neither mapped nor clipped. Raises ValueError like `group_advantages`."""
+def normalised(
+    groups: Sequence[Sequence[float]], scale: str, biased: bool = False, epsilon: float = EPSILON, prompts: Sequence[str] | None = None
+) -> list[list[float]]:
+    """(r - mean of the group) / (std + epsilon), neither mapped nor clipped. Raises ValueError like `group_advantages`."""
     for rewards in groups:
-        if len(rewards) < 2:
-            raise ValueError(f"a group needs at least 2 rewards, got {len(rewards)}")
+        if not rewards:
+            raise ValueError("a group needs at least 1 reward, got none")
         if not all(math.isfinite(r) for r in rewards):
             raise ValueError(f"rewards must be finite numbers, got {list(rewards)}")
-    pooled = statistics.stdev([r for rewards in groups for r in rewards]) if scale == "batch" and groups else None
+    std_of = statistics.pstdev if biased else statistics.stdev
+    every = [r for rewards in groups for r in rewards]
+    names: Sequence[int | str] = range(len(groups)) if prompts is None else prompts
+    pools: dict[int | str, list[float]] = {}
+    for name, rewards in zip(names, groups, strict=True):
+        pools.setdefault(name, []).extend(rewards)
     found = []
-    for rewards in groups:
-        mean, std = statistics.fmean(rewards), statistics.stdev(rewards) if pooled is None else pooled
-        found.append([(r - mean) / (std + EPSILON) for r in rewards])
+    for name, rewards in zip(names, groups, strict=True):
+        pool = every if scale == "batch" else pools[name]
+        if len(pool) == 1 and not biased:
+            found.append(list(rewards))  # nothing to compare with
+            continue
+        mean, std = statistics.fmean(pools[name]), std_of(pool)
+        found.append([(r - mean) / (std + epsilon) for r in rewards])
     return found
 
 
@@ -135,6 +164,6 @@ def _bounded(raw: Sequence[float], clip: float, exponential: bool) -> list[float
 
 def flat_groups(groups: Sequence[GroupScores]) -> int:
     """Groups in which no term varies: nothing in them is better than the rest (their advantages are all 0, or all -1
-    after the exponential map)."""
-    known = [[[s for s in scores if s is not None] for scores in group.values()] for group in groups]
+    after the exponential map). One of one member is none of them: its advantage is its reward."""
+    known = [[[s for s in scores if s is not None] for scores in group.values()] for group in groups if max(map(len, group.values()), default=0) > 1]
     return sum(all(not scores or zero_variance(scores) for scores in group) for group in known)

@@ -25,6 +25,7 @@ from actors.payload import GroupPayload, PayloadError, count_of, decode_data, de
 from diffusion.families.conditioning import Conditioning
 from diffusion.kernels import StepKernel
 from diffusion.processes import ForwardProcess
+from diffusion.processes.flow_time import cosmos_times
 from diffusion.seeds import INITIAL, generator, step_noise
 from replay.buffer import Claim, ReplayBuffer
 from replay.records import ClaimedGroup, GroupHeader
@@ -258,13 +259,19 @@ class _Update:
             member = [0 if config.rollout.same_initial_noise else row % n for row in rows]
             noise = torch.stack([step_noise(config.seed, self.groups[row // n], m, INITIAL, free) for row, m in zip(rows, member, strict=True)])
             per_rollout = self.times.repeat_interleave(n, 0)
-            if self.repeats == 1:
+            if config.objective.data_per == "first":
+                per_rollout = per_rollout[:, :1]
+            elif self.repeats == 1:
                 column = torch.randint(per_rollout.shape[1], (len(per_rollout), 1), generator=generator(config.seed, "shared-time", self.claim.step))
                 per_rollout = per_rollout.gather(1, column)
             return noise, per_rollout.flatten()[list(part)]
         g = generator(config.seed, "data-noise", self.claim.step)
         noise = noise_rows(self.evaluations, shape, part, g)
-        return self.free_part(noise, given), self.process.sample_times(self.evaluations, g)[list(part)]
+        if config.objective.data_times == "cosmos":
+            drawn = cosmos_times(self.process, self.evaluations, shape[1] if len(shape) == 4 else 1, g)
+        else:
+            drawn = self.process.sample_times(self.evaluations, g)
+        return self.free_part(noise, given), drawn[list(part)]
 
 
 def _weightless(rows: Rows) -> Rows:
@@ -317,7 +324,18 @@ def step_batches(
     advantages: list[list[float]] = []
     if claim.groups:
         scores = [scores_of(g.header) for g in claim.groups]
-        advantages = advantages_of(scores, terms_of(config), o.advantages, o.failed_reward, o.advantage_scale, o.advantage_clip, o.exponential_advantage)
+        advantages = advantages_of(
+            scores,
+            terms_of(config),
+            o.advantages,
+            o.failed_reward,
+            o.advantage_scale,
+            o.advantage_clip,
+            o.exponential_advantage,
+            biased=o.advantage_std == "biased",
+            epsilon=o.advantage_epsilon,
+            prompts=[subjects.group(g.group).text for g in claim.groups] if o.advantage_baseline == "prompt" else None,
+        )
         share(sum(map(len, advantages)), rank, world)
     if update.row_given:
         share(update.evaluations, rank, world)

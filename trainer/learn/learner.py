@@ -234,9 +234,10 @@ class Learner:
         def data(part: slice) -> Tensor:
             assert batch.anchors is not None
             rows = take(batch.anchors, part, self.device)
-            loss = data_terms(data_prediction(self.model, self.process, rows, batch.conditioning_of(rows), config.model.dtype), rows, self.process)
+            prediction = data_prediction(self.model, self.process, rows, batch.conditioning_of(rows), config.model.dtype)
+            loss = data_terms(prediction, rows, self.process, config.objective.data_weighting)
             sums[SUMS.index("data_loss")] += loss.detach()
-            return config.objective.data_weight * loss / batch.anchor_count
+            return config.data_share * loss / batch.anchor_count
 
         if batch.transitions is not None:
             for part in slices(len(batch.transitions.x), passes(batch.transition_rows, self.rows_of_pass(batch.transitions, batch.conditioning))):

@@ -4,7 +4,7 @@ One update maximises the group-normalised reward through a probability-ratio los
 the ordinary diffusion loss on anchor data; `ddrl`, `flow_grpo`, `dance_grpo` and `sft` are settings of the same sum.
 
     L = mean over transitions of max(-A rho, -A clip(rho, 1 ± c)),  rho = exp(log p - log p_old)
-      + kl_weight   x mean over transitions of mean (mu - mu_ref)² / (2 std²)
+      + kl_weight   x mean over transitions of mean (mu - mu_ref)² / (2 std²)      (`kl_scale` has other divisors)
       + data_weight x mean over data evaluations of the diffusion loss
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusion.kernels import MIN_STD, Previous, StepKernel, log_prob
 from diffusion.processes import ForwardProcess
+from diffusion.processes.flow_time import flow_time
 from trainer.config.objective import ObjectiveConfig
 
 
@@ -84,6 +85,14 @@ def scale(std: Tensor, scaling: str) -> Tensor:
     return {"exact": torch.ones_like(std), "unscaled": 2 * std.square(), "std_weighted": std}[scaling]
 
 
+def kl_divisor(std: Tensor, batch: Transitions, scaling: str) -> Tensor:
+    """What mean (mu - mu_ref)² is divided by, per transition `[M]`. `step`: 2 std², which makes it the KL of two Gaussian steps; `rate`: 2 std² over
+    the step's length in time, of a reverse SDE 2 g² (Flow-GRPO since 2d76907, 2025-07-15); `unscaled`: 1 (public DDRL code)."""
+    if scaling == "unscaled":
+        return torch.ones_like(std)
+    return 2 * std.square() / (1 if scaling == "step" else (batch.t - batch.t_next).to(std))
+
+
 def policy_terms(
     velocity: Tensor, reference: Tensor | None, batch: Transitions, kernel: StepKernel, config: ObjectiveConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -118,12 +127,19 @@ def policy_terms(
     }
     if reference is not None:
         mean_ref, _ = moments(reference, batch, kernel)
-        kl = (mean - mean_ref).square().flatten(1).mean(1) / (2 * std.square())
+        kl = (mean - mean_ref).square().flatten(1).mean(1) / kl_divisor(std, batch, config.kl_scale)
         loss = loss + config.kl_weight * (batch.weight * kl).sum()
         stats["reverse_kl"] = (batch.weight * kl).sum()
     return loss.float(), {k: v.detach().float() for k, v in stats.items()}
 
 
-def data_terms(velocity: Tensor, batch: Anchors, process: ForwardProcess) -> Tensor:
-    """Weighted sum over a micro-batch of the diffusion loss (divide by the global count of evaluations)."""
-    return (batch.weight * process.loss(velocity, batch.x0, batch.eps, batch.t)).sum()
+def data_terms(velocity: Tensor, batch: Anchors, process: ForwardProcess, weighting: str = "uniform") -> Tensor:
+    """Weighted sum over a micro-batch of the diffusion loss (divide by the global count of evaluations).
+
+    `weighting`: `cosmos` multiplies by t² + (1 - t)² of the flow's time t, which is (1 + sigma²)/sigma² times the squared error of x̂0 (public DDRL code).
+    """
+    loss = process.loss(velocity, batch.x0, batch.eps, batch.t)
+    if weighting == "cosmos":
+        t = flow_time(process, batch.t)
+        loss = loss * (t.square() + (1 - t).square())
+    return (batch.weight * loss).sum()

@@ -31,7 +31,7 @@ def update_record(config: RunConfig, claim: Claim, stats: dict[str, Any], second
     staleness = [step - 1 - h.version for h in headers]
     record |= {
         "reward_mean": statistics.fmean([r for h in headers for r in h.rewards]),
-        "reward_std": statistics.fmean([statistics.stdev(h.rewards) for h in headers]),
+        **({"reward_std": statistics.fmean(spread)} if (spread := [statistics.stdev(h.rewards) for h in headers if len(h.rewards) > 1]) else {}),
         **score_statistics(scores, terms_of(config)),
         "trained_groups": [g.group for g in claim.groups],
         "failed_members": sum(int(h.meta.get("failed_members", 0)) for h in headers),

@@ -42,6 +42,7 @@ def check_policy(config: RunConfig) -> None:
     """Build the policy without its weights, whose headers are read, fit the size to it and let its tokenizers read the prompts. Raises ConfigError."""
     from diffusion.checkpoint import check_network, load_signature, open_policy
     from diffusion.families.conditioning import collisions
+    from diffusion.processes.flow_time import check_velocity
     from diffusion.ulysses import check_heads
 
     try:
@@ -55,6 +56,12 @@ def check_policy(config: RunConfig) -> None:
             _check_given(config, policy, given)
     except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
         raise ConfigError(f"model: {error}") from None
+    for key in ("data_weighting", "data_times"):
+        if config.uses_data and getattr(config.objective, key) == "cosmos":
+            try:
+                check_velocity(policy.process, f"objective.{key}")
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
     for part, count in (("learner", config.learner.sequence_ranks), ("rollout", config.rollout.sequence_ranks)):
         try:
             check_heads(policy.transformer.config.num_attention_heads, count)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from diffusion.source import is_hub_id
 from trainer.config.errors import ConfigError
 from trainer.config.load import all_keys, apply_overrides, load_config, nearest_key, parse_config
-from trainer.config.objective import PRESETS
+from trainer.config.presets import PRESETS
 from trainer.config.render import render_config
 from trainer.config.run import RunConfig
 
@@ -68,7 +68,7 @@ def test_recipes_exist() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_sets_its_weights_and_keys_beside_it_win(preset: str) -> None:
     plain = parse_config({"objective": {"preset": preset}}).objective
-    for key, value in PRESETS[preset].items():
+    for key, value in PRESETS[preset].objective.items():
         assert getattr(plain, key) == value
     changed = parse_config({"objective": {"preset": preset, "data_weight": 0.5}}).objective
     assert changed.data_weight == 0.5
@@ -79,7 +79,9 @@ def test_the_presets_are_the_published_compositions() -> None:
     parts = {p: parse_config({"objective": {"preset": p}}) for p in PRESETS}
     assert {p: (c.uses_policy, c.objective.kl_weight > 0, c.uses_data) for p, c in parts.items()} == {
         "ddrl": (True, False, True),
+        "ddrl_cosmos": (True, False, True),
         "flow_grpo": (True, True, False),
+        "flow_grpo_2025_06": (True, True, False),
         "dance_grpo": (True, False, False),
         "sft": (False, False, True),
     }
@@ -158,10 +160,10 @@ def test_the_last_of_two_overrides_wins_and_a_section_can_be_replaced() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_on_the_command_line_wins_over_the_file(preset: str) -> None:
     """A recipe that names `data_weight` must not stay a mixture under another preset's name."""
-    recipe = {"objective": {"preset": "ddrl", "data_weight": 0.02, "kl_weight": 0.1, "advantage_scale": "group", "clip": 0.5}}
+    recipe = {"objective": {"preset": "ddrl", "data_weight": 0.02, "kl_weight": 0.1, "advantage_scale": "group", "clip": 0.5, "exponential_advantage": True}}
     config = parse_config(apply_overrides(recipe, [f"objective.preset={preset}"])).objective
     plain = parse_config({"objective": {"preset": preset}}).objective
-    assert config == plain.model_copy(update={"clip": 0.5})  # what is no part of a composition stays
+    assert config == plain.model_copy(update={"exponential_advantage": True})  # what is no part of a composition stays
     beside = apply_overrides(recipe, ["objective.data_weight=0.3", f"objective.preset={preset}"])
     assert parse_config(beside).objective.data_weight == 0.3  # a key that is given beside it wins
 
@@ -275,7 +277,11 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"sampler": {"steps": 4, "trained_steps": [3]}}, "sampler: trained_steps=[3] must be distinct indices in 0..2"),
     ({"prompts": {"kind": "file"}}, "prompts: prompts.kind=file needs prompts.path"),
     ({"data": {"kind": "folder"}}, "data: data.kind=folder needs data.path"),
-    ({"rollout": {"group_size": 1}}, "rollout.group_size: "),
+    ({"rollout": {"group_size": 0}}, "rollout.group_size: "),
+    ({"rollout": {"group_size": 1}, "objective": {"advantage_scale": "batch"}}, "rollout.group_size=1 leaves every advantage at 0"),
+    ({"rollout": {"group_size": 1}, "objective": {"advantage_std": "biased"}}, "rollout.group_size=1 leaves every advantage at 0"),
+    ({"rollout": {"group_size": 1}, "replay": {"drop_zero_variance": True}}, "replay.drop_zero_variance=true drops every group"),
+    ({"objective": {"preset": "sft", "data_per": "first"}}, "objective.data_per=first evaluates at a rollout's first trained step"),
     ({"rewards": {}}, "rewards is empty, and rollouts are trained on rewards"),
     ({"rewards": {"hps": {}}}, "hps"),
     ({"rewards": {"ocr": {"weight": 0}}}, "rewards.ocr: weight is 0: name it under held_out_rewards instead"),

@@ -89,10 +89,16 @@ def test_a_reward_that_is_not_finite_is_refused(bad: float, scale: str) -> None:
         group_advantages([[1.0, 2.0], [1.0, bad]], scale)
 
 
-@pytest.mark.parametrize("group", [[], [1.0]])
-def test_a_group_needs_two_members(group: list[float]) -> None:
-    with pytest.raises(ValueError, match=f"at least 2 rewards, got {len(group)}"):
-        group_advantages([[1.0, 2.0], group])
+def test_a_group_needs_a_member() -> None:
+    with pytest.raises(ValueError, match="at least 1 reward, got none"):
+        group_advantages([[1.0, 2.0], []])
+
+
+def test_of_a_group_of_one_the_advantage_is_its_reward() -> None:
+    """There is nothing to compare with, and no standard deviation over n - 1; over n it is 0."""
+    assert group_advantages([[0.7], [9.0], [1.0, 2.0]])[:2] == [[0.7], [5.0]]
+    assert group_advantages([[0.7]], biased=True) == [[0.0]]
+    assert flat_groups([{"r": [0.7]}, {"r": [1.0, 1.0]}]) == 1
 
 
 # -- several rewards ------------------------------------------------------------------------------------------------

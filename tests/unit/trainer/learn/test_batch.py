@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import fields, replace
 from typing import Any
@@ -136,6 +137,8 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"data_per": "rollout"},
     {"data_noise": "shared"},
     {"data_noise": "shared", "data_per": "rollout"},
+    {"data_noise": "shared", "data_per": "first"},
+    {"preset": "ddrl_cosmos", "kernel": "edm_2ab", "data_noise": "fresh"},
     {"preset": "flow_grpo"},
     {"preset": "sft"},
     {"advantage_scale": "batch", "exponential_advantage": True},
@@ -245,7 +248,7 @@ def test_groups_of_another_sampler_are_refused() -> None:
 # -- anchor evaluations ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("data_per", "repeats"), [("transition", TRAINED), ("rollout", 1)])
+@pytest.mark.parametrize(("data_per", "repeats"), [("transition", TRAINED), ("rollout", 1), ("first", 1)])
 def test_anchor_evaluations_per_transition_or_per_rollout(data_per: str, repeats: int) -> None:
     batch = rows_of(config_of(data_per=data_per))
     anchors = batch.anchors
@@ -274,7 +277,7 @@ def test_fresh_noise_is_named_by_seed_and_step() -> None:
 
 
 @pytest.mark.parametrize("same_start", [False, True])
-@pytest.mark.parametrize("data_per", ["transition", "rollout"])
+@pytest.mark.parametrize("data_per", ["transition", "rollout", "first"])
 @pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
 def test_shared_noise_is_the_rollouts_own_start_and_times(kernel: str, data_per: str, same_start: bool) -> None:
     """A kernel in sigma space visits sigma where the flow's time is sigma / (1 + sigma)."""
@@ -292,9 +295,25 @@ def test_shared_noise_is_the_rollouts_own_start_and_times(kernel: str, data_per:
             rows = range(i, i + (TRAINED if data_per == "transition" else 1))
             assert all(torch.equal(anchors.eps[r], start) for r in rows)
             found = [float(anchors.t[r]) for r in rows]
-            assert found == times if data_per == "transition" else found[0] in times
+            assert found == {"transition": times, "first": times[:1]}.get(data_per, found)
+            assert set(found) <= set(times)
             i += len(rows)
     assert i == len(anchors.t)
+
+
+def test_fresh_times_follow_the_law_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise is the same; of clips the public law draws higher levels than of pictures."""
+    own, public = (rows_of(config_of(data_times=law)).anchors for law in ("policy", "cosmos"))
+    assert own is not None
+    assert public is not None
+    assert torch.equal(own.eps, public.eps)
+    assert not torch.equal(own.t, public.t)
+    monkeypatch.setattr(sys.modules[__name__], "SHAPE", (3, 5, 2, 2))
+    clip = rows_of(config_of(data_times="cosmos")).anchors
+    assert clip is not None
+    sigma = clip.t / (1 - clip.t)
+    assert bool(((clip.t > 0) & (clip.t < 1)).all())
+    assert float(sigma.log().mean()) > math.log(4)
 
 
 # -- micro-batches --------------------------------------------------------------------------------------------------
@@ -331,6 +350,16 @@ def test_scores_of_the_header_make_the_advantages(combine: str, monkeypatch: pyt
     assert rows is not None
     expected = [a for group in advantages_of(scores, terms, combine, "fill_mean") for a in group for _ in range(TRAINED)]  # type: ignore[arg-type]
     assert rows.advantage.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_groups_of_one_prompt_have_one_mean_where_the_baseline_is_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Subjects, "group", lambda self, group: Subject("the same" if group < 8 else f"prompt {group}"))
+    found = rows_of(config_of(advantage_baseline="prompt", advantage_std="biased")).transitions
+    assert found is not None
+    texts = ["same" if group < 8 else str(group) for group in GROUPS]
+    expected = group_advantages([rewards_of(g) for g in GROUPS], biased=True, prompts=texts)
+    torch.testing.assert_close(found.advantage, torch.tensor([a for group in expected for a in group]).repeat_interleave(TRAINED))
+    assert expected[0] != group_advantages([rewards_of(GROUPS[0])], biased=True)[0]
 
 
 @pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])

@@ -63,6 +63,17 @@ def test_a_size_that_the_policy_cannot_sample(size: dict[str, int], words: str) 
         check_policy(parse_config({"model": {"path": str(BASE)}, "sampler": size}))
 
 
+@pytest.mark.parametrize("key", ["data_weighting", "data_times"])
+def test_what_is_stated_for_a_flow_of_a_policy_that_is_none(key: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(BASE, tmp_path / "copy")
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
+    tree = {"model": {"path": str(copy)}, "sampler": {"kernel": "ddim_eta"}}
+    with pytest.raises(ConfigError, match=rf"objective\.{key}=cosmos is stated for a network that predicts a flow's velocity.*variance_preserving"):
+        check_policy(parse_config(tree | {"objective": {key: "cosmos"}}))
+    check_policy(parse_config(tree | {"objective": {key: "cosmos", "data_weight": 0}}))  # there is no data term
+    check_policy(parse_config({"model": {"path": str(BASE)}, "objective": {key: "cosmos"}}))
+
+
 def test_sequence_ranks_that_cannot_share_the_heads() -> None:
     check_policy(parse_config({"model": {"path": str(BASE)}, "learner": {"ranks": 6, "sequence_ranks": 3}}))
     config = parse_config({"model": {"path": str(BASE)}, "learner": {"ranks": 6, "sequence_ranks": 2}})
