@@ -94,13 +94,21 @@ def _reasons(scores: Scores, terms: Sequence[Weighted]) -> list[str]:
     return [f"member {m}: {name}: {s.code}: {s.message}" for name in names for m, s in enumerate(scores[name]) if not isinstance(s, ItemScore)]
 
 
-def trained_steps(sampler: SamplerConfig, seed: int, group: int) -> tuple[int, ...]:
-    """Trained step indices of a group, ascending: one choice per group, so that its members stay comparable."""
+def trained_steps(sampler: SamplerConfig, seed: int, group: int, groups_per_step: int = 1) -> tuple[int, ...]:
+    """Trained step indices of a group, ascending: one choice per group, so that its members stay comparable. A window slides by the number of the
+    group, `groups_per_step` of which make an update; it is never cut short at the end."""
     if isinstance(sampler.trained_steps, list):
         return tuple(sorted(sampler.trained_steps))
-    rng = np.random.default_rng(key(seed, "trained", group))
-    drawn = rng.choice(stochastic_steps(sampler.kernel, sampler.steps), sampler.trained_steps, replace=False)
-    return tuple(sorted(int(i) for i in drawn))
+    rng, n = np.random.default_rng(key(seed, "trained", group)), sampler.trained_steps
+    last = stochastic_steps(sampler.kernel, sampler.steps) - n
+    if sampler.trained_choice == "scattered":
+        return tuple(sorted(int(i) for i in rng.choice(last + n, n, replace=False)))
+    if sampler.trained_choice == "window":
+        wanted = sampler.steps // 2 if sampler.window_last is None else sampler.window_last
+        first = int(rng.integers(min(wanted, last) + 1))
+    else:
+        first = group // (groups_per_step * sampler.window_updates) % (last + 1)
+    return tuple(range(first, first + n))
 
 
 def group_request(
@@ -115,7 +123,7 @@ def group_request(
 ) -> SampleRequest:
     """The request for all members of one group. `negative`: the encoded negative prompt, with guidance; `store_dtype`: type that
     its states are stored in."""
-    trained = trained_steps(sampler, seed, group)
+    trained = trained_steps(sampler, seed, group, rollout.groups_per_step)
     stochastic = range(stochastic_steps(sampler.kernel, sampler.steps)) if sampler.noise_on == "all" else trained
     return SampleRequest(
         shape=shape,

@@ -90,6 +90,15 @@ class SamplerConfig(Strict):
     trained_steps: int | list[int] = Field(
         5, description="a number: that many step indices drawn per group; a list: exactly these indices (the last step is never trained)"
     )
+    trained_choice: Literal["scattered", "window", "sliding"] = Field(
+        "scattered",
+        description="how a number of trained steps is chosen: scattered = any, drawn for each group; window = neighbours, whose first is drawn for each group "
+        "(Flow-GRPO-Fast); sliding = neighbours, which move one step on every window_updates updates, and from the end back to the start (MixGRPO)",
+    )
+    window_last: int | None = Field(
+        None, ge=0, description="trained_choice=window: the last step that a window may begin at; null = the middle of the steps (Flow-GRPO-Fast)"
+    )
+    window_updates: int = Field(25, ge=1, description="trained_choice=sliding: updates that a window stays for (MixGRPO: 25)")
     noise_on: Literal["all", "trained"] = Field(
         "all", description="all: every step but the last is stochastic; trained: only the trained steps are, the rest follow the ODE"
     )
@@ -108,6 +117,11 @@ class SamplerConfig(Strict):
     def given_choices(self) -> tuple[int, ...]:
         """Numbers of given frames that groups are given."""
         return (self.given_frames,) if isinstance(self.given_frames, int) else self.given_frames
+
+    @property
+    def trained_count(self) -> int:
+        """Trained steps of a rollout."""
+        return self.trained_steps if isinstance(self.trained_steps, int) else len(self.trained_steps)
 
     @property
     def pixel_bytes(self) -> int:
@@ -131,6 +145,8 @@ class SamplerConfig(Strict):
         if isinstance(self.trained_steps, int):
             if not 1 <= self.trained_steps <= count:
                 raise ValueError(f"trained_steps={self.trained_steps} must lie in 1..{count}: steps={self.steps} and {why}")
+        elif self.trained_choice != "scattered":
+            raise ValueError(f"trained_choice={self.trained_choice} needs a number of trained_steps; {self.trained_steps} are these steps and no others")
         else:
             bad = [i for i in self.trained_steps if not 0 <= i < count]
             if bad or not self.trained_steps or len(set(self.trained_steps)) != len(self.trained_steps):

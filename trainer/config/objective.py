@@ -33,9 +33,10 @@ class ObjectiveConfig(Strict):
         "so that ratios start at 1 whatever the sampler's precision",
     )
     clip: float = Field(1e-3, gt=0, description="probability ratios are clipped to 1 ± clip, in units of the chosen log_prob scaling")
-    advantages: Literal["each", "sum"] = Field(
+    advantages: Literal["each", "added", "sum"] = Field(
         "each",
-        description="several rewards: each = normalised one by one, then averaged by weight (public DDRL code); sum = their weighted sum is normalised",
+        description="several rewards: each = normalised one by one, then averaged by weight (public DDRL code); added = the same, added up by weight (MixGRPO; "
+        "DanceGRPO while no ratio is clipped); sum = their weighted sum is normalised (Flow-GRPO)",
     )
     failed_reward: Literal["leave_out", "fill_mean"] = Field(
         "leave_out", description="a member without a score: leave_out of its group, or fill_mean = give it the mean of the group's others (public DDRL code)"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-PresetName = Literal["ddrl", "ddrl_cosmos", "flow_grpo", "flow_grpo_2025_06", "dance_grpo", "sft"]
+PresetName = Literal["ddrl", "ddrl_cosmos", "flow_grpo", "flow_grpo_2025_06", "flow_grpo_fast", "flow_cps", "dance_grpo", "mix_grpo", "sft"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ _FLOW_GRPO: dict[str, Any] = {
     "advantage_std": "biased",
 }
 
+_DANCE_GRPO: dict[str, Any] = {
+    "policy_weight": 1.0,
+    "kl_weight": 0.0,
+    "data_weight": 0.0,
+    "clip": 1e-4,
+    "advantages": "added",
+    "advantage_epsilon": 1e-8,
+}
+
 PRESETS: dict[str, Preset] = {
     "ddrl": Preset("arXiv 2512.04332, §3, with data_beta of the public recipes", {"policy_weight": 1.0, "kl_weight": 0.0, "data_weight": 0.01}),
     "ddrl_cosmos": Preset(
@@ -57,10 +66,12 @@ PRESETS: dict[str, Preset] = {
     ),
     "flow_grpo": Preset("yifan123/flow_grpo ac4c86e (2025-07-18), general_ocr_sd3", {**_FLOW_GRPO, "kl_weight": 0.04, "kl_scale": "rate"}),
     "flow_grpo_2025_06": Preset("yifan123/flow_grpo f37646f (2025-06-16), general_ocr_sd3", {**_FLOW_GRPO, "kl_weight": 0.004, "kl_scale": "step"}),
-    "dance_grpo": Preset(
-        "XueZeyue/DanceGRPO 15cc71d (2025-10-16), finetune_flux_grpo.sh",
-        {"policy_weight": 1.0, "kl_weight": 0.0, "data_weight": 0.0, "clip": 1e-4, "advantage_epsilon": 1e-8},
+    "flow_grpo_fast": Preset("yifan123/flow_grpo a482878 (2025-08-19), pickscore_sd3_fast", {**_FLOW_GRPO, "clip": 1e-5, "kl_weight": 0.0}),
+    "flow_cps": Preset(
+        "IamCreateAI/FlowCPS b402c7a (2025-09-11), general_ocr_sd3", {**_FLOW_GRPO, "log_prob": "unscaled", "kl_weight": 0.04, "kl_scale": "step"}
     ),
+    "dance_grpo": Preset("XueZeyue/DanceGRPO 15cc71d (2025-10-16), finetune_flux_grpo.sh", _DANCE_GRPO),
+    "mix_grpo": Preset("Tencent-Hunyuan/MixGRPO e5cdd6a (2025-08-08), finetune_flux_grpo_MixGRPO.sh", _DANCE_GRPO),
     "sft": Preset("the data term alone, no rollouts", {"policy_weight": 0.0, "kl_weight": 0.0, "data_weight": 1.0}),
 }
 """Compositions by name."""

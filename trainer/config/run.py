@@ -72,9 +72,7 @@ class RunConfig(Strict):
     @property
     def data_share(self) -> float:
         """What the mean of an update's diffusion losses is multiplied by: `data_weight`; evaluated at the first of K trained steps alone, over K."""
-        steps = self.sampler.trained_steps
-        first = self.objective.data_per == "first"
-        return self.objective.data_weight / ((steps if isinstance(steps, int) else len(steps)) if first else 1)
+        return self.objective.data_weight / (self.sampler.trained_count if self.objective.data_per == "first" else 1)
 
     @property
     def data_rows(self) -> int:

@@ -4,10 +4,11 @@ A_n = (r_n - mean of the group) / (std + epsilon), clipped to ±5 (public DDRL c
 The standard deviation is the group's own or that of all rewards of the update (Flow-GRPO on SD3.5), over n - 1 or over n; groups with the same
 prompt may be one group (Flow-GRPO). A group of one has no standard deviation over n - 1: A = r (public DDRL code).
 
-Several rewards (terms), each clamped to its own bounds first, become one advantage in one of two ways:
+Several rewards (terms), each clamped to its own bounds first, become one advantage in one of three ways:
 
     each   every term is normalised by itself; A = sum w A_term / sum |w|: the mean over reward models of the public DDRL
            code when the weights are equal
+    added  the same without the division: A = sum w A_term (MixGRPO)
     sum    R = sum w r_term is normalised once
 
 With one reward of weight 1 both are the formula above. The exponential map and the clip are applied once, at the end.
@@ -75,7 +76,7 @@ def group_advantages(
 def advantages_of(
     groups: Sequence[GroupScores],
     terms: Mapping[str, Term],
-    combine: Literal["each", "sum"] = "each",
+    combine: Literal["each", "added", "sum"] = "each",
     failed: Literal["leave_out", "fill_mean"] = "leave_out",
     scale: str = "group",
     clip: float = 5.0,
@@ -107,12 +108,12 @@ def advantages_of(
         scored = [[(terms[name].weight, values) for name in terms if (values := filled[name][g])] for g in range(len(groups))]
         sums = [[math.fsum(w * values[m] for w, values in rows) for m in range(n)] for rows, n in zip(scored, sizes, strict=True)]
         return group_advantages(sums, scale, clip, exponential, biased=biased, epsilon=epsilon, prompts=prompts)
-    mixed = [[0.0] * n for n in sizes]
+    mixed, share = [[0.0] * n for n in sizes], total if combine == "each" else 1.0
     for name, term in terms.items():
         present = [g for g, values in enumerate(filled[name]) if values]
         asked = None if prompts is None else [prompts[g] for g in present]
         for g, values in zip(present, normalised([filled[name][g] for g in present], scale, biased, epsilon, asked), strict=True):
-            mixed[g] = [a + term.weight / total * b for a, b in zip(mixed[g], values, strict=True)]
+            mixed[g] = [a + term.weight / share * b for a, b in zip(mixed[g], values, strict=True)]
     return [_bounded(values, clip, exponential) for values in mixed]
 
 

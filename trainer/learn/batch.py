@@ -357,4 +357,4 @@ def _all_times(config: RunConfig, process: ForwardProcess, kernel: StepKernel, g
     grid = kernel.time_grid(config.sampler.steps)
     if kernel.process is not process:
         grid = kernel.process.model_time(grid)
-    return torch.stack([grid[list(trained_steps(config.sampler, config.seed, g))] for g in groups])
+    return torch.stack([grid[list(trained_steps(config.sampler, config.seed, g, config.rollout.groups_per_step))] for g in groups])

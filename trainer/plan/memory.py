@@ -75,15 +75,9 @@ class Process:
         return sum(part.bytes for part in self.parts)
 
 
-def trained_steps(config: RunConfig) -> int:
-    """Transitions of a rollout that are trained, K."""
-    steps = config.sampler.trained_steps
-    return steps if isinstance(steps, int) else len(steps)
-
-
 def rank_rows(config: RunConfig) -> tuple[int, int]:
     """Most transitions, and most diffusion-loss evaluations, of one rank, or of those that share them, in an update."""
-    ranks, rollout, k = config.learner.data_ranks, config.rollout, trained_steps(config)
+    ranks, rollout, k = config.learner.data_ranks, config.rollout, config.sampler.trained_count
     transitions = -(-rollout.groups_per_step * rollout.group_size // ranks) * k if config.uses_policy else 0
     repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1
     anchors = -(-config.data_rows * repeats // ranks) if config.uses_data else 0
@@ -305,7 +299,7 @@ def parcel(config: RunConfig) -> int:
 def _generator_host(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     """What a generator holds of its groups in host memory: trained transitions as they are stored, the member that is being stored, and two turns
     of pixels (`diffusion.engine.decode`) or an evaluation's parcel beside them."""
-    rollout, k, bytes_each = config.rollout, trained_steps(config), config.sampler.pixel_bytes
+    rollout, k, bytes_each = config.rollout, config.sampler.trained_count, config.sampler.pixel_bytes
     history = 3 if config.sampler.kernel == "edm_2ab" else 2  # with the prediction before; a state that two steps share stands twice
     member = history * k * sizes.latent_values * BYTES[config.replay.store_dtype] * config.uses_policy
     groups = 2 * rollout.concurrent_groups  # sampled, and as many that wait for their scores
@@ -335,7 +329,7 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
     anchor evaluations before it takes its own."""
     row = 2 * sizes.latent_values * 4.0
     transitions, anchors = rank_rows(config)
-    repeats = trained_steps(config) if config.uses_policy and config.objective.data_per == "transition" else 1
+    repeats = config.sampler.trained_count if config.uses_policy and config.objective.data_per == "transition" else 1
     evaluations = config.data_rows * repeats if config.uses_data else 0
     network, version = weights_bytes(config, sizes) + buffers_bytes(config, sizes), version_bytes(config, sizes)
     data = -(-anchors // repeats)

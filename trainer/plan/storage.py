@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffusion.kernel_names import stochastic_steps
 from replay.policy import BufferSettings, disk_needed, memory_needed
 from trainer.config.run import RunConfig
-from trainer.plan.memory import BYTES, MASTER, Part, checkpoint_bytes, kept_versions, trained_steps, version_bytes
+from trainer.plan.memory import BYTES, MASTER, Part, checkpoint_bytes, kept_versions, version_bytes
 from trainer.plan.sizes import Sizes
 
 KEPT = 2
@@ -40,14 +40,14 @@ def stored_states(config: RunConfig) -> int:
     steps = config.sampler.trained_steps
     if isinstance(steps, list):
         return len({*steps, *(step + 1 for step in steps)})
-    return min(2 * steps, stochastic_steps(config.sampler.kernel, config.sampler.steps) + 1)
+    return min(2 * steps if config.sampler.trained_choice == "scattered" else steps + 1, stochastic_steps(config.sampler.kernel, config.sampler.steps) + 1)
 
 
 def group_bytes(config: RunConfig, sizes: Sizes) -> int:
     """One group's payload, without the table of its head (`actors.payload` has the table)."""
     if not config.uses_policy:
         return 0
-    members, k, latent = config.rollout.group_size, trained_steps(config), sizes.latent_values
+    members, k, latent = config.rollout.group_size, config.sampler.trained_count, sizes.latent_values
     states = stored_states(config) + (k if config.sampler.kernel == "edm_2ab" else 0)  # two-step kernels keep the prediction before
     total = members * (states * latent * BYTES[config.replay.store_dtype] + k * 8) + k * 8 + (config.sampler.steps + 1) * 4
     if config.uses_data and not config.feeds_data:

@@ -9,7 +9,7 @@ from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass
 from trainer.plan.gpus import GPU
-from trainer.plan.memory import MASTER, PARCEL, gathers_gradients, moments_bytes, offloads, passes, trained_steps, version_bytes, weights_bytes
+from trainer.plan.memory import MASTER, PARCEL, gathers_gradients, moments_bytes, offloads, passes, version_bytes, weights_bytes
 from trainer.plan.sizes import Sizes
 from trainer.plan.storage import Storage
 
@@ -56,7 +56,7 @@ def forwards(config: RunConfig) -> dict[str, float]:
     """Forward passes of the network in an update, a backward pass counted as two (an adapter's takes less: frozen weights have no
     gradient); guidance adds an unconditional branch, which has no backward pass."""
     rollouts = config.rollout.groups_per_step * config.rollout.group_size if config.uses_policy else 0
-    k, guided = trained_steps(config), config.sampler.guidance > 1
+    k, guided = config.sampler.trained_count, config.sampler.guidance > 1
     trained = 4.0 if config.learner.recompute else 3.0
     per_transition = trained + guided + (config.objective.kl_weight > 0) * (1 + guided)
     repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1

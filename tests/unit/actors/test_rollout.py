@@ -67,6 +67,26 @@ def test_every_step_but_the_last_gets_trained_in_some_group() -> None:
     assert choices != [trained_steps(sampler, 1, g) for g in range(300)]
 
 
+def test_a_window_of_neighbours_begins_anywhere_in_the_first_half() -> None:
+    """Flow-GRPO-Fast: the first of two steps of ten is drawn from 0 to 5."""
+    sampler = SamplerConfig(steps=10, trained_steps=2, trained_choice="window")
+    choices = {trained_steps(sampler, 0, g) for g in range(300)}
+    assert choices == {(first, first + 1) for first in range(6)}
+    earlier = sampler.model_copy(update={"window_last": 1})
+    assert {trained_steps(earlier, 0, g) for g in range(60)} == {(0, 1), (1, 2)}
+    wide = SamplerConfig(steps=10, trained_steps=8, trained_choice="window")  # no room for more
+    assert {trained_steps(wide, 0, g) for g in range(60)} == {tuple(range(8)), tuple(range(1, 9))}
+
+
+def test_a_sliding_window_moves_with_the_updates_is_always_whole_and_comes_round() -> None:
+    """MixGRPO: four neighbours, one step on every 25 updates; the last of the steps is never trained."""
+    sampler = SamplerConfig(steps=8, trained_steps=4, trained_choice="sliding", window_updates=3)
+    of_update = [{trained_steps(sampler, 0, update * 5 + g, 5) for g in range(5)} for update in range(30)]
+    assert all(len(choices) == 1 for choices in of_update)
+    assert [next(iter(choices))[0] for choices in of_update[:15]] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [0] * 3
+    assert all(next(iter(choices)) == tuple(range(next(iter(choices))[0], next(iter(choices))[0] + 4)) for choices in of_update)
+
+
 def test_listed_steps_are_taken_as_they_are() -> None:
     assert trained_steps(SamplerConfig(steps=10, trained_steps=[7, 0, 3]), 0, 5) == (0, 3, 7)
 

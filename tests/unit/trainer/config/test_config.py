@@ -82,7 +82,10 @@ def test_the_presets_are_the_published_compositions() -> None:
         "ddrl_cosmos": (True, False, True),
         "flow_grpo": (True, True, False),
         "flow_grpo_2025_06": (True, True, False),
+        "flow_grpo_fast": (True, False, False),
+        "flow_cps": (True, True, False),
         "dance_grpo": (True, False, False),
+        "mix_grpo": (True, False, False),
         "sft": (False, False, True),
     }
 
@@ -275,6 +278,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"redis": {"url": "http://x"}}, "redis.url: "),
     ({"sampler": {"steps": 4, "trained_steps": 4}}, "sampler: trained_steps=4 must lie in 1..3"),
     ({"sampler": {"steps": 4, "trained_steps": [3]}}, "sampler: trained_steps=[3] must be distinct indices in 0..2"),
+    ({"sampler": {"trained_steps": [1], "trained_choice": "window"}}, "sampler: trained_choice=window needs a number of trained_steps"),
     ({"prompts": {"kind": "file"}}, "prompts: prompts.kind=file needs prompts.path"),
     ({"data": {"kind": "folder"}}, "data: data.kind=folder needs data.path"),
     ({"rollout": {"group_size": 0}}, "rollout.group_size: "),

@@ -1,4 +1,5 @@
-"""`dance_grpo` against XueZeyue/DanceGRPO at 15cc71d (2025-10-16), written down anew in float64: `flux_step` and the loss of train_grpo_flux.py."""
+"""`dance_grpo` against XueZeyue/DanceGRPO at 15cc71d (2025-10-16), written down anew in float64: `flux_step` and the loss of train_grpo_flux.py; and
+what `mix_grpo`, Tencent-Hunyuan/MixGRPO at e5cdd6a (2025-08-08), has otherwise: Flow-GRPO's step, and advantages that are added up."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from diffusion.kernels import make_kernel
 from diffusion.processes import RectifiedFlow
 from tests.unit.trainer.learn.published.steps import Case, case, ours
+from tests.unit.trainer.learn.published.test_flow_grpo import sd3_case
+from tests.unit.trainer.learn.published.test_flow_grpo import their_loss as flow_grpo_loss
 from trainer.config.objective import ObjectiveConfig
-from trainer.learn.advantages import group_advantages
+from trainer.learn.advantages import Term, advantages_of, group_advantages
 
 ETA, CLIP, STEPS = 0.3, 1e-4, (0, 2, 3, 7, 11, 14)
 
@@ -53,3 +56,29 @@ def test_advantages_divide_by_the_groups_own_deviation_plus_1e_8() -> None:
     rewards, config = np.random.default_rng(0).normal(size=12), ObjectiveConfig(preset="dance_grpo")
     (found,) = group_advantages([rewards.tolist()], config.advantage_scale, biased=config.advantage_std == "biased", epsilon=config.advantage_epsilon)
     np.testing.assert_allclose(found, (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-8), rtol=1e-12)
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.05])
+def test_mix_grpo_has_flow_grpos_step_without_a_kl(moved: float) -> None:
+    c = sd3_case(moved)
+    now = c.now.double().requires_grad_()
+    theirs = flow_grpo_loss(c, now, 0.0, False)
+    (gradient,) = torch.autograd.grad(theirs, now)
+    loss, found = ours(c, ObjectiveConfig(preset="mix_grpo"))
+    torch.testing.assert_close(loss.double(), theirs.detach(), rtol=1e-6, atol=1e-7)
+    assert float((found - gradient).norm() / gradient.norm().clamp_min(1e-12)) < 1e-6
+
+
+@pytest.mark.parametrize("preset", ["dance_grpo", "mix_grpo"])
+def test_advantages_of_several_rewards_are_added_up_not_averaged(preset: str) -> None:
+    draw, config = np.random.default_rng(1), ObjectiveConfig(preset=preset)
+    scores, weights = {name: draw.normal(size=8) for name in ("hps", "clip")}, {"hps": 1.0, "clip": 0.5}
+    (found,) = advantages_of(
+        [{name: values.tolist() for name, values in scores.items()}],
+        {name: Term(weight) for name, weight in weights.items()},
+        config.advantages,
+        clip=1e9,
+        epsilon=config.advantage_epsilon,
+    )
+    theirs = sum(weights[name] * (values - values.mean()) / (values.std(ddof=1) + 1e-8) for name, values in scores.items())
+    np.testing.assert_allclose(found, theirs, rtol=1e-12)
