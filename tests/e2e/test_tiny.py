@@ -71,7 +71,7 @@ def test_a_recipe_runs_to_its_report(recipe: str, tiny: Callable[..., Run]) -> N
     if "ocr" in full.rewards:  # nothing can be read: no group's rewards vary, and nothing broke
         assert all(update["zero_variance_groups"] == config.rollout.groups_per_step for update in updates)
     summary = json.loads((run.folder / "summary.json").read_text())
-    assert summary["missing"] == []
+    assert summary["missing"] == [], out
     assert set(summary["rewards"]) == {*full.rewards, *full.held_out_rewards}
     assert (run.folder / "report.html").stat().st_size > 10_000
     assert run.leftovers() == []

@@ -80,7 +80,7 @@ def test_a_recipe_runs_to_its_report(recipe: str, tiny: Callable[..., Run]) -> N
     assert all(("reverse_kl" in update) == (full.objective.kl_weight > 0) for update in updates)
     assert all(update["rewards_std"]["videoalign"] > 0 for update in updates)  # a judge of random weights tells clips of noise apart
     summary = json.loads((run.folder / "summary.json").read_text())
-    assert summary["missing"] == []
+    assert summary["missing"] == [], out
     assert set(summary["rewards"]) == {*full.rewards, *full.held_out_rewards}
     for name in ("before", "after"):
         with av.open(str(run.folder / "samples" / f"{name}.mp4")) as file:
