@@ -19,6 +19,7 @@ SUITES = {
     "parts": ("tests/unit/replay",),
     "settle": ("tests/integration/trainer/test_settle.py",),
     "published": (f"{LEARN}/published",),
+    "publishing": ("tests/integration/trainer/test_publishing.py",),
     "loop": ("tests/integration/trainer/test_loop.py",),
     **{name: (f"tests/unit/trainer/run/test_{name}.py",) for name in ("watch", "runfolder", "signals", "resources")},
     **{

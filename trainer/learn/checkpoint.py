@@ -58,6 +58,13 @@ class Progress:
     data: list[int] = field(default_factory=list)
 
 
+def await_all(device: torch.device) -> None:
+    """Go on when every rank is here; collective."""
+    box = torch.ones(1, device=device)
+    dist.all_reduce(box)
+    box.item()
+
+
 def from_rank_zero(value: int, device: torch.device) -> int:
     """Rank 0's `value`, on every rank; collective."""
     box = torch.tensor([value], device=device)

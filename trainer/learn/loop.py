@@ -25,7 +25,7 @@ from diffusion.lora import trained_weights
 from replay.buffer import Claim, ReplayBuffer
 from replay.errors import ClaimTimeout
 from trainer.config.run import RunConfig
-from trainer.learn.checkpoint import Checkpoints, Progress, from_rank_zero, remove_unregistered, restore
+from trainer.learn.checkpoint import Checkpoints, Progress, await_all, from_rank_zero, remove_unregistered, restore
 from trainer.learn.entry import LoopSpec
 from trainer.learn.exports import Exports
 from trainer.learn.learner import Learner
@@ -178,12 +178,14 @@ def publish(spec: LoopSpec, buffer: ReplayBuffer, learner: Learner, progress: Pr
     """Make the weights of `progress.step` live: first in the weight store, then in the ledger, which frees the slots.
 
     Every rank hands in its own shard; the rank whose shard completes the version tells the ledger. `wanted`: the driver will ask
-    for an evaluation of this version, and release it.
+    for an evaluation of this version as soon as it reads of it, and release it; so no rank goes on before it is complete (collective).
     """
     config, name = spec.config, (progress.epoch, progress.step)
     dtype = None if config.weights.dtype == "float32" else getattr(torch, config.weights.dtype)
     if hand_in(spec.weights, spec.transport, trained_weights(learner.model), name, rank, world, PUBLISH_DEADLINE_S, dtype, wanted) and progress.step > 0:
         buffer.publish(progress.step, progress.epoch)
+    if wanted:
+        await_all(learner.device)
 
 
 def can_be_read(spec: LoopSpec, epoch: int, step: int) -> bool:
