@@ -5,7 +5,8 @@
 Random weights in bf16, an adapter, small pictures or clips, 2 or 3 steps, 2 groups of 2; everything else is the recipe's: text encoders of full
 width, guidance, step kernel, given frames, FSDP, Redis, Serve, checkpoint and export. It shows that a policy of this size loads, fits and
 learns, with peak memory beside what `ddrl plan` says and seconds by stage. Weights are written to FOLDER once (14 to 20 GB); a run of
-SD3.5-medium needs some 22 GB of memory and 40 GB of disk, and takes 8 to 25 minutes on two cores. `--policy`: another folder in diffusers' layout instead.
+SD3.5-medium needs some 22 GB of memory and 40 GB of disk, and takes 8 to 25 minutes on two cores that multiply in bfloat16, far longer on others.
+`--policy`: another folder in diffusers' layout instead.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from actors.clips import strip
-from actors.pictures import caption, contact_sheet
+from actors.clips import STRIP, strip
+from actors.conditioning import Subjects, first_frames
+from actors.pictures import CELL, caption, contact_sheet
+from actors.sources.draws import held_out_examples, prompt_source
 from diffusion.checkpoint import load_policy
 from diffusion.config import ModelConfig
 from diffusion.lora import PREFIX, WEIGHTS
@@ -86,7 +88,31 @@ def test_a_recipe_runs_to_its_report(recipe: str, tiny: Callable[..., Run]) -> N
         with av.open(str(run.folder / "samples" / f"{name}.mp4")) as file:
             assert (file.streams.video[0].frames, file.streams.video[0].average_rate) == (FRAMES, FPS)
     assert (run.folder / "report.html").read_text().count("<video ") >= 2
+    if recipe.startswith("cosmos"):
+        check_given(run.folder, config)
     assert run.leftovers() == []
+
+
+def check_given(folder: Path, config: RunConfig) -> None:
+    """In the sheets of samples, drawn before training, in its course and after it, a clip that is given a frame begins with it, bit for bit as it is
+    after encoding and decoding; every other clip of these recipes is given one."""
+    policy, height, width = load_policy(config.model), config.sampler.height, config.sampler.width
+    examples = held_out_examples(prompt_source(config.prompts, config.data), "test", config.evaluation.grid_prompts)
+    subjects = Subjects(config.seed, config.prompts, config.data, config.sampler).held_out(examples, 0)
+    scale = max(1, STRIP * CELL // (STRIP * width))
+    sheets = [np.asarray(Image.open(file)) for file in sorted((folder / "samples").glob("*.png"))]
+    assert len(sheets) == 3
+    seen = 0
+    for i, (example, subject) in enumerate(zip(examples, subjects, strict=True)):
+        if subject.given:
+            frames = policy.codec.encode(first_frames(example, policy.codec.pixel_frames(subject.given), height, width)[None])
+            first = Image.fromarray(policy.codec.decode(frames)[0][0]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            left = i % 2 * (STRIP * width * scale + 8) + 4
+            columns = [sheet[:, left : left + width * scale] for sheet in sheets]
+            places = [[y for y in range(len(c) - height * scale) if np.array_equal(c[y : y + height * scale], np.asarray(first))] for c in columns]
+            assert all(len(found) == 1 for found in places), (i, places)
+            seen += 1
+    assert seen == len(subjects) // 2
 
 
 @pytest.mark.long
