@@ -44,7 +44,7 @@ def test_every_recipe_with_videoalign_is_looked_at() -> None:
 @pytest.mark.parametrize("sister", SISTERS)
 def test_counterparts_are_of_the_same_task(sister: str) -> None:
     ours = recipe(sister)
-    assert (ours.name, ours.objective.preset, ours.uses_data) == (sister, "ddrl", True)
+    assert (ours.name, ours.objective.preset, ours.uses_data) == (sister, "ddrl_cosmos" if sister.startswith("cosmos") else "ddrl", True)
     assert ours.rewards["videoalign"].clip == (-5, 5)
     for kind, preset in COUNTERPARTS.items():
         theirs = recipe(sister + kind)
@@ -68,6 +68,7 @@ def test_the_public_settings_of_ddrl() -> None:
     assert (c.rollout.groups_per_step, c.rollout.group_size) == (16, 8)
     assert (c.sampler.kernel, c.sampler.steps - 1, c.sampler.trained_steps) == ("edm_2ab", 20, list(range(0, 20, 2)))
     assert (c.objective.data_weight, c.objective.data_noise, c.objective.log_prob, c.objective.clip) == (0.01, "shared", "unscaled", 1e-4)
+    assert (c.objective.data_per, c.objective.data_weighting, c.objective.failed_reward) == ("transition", "cosmos", "fill_mean")
     assert (c.optimizer.lr, c.optimizer.betas, c.optimizer.warmup, c.model.lora.rank) == (1e-5, (0.9, 0.99), 50, 0)
     assert (c.data.pairing, c.data.caption_dropout, c.sampler.guidance, c.sampler.given_choices) == ("own", 0.2, 1, (0, 1))
 
