@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actors.config import RolloutConfig
-from actors.members import GroupMembers
+from actors.members import GroupMembers, SampleMembers
 from diffusion.config import SamplerConfig
 from diffusion.engine.request import SampleRequest, Trajectory
 from diffusion.families.conditioning import Conditioning
@@ -120,11 +120,13 @@ def group_request(
     negative: Conditioning | None,
     shape: tuple[int, ...],
     store_dtype: str = "float32",
+    samples: bool = False,
 ) -> SampleRequest:
     """The request for all members of one group. `negative`: the encoded negative prompt, with guidance; `store_dtype`: type that
-    its states are stored in."""
-    trained = trained_steps(sampler, seed, group, rollout.groups_per_step)
-    stochastic = range(stochastic_steps(sampler.kernel, sampler.steps)) if sampler.noise_on == "all" else trained
+    its states are stored in; `samples`: nothing of a rollout is stored but the sample itself."""
+    chosen = trained_steps(sampler, seed, group, rollout.groups_per_step)
+    trained = () if samples else chosen
+    stochastic = {"all": range(stochastic_steps(sampler.kernel, sampler.steps)), "trained": chosen, "none": ()}[sampler.noise_on]
     return SampleRequest(
         shape=shape,
         steps=sampler.steps,
@@ -149,7 +151,11 @@ def fps_of(samples: np.ndarray, sampler: SamplerConfig) -> float | None:
     return sampler.fps if samples.ndim == 5 else None
 
 
-def group_payload(trajectories: Sequence[Trajectory], text: str, x0: Tensor | None = None) -> GroupMembers:
-    """What is stored of a group. `x0`: clean latent `[C, h, w]` of the group's own example, where that is its anchor datum."""
+def group_payload(trajectories: Sequence[Trajectory], text: str, x0: Tensor | None = None) -> GroupMembers | SampleMembers:
+    """What is stored of a group: its trained transitions, or where it has none its samples.
+
+    `x0`: clean latent `[C, h, w]` of the group's own example, where that is its anchor datum."""
     first = trajectories[0]
+    if not first.request.trained:
+        return SampleMembers(text, [t.latent for t in trajectories], first.times, None if x0 is None else x0.cpu())
     return GroupMembers(text, trajectories, torch.tensor(first.request.trained), first.times, None if x0 is None else x0.cpu())

@@ -37,6 +37,16 @@ class GroupMembers:
 
 
 @dataclass(frozen=True)
+class SampleMembers:
+    """A group of which the samples alone are stored, `[*shape]` each: for losses that noise them anew."""
+
+    text: str
+    samples: Sequence[Tensor]
+    times: Tensor
+    x0: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class MemberRow:
     """Member of a group that lies in one piece."""
 

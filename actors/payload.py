@@ -13,7 +13,7 @@ values (`replay.store_dtype`): bytes that would change a state, and so its densi
 A group of clips is gigabytes: segments are made when they are asked for and let go by whoever asked, so of a group's bytes there is one member's in
 memory, beside what the caller holds of its members.
 
-Members N, trained steps K, latent shape C h w (or C f h w).
+Members N, trained steps K, latent shape C h w (or C f h w). A group is stored by its steps, or for losses that need none by its samples.
 
     group   head    trained           i64 [K]              trained step indices
                     times             f32 [steps + 1]      time grid that was sampled on
@@ -22,6 +22,9 @@ Members N, trained steps K, latent shape C h w (or C f h w).
             member  log_prob          f64 [K]              exact log-density (mean over entries) under the sampling weights
                     states            f32 [S, C, h, w]     states before and after each trained step (x, x_next), each once
                     previous          f32 [K, C, h, w]     prediction of x0 in the step before; only for kernels that use it
+    samples head    times             f32 [steps + 1]      time grid that was sampled on
+                    x0                f32 [C, h, w]        as of a group
+            member  sample            f32 [C, h, w]        the finished rollout, for losses that noise it anew
     data    row     x0                f32 [C, h, w]        clean latent
 """
 
@@ -37,7 +40,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from actors.members import GroupMembers, Member, MemberRow, Segments
+from actors.members import GroupMembers, Member, MemberRow, SampleMembers, Segments
 
 FORMAT = 5
 
@@ -63,6 +66,16 @@ class GroupPayload:
 
 
 @dataclass(frozen=True)
+class SamplePayload:
+    """Finished rollouts of members of one group, all or some, `[N, …]`, and its prompt; see the module's table."""
+
+    text: str
+    sample: Tensor
+    times: Tensor
+    x0: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class DataPayload:
     """Rows of one anchor batch, all or some, with their captions; see the module's table. Tensors are `[R, …]`."""
 
@@ -72,19 +85,20 @@ class DataPayload:
 
 _DIMS = {
     GroupPayload: {"states": 5, "log_prob": 2, "trained": 1, "times": 1},
+    SamplePayload: {"sample": 4, "times": 1},
     DataPayload: {"x0": 4},
 }
-_OPTIONAL = {GroupPayload: {"previous": 5, "x0": 3}, DataPayload: {}}
+_OPTIONAL = {GroupPayload: {"previous": 5, "x0": 3}, SamplePayload: {"x0": 3}, DataPayload: {}}
 # Tensors of a member or row; the widest values first, so that each is aligned.
-_ROWS = {GroupPayload: ("log_prob", "states", "previous"), DataPayload: ("x0",)}
+_ROWS = {GroupPayload: ("log_prob", "states", "previous"), SamplePayload: ("sample",), DataPayload: ("x0",)}
 _TYPES = {"trained": torch.int64, "log_prob": torch.float64}  # all others are float32
 _STATES = {"states", "previous"}  # or bfloat16
-_LATENTS = {"states", "previous", "x0"}  # one dimension more for video
+_LATENTS = {"states", "previous", "sample", "x0"}  # one dimension more for video
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
 
 
-def encode(payload: GroupMembers | GroupPayload | DataPayload, states: torch.dtype = torch.float32) -> Segments:
+def encode(payload: GroupMembers | SampleMembers | GroupPayload | DataPayload, states: torch.dtype = torch.float32) -> Segments:
     """The segments of a payload: its head, then its members (or rows).
 
     Args:
@@ -97,6 +111,8 @@ def encode(payload: GroupMembers | GroupPayload | DataPayload, states: torch.dty
         if len(payload.texts) != len(x0):
             raise PayloadError(f"a data batch has {len(x0)} rows and {len(payload.texts)} captions")
         return _segments({}, list(payload.texts), len(x0), [("x0", _stored_type(x0, torch.float32), list(x0.shape[1:]))], {}, lambda i: iter([x0[i]]))
+    if isinstance(payload, SampleMembers):
+        return _samples(payload)
     group = _members_of(payload) if isinstance(payload, GroupPayload) else payload
     rows, places = _table(group.members, states)
     chosen = sorted({*places["x"], *places["x_next"]})
@@ -111,6 +127,15 @@ def encode(payload: GroupMembers | GroupPayload | DataPayload, states: torch.dty
 
     shared = {"trained": group.trained, "times": group.times} | ({} if group.x0 is None else {"x0": group.x0})
     return _segments(shared, [group.text], len(group.members), rows, places, tensors)
+
+
+def _samples(group: SampleMembers) -> Segments:
+    kinds = {(sample.dtype, tuple(sample.shape)) for sample in group.samples}
+    if len(kinds) != 1 or torch.float32 not in dict(kinds):
+        raise PayloadError(f"samples of a group must be float32 of one shape, found {sorted(map(str, kinds))}")
+    shared = {"times": group.times} | ({} if group.x0 is None else {"x0": group.x0})
+    rows: list[_Row] = [("sample", torch.float32, list(group.samples[0].shape))]
+    return _segments(shared, [group.text], len(group.samples), rows, {}, lambda i: iter([group.samples[i]]))
 
 
 _Row = tuple[str, torch.dtype, list[int]]
@@ -280,6 +305,17 @@ def decode_group(segments: Sequence[Buffer]) -> GroupPayload:
     strays = [group.log_prob.shape != group.x.shape[:2], len(group.trained) != group.x.shape[1], not _belongs(group.x0, group.x.shape[2:])]
     if len(latents) > 1 or any(strays):
         raise PayloadError("group payload has tensors of clashing shapes")
+    return group
+
+
+def decode_samples(segments: Sequence[Buffer]) -> SamplePayload:
+    """The head of a group of samples and some of its members (all, in order, or none). Raises PayloadError."""
+    head = _open(segments[0])
+    if len(head.texts) != 1:
+        raise PayloadError(f"a group has one prompt, its table names {len(head.texts)}")
+    group = SamplePayload(text=head.texts[0], **_decode(SamplePayload, head, segments[1:]))
+    if not _belongs(group.x0, group.sample.shape[1:]):
+        raise PayloadError("a group's own datum is not of the size of its samples")
     return group
 
 

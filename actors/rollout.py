@@ -68,6 +68,7 @@ class RolloutSpec:
 
     Attributes:
         own_data: each group brings its example's own datum.
+        samples: of a rollout the sample alone is stored, and no transitions.
         store_dtype: type that states are stored in.
         encoder, frames: of its prompts, and of frames that are given; None = the policy's own, loaded here.
     """
@@ -81,6 +82,7 @@ class RolloutSpec:
     target: Target
     rewards: RunRewards
     own_data: bool = False
+    samples: bool = False
     store_dtype: str = "float32"
     encoder: TextEncoder | None = None
     frames: FrameEncoder | None = None
@@ -214,7 +216,9 @@ class RolloutGenerator:
             guided = [replace(subject, text=sampler.negative_prompt)] if sampler.guidance != 1 else []
             shown, *negative = self.conditioner.get([subject, *guided])
             shape = self.policy.transformer.free_shape(self.shape, subject.given)
-            request = group_request(sampler, self.spec.rollout, self.spec.seed, lease.group, shown, next(iter(negative), None), shape, self.spec.store_dtype)
+            request = group_request(
+                sampler, self.spec.rollout, self.spec.seed, lease.group, shown, next(iter(negative), None), shape, self.spec.store_dtype, self.spec.samples
+            )
             group = _Group(lease, subject, self.held[0], time.monotonic())
             return self.engine.submit(request), group
         except Exception as error:  # the group goes back with its reason; the ledger counts attempts

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,7 +49,7 @@ class BareLearner(Learner):
         """Nothing is sharded."""
 
     def update(self, batches: Sequence[StepBatch], step: int) -> dict[str, Any]:
-        sums, (batch,) = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64), batches
+        sums, (batch,) = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64), self._with_old(batches)
         for compute in self._losses(batch, sums):
             compute().backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip))
@@ -56,7 +57,7 @@ class BareLearner(Learner):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config.optimizer, step, self.decay_updates)
             self.optimizer.step()
-            self._update_ema()
+            self._update_averages(step)
         self.optimizer.zero_grad()
         policy, data = (float(sums[SUMS.index(name)]) for name in ("policy_loss", "data_loss"))
         return {"grad_norm": norm, "policy_loss": policy / max(1, batch.transition_count), "data_loss": data / max(1, batch.anchor_count)}
@@ -101,9 +102,11 @@ class BareLoop:
         prompts = [training_example(self.prompts, config.seed, g).text for g in groups]
         texts = self.policy.text_encoder.encode(prompts)
         requests = [
-            group_request(config.sampler, config.rollout, config.seed, g, texts[i], None, self.shape, config.replay.store_dtype) for i, g in enumerate(groups)
+            group_request(config.sampler, config.rollout, config.seed, g, texts[i], None, self.shape, config.replay.store_dtype, config.objective.on_samples)
+            for i, g in enumerate(groups)
         ]
-        trajectories = self.engine.run(requests)
+        with self.learner.as_old() if self.learner.old else nullcontext():
+            trajectories = self.engine.run(requests)
         clock.append(time.monotonic())
         scores = self._score(prompts, [t.latent for t in trajectories])
         clock.append(time.monotonic())

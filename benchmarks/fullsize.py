@@ -1,11 +1,14 @@
 """One whole update of a published architecture, at its real size, through the whole pipeline on a machine without a GPU.
 
-    python -m benchmarks.fullsize [--model sd35-medium|wan21-1.3b|cosmos25-2b] [--json] [--folder FOLDER] [--policy POLICY]
+    python -m benchmarks.fullsize [--model sd35-medium|wan21-1.3b|cosmos25-2b] [--dtype bfloat16|float32]
+        [--json] [--folder FOLDER] [--policy POLICY]
 
-Random weights in bf16, an adapter, small pictures or clips, 2 or 3 steps, 2 groups of 2; everything else is the recipe's: text encoders of full
+Random weights in bfloat16, an adapter, small pictures or clips, 2 or 3 steps, 2 groups of 2; everything else is the recipe's: text encoders of full
 width, guidance, step kernel, given frames, FSDP, Redis, Serve, checkpoint and export. It shows that a policy of this size loads, fits and
 learns, with peak memory beside what `ddrl plan` says and seconds by stage. Weights are written to FOLDER once (14 to 20 GB); a run of
-SD3.5-medium needs some 22 GB of memory and 40 GB of disk, and takes 8 to 25 minutes on two cores that multiply in bfloat16, far longer on others.
+SD3.5-medium needs some 22 GB of memory and 40 GB of disk, and takes 8 to 25 minutes on two cores that multiply in bfloat16 (`avx512_bf16` or
+`amx_bf16` in `lscpu`). On others a backward pass in bfloat16 can take a hundred times as long as in float32: `--dtype float32` keeps and computes
+the policy's network in float32 there, and the plan beside it is one of float32.
 `--policy`: another folder in diffusers' layout instead.
 """
 
@@ -27,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 
 from actors.clips import write_clip
@@ -66,7 +70,7 @@ CASES = {
         64,
         9,
         {"scene.motion": {"weight": 1.0}, "scene.sharpness": {"weight": 0.1}},
-        (ADAPTER, "sampler.steps=3", "model.base_dtype=bfloat16", "learner.ranks=1", "learner.sequence_ranks=1", "data.kind=prepared", "rollout.generators=1"),
+        (ADAPTER, "sampler.steps=3", "learner.ranks=1", "learner.sequence_ranks=1", "data.kind=prepared", "rollout.generators=1"),
     ),
 }
 FLEET = {"ocr": {"kind": "ocr", "mode": "flow_grpo", "reading": "detection", "upscale": 1}, "scene": {"kind": "scene"}}
@@ -185,7 +189,7 @@ def planned(recipe: str, overrides: list[str]) -> dict[str, float]:
     return found
 
 
-def measure(work: Path, policy: Path, case: Case) -> dict[str, Any]:
+def measure(work: Path, policy: Path, case: Case, dtype: str) -> dict[str, Any]:
     """Prepare the anchor data, train one update, and say what it took. Raises RuntimeError for a run that is not as it should be."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     write_source(work / "source", case)
@@ -197,7 +201,8 @@ def measure(work: Path, policy: Path, case: Case) -> dict[str, Any]:
     values = [*SMALL, *case.overrides, f"sampler.height={case.side}", f"sampler.width={case.side}", f"sampler.frames={case.frames}"]
     used = {reward.split(".")[0] for reward in case.rewards}
     values += [f"rewards={json.dumps(case.rewards)}", f"fleet.rewards={json.dumps({name: FLEET[name] for name in FLEET if name in used})}"]
-    values += [f"model.path={policy}", "model.revision=null", f"data.path={work / 'anchors'}", f"replay.payloads={work / 'payloads'}"]
+    values += [f"model.path={policy}", "model.revision=null", f"model.dtype={dtype}", f"model.base_dtype={dtype}"]
+    values += [f"data.path={work / 'anchors'}", f"replay.payloads={work / 'payloads'}"]
     overrides = [part for value in values for part in ("--set", value)]
     about = machine()
     run, started, began = work / "run", time.monotonic(), time.time()
@@ -257,18 +262,19 @@ def markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--model", choices=CASES, default="sd35-medium", help="the architecture")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the policy's network; float32 where the CPU lacks bfloat16")
     parser.add_argument("--json", action="store_true", help="figures as JSON")
     parser.add_argument("--folder", type=Path, help="where weights and the run are kept; default: a temporary folder, removed at the end")
     parser.add_argument("--policy", type=Path, help="a folder in diffusers' layout, instead of random weights at full size")
     options = parser.parse_args()
     work = options.folder or Path(tempfile.mkdtemp(prefix="ddrl-fullsize-"))
     try:
-        policy = options.policy or work / f"policy-{options.model}"
+        policy = options.policy or work / f"policy-{options.model}-{options.dtype}"
         if options.policy is None:
-            write_policy(policy, ARCHITECTURES[options.model])
+            write_policy(policy, ARCHITECTURES[options.model], getattr(torch, options.dtype))
         for name in ("run", "payloads", "anchors", "source"):
             shutil.rmtree(work / name, ignore_errors=True)
-        found = measure(work, policy.resolve(), CASES[options.model])
+        found = measure(work, policy.resolve(), CASES[options.model], options.dtype)
         print(json.dumps(found) if options.json else markdown(found))
     finally:
         if options.folder is None:

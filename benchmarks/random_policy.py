@@ -1,4 +1,4 @@
-"""Folders of published architectures with random weights in bf16: what a run at full size is tried on without the published files.
+"""Folders of published architectures with random weights: what a run at full size is tried on without the published files.
 
 Classes, layout and file names are the published ones'; sizes are those of `trainer.plan.published`. The tokenizers are those of the family's
 tiny folders: their ids are fewer than the embeddings' rows. Of Cosmos-Reason1 the vision tower, which nothing reads, is the tiny one's too.
@@ -57,10 +57,13 @@ ARCHITECTURES = {
 }
 
 
-def write_policy(folder: Path, architecture: Architecture) -> None:
-    """Write the folder where it is not there whole already: 16 GB of SD3.5-medium, 14 of Wan 1.3B, 20 of Cosmos 2B."""
+def write_policy(folder: Path, architecture: Architecture, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the folder where it is not there whole already: 16 GB of SD3.5-medium, 14 of Wan 1.3B, 20 of Cosmos 2B.
+
+    `dtype` is the policy network's; encoders and codecs are in bfloat16.
+    """
     done = folder / "written.json"
-    about = {"name": architecture.name, "format": FORMAT}
+    about = {"name": architecture.name, "format": FORMAT, "dtype": str(dtype)}
     if done.exists() and json.loads(done.read_text()) == about:
         return
     architecture.write_tiny(folder)
@@ -71,7 +74,7 @@ def write_policy(folder: Path, architecture: Architecture) -> None:
         file.write_text(json.dumps(values, indent=2) + "\n")
         for old in (folder / part).glob("*.safetensors*"):
             old.unlink()
-        _write(folder / part, part, values, block)
+        _write(folder / part, part, values, block.to(dtype if part == "transformer" else torch.bfloat16))
     done.write_text(json.dumps(about) + "\n")
 
 
@@ -118,7 +121,7 @@ def _drawn(module: nn.Module, block: Tensor) -> Iterator[tuple[str, Tensor]]:
             continue
         seen.add(id(tensor))
         if tensor.dim() < 2 or name.endswith("gamma"):
-            yield name, torch.full(tensor.shape, float(name.endswith(("weight", "gamma"))), dtype=torch.bfloat16)
+            yield name, torch.full(tensor.shape, float(name.endswith(("weight", "gamma"))), dtype=block.dtype)
             continue
         start = 7919 * number % BLOCK
         count = -(-(tensor.numel() + start) // BLOCK)

@@ -99,8 +99,10 @@ class SamplerConfig(Strict):
         None, ge=0, description="trained_choice=window: the last step that a window may begin at; null = the middle of the steps (Flow-GRPO-Fast)"
     )
     window_updates: int = Field(25, ge=1, description="trained_choice=sliding: updates that a window stays for (MixGRPO: 25)")
-    noise_on: Literal["all", "trained"] = Field(
-        "all", description="all: every step but the last is stochastic; trained: only the trained steps are, the rest follow the ODE"
+    noise_on: Literal["all", "trained", "none"] = Field(
+        "all",
+        description="all: every step but the last is stochastic; trained: only the trained steps are, the rest follow the ODE; none: the whole rollout follows "
+        "it (for objective.policy_loss=nft or awm)",
     )
     height: int = Field(16, ge=1, description="height of a sample in pixels")
     width: int = Field(48, ge=1, description="width of a sample in pixels")

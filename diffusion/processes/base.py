@@ -70,6 +70,10 @@ class ForwardProcess(ABC):
         the density that training draws from."""
         return u.clamp(1e-3, 1 - 1e-3)
 
+    def quantiles(self, u: Tensor) -> Tensor:
+        """Times `[n]` below which shares `u` `[n]`, in (0, 1), of the training times lie: here those of `spread_times`."""
+        return self.spread_times(u)
+
     def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Noised sample at time `t` from clean `x0` and Gaussian `eps`, all `[B, …]`."""
         a, s = self.coefficients(t)

@@ -24,12 +24,12 @@ def _predicts_velocity(process: ForwardProcess) -> bool:
 def check_velocity(process: ForwardProcess, key: str) -> None:
     """Raises ValueError, naming `key`, for a policy whose network does not predict a flow's velocity."""
     if not _predicts_velocity(process):
-        raise ValueError(f"{key}=cosmos is stated for a network that predicts a flow's velocity, and this policy's process is {process.name}")
+        raise ValueError(f"{key} is stated for a network that predicts a flow's velocity, and this policy's process is {process.name}")
 
 
-def flow_time(process: ForwardProcess, t: Tensor) -> Tensor:
-    """The flow's time `[B]` of times of `process`: t itself, or sigma / (1 + sigma). Raises ValueError for other policies."""
-    check_velocity(process, "objective.data_weighting")
+def flow_time(process: ForwardProcess, t: Tensor, key: str = "objective.data_weighting=cosmos") -> Tensor:
+    """The flow's time `[B]` of times of `process`: t itself, or sigma / (1 + sigma). Raises ValueError, naming `key`, for other policies."""
+    check_velocity(process, key)
     return t if isinstance(process, RectifiedFlow) else process.model_time(t)
 
 
@@ -39,7 +39,7 @@ def cosmos_times(process: ForwardProcess, n: int, frames: int, generator: torch.
     Raises:
         ValueError: a policy that does not predict a velocity.
     """
-    check_velocity(process, "objective.data_times")
+    check_velocity(process, "objective.data_times=cosmos")
     sigma = (math.log(SIGMA_MEDIAN) + SIGMA_SPREAD * torch.randn(n, generator=generator)).exp() * math.sqrt(frames)
     if frames > 1:
         chosen = torch.rand(n, generator=generator) < HIGH_SHARE

@@ -72,6 +72,10 @@ class RectifiedFlow(ForwardProcess):
         nodes = self._shifted(torch.linspace(1, float(lowest), steps, dtype=torch.float64))
         return torch.cat([nodes, nodes.new_zeros(1)]).float()
 
+    def quantiles(self, u: Tensor) -> Tensor:
+        """Of the law of `sample_times`."""
+        return self._shifted(torch.sigmoid(torch.special.ndtri(u.clamp(1e-3, 1 - 1e-3))))
+
     def sample_times(self, n: int, generator: torch.Generator) -> Tensor:
         """Logit-normal(0, 1) times (SD3 §3.1), shifted."""
         u = torch.sigmoid(torch.randn(n, generator=generator))

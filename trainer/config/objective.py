@@ -17,6 +17,31 @@ class ObjectiveConfig(Strict):
         "ddrl", description="a published composition of the keys below (docs/algorithms.md says which code, of which date); keys given beside it win"
     )
     policy_weight: float = Field(1.0, ge=0, description="weight of the policy loss; 0 = no rollouts at all")
+    policy_loss: Literal["ratio", "nft", "awm"] = Field(
+        "ratio",
+        description="ratio = clipped probability ratios of the rollouts' own steps; on finished rollouts, noised anew, and without densities: nft = rewarded "
+        "ones attract and the others repel the velocity (DiffusionNFT), awm = their diffusion loss weighted by the advantage (Advantage Weighted Matching)",
+    )
+    policy_times: Literal["steps", "stratified"] = Field(
+        "steps",
+        description="policy_loss=nft or awm: times that a finished rollout is noised to: those of its trained steps, or as many in equal parts of the "
+        "policy's own law of times",
+    )
+    nft_beta: float = Field(1.0, gt=0, description="policy_loss=nft: how far from the old velocity the two implicit policies lie")
+    awm_weighting: Literal["uniform", "t", "t2", "power"] = Field(
+        "uniform", description="policy_loss=awm: the matching loss m of time t: m, m t, m t², or (m + 1e-10)^awm_power t / awm_power"
+    )
+    awm_power: float = Field(0.25, gt=0, le=1, description="awm_weighting=power: its exponent (ghuber_power of the public code)")
+    old_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="an old policy trails the trained one, old = d old + (1 - d) new after update n with d = min(old_decay, old_decay_rate (n - "
+        "old_decay_start)): nft samples rollouts from it and starts its velocities from it; 0 = the policy before the update",
+    )
+    old_decay_rate: float = Field(0.001, ge=0, description="growth of its decay an update")
+    old_decay_start: int = Field(0, ge=0, description="updates before its decay grows")
+    old_kl_weight: float = Field(0.0, ge=0, description="policy_loss=nft or awm: weight of (v - v_old)² beside kl_weight, which weighs (v - v_ref)²")
     kl_weight: float = Field(0.0, ge=0, description="weight of the reverse KL to the starting policy; > 0 keeps a reference model")
     kl_scale: Literal["step", "rate", "unscaled"] = Field(
         "step",
@@ -50,6 +75,9 @@ class ObjectiveConfig(Strict):
     advantage_std: Literal["unbiased", "biased"] = Field("unbiased", description="standard deviation of n rewards: over n - 1, or over n (Flow-GRPO)")
     advantage_epsilon: float = Field(1e-4, gt=0, description="added to the standard deviation (DanceGRPO: 1e-8)")
     advantage_clip: float = Field(5.0, gt=0, description="bound on |advantage|")
+    advantage_max: float | None = Field(
+        None, gt=0, description="bounded advantages are scaled so that this is their bound (AWM: 1); null = advantage_clip stays it"
+    )
     exponential_advantage: bool = Field(False, description="map A to -exp(-A), the theory's transform (exp_reward of the public code)")
     data_per: Literal["transition", "rollout", "first"] = Field(
         "transition",
@@ -68,6 +96,16 @@ class ObjectiveConfig(Strict):
         "fresh", description="fresh = new noise and time for each evaluation; shared = the rollout's own starting noise and time (public code)"
     )
 
+    @property
+    def on_samples(self) -> bool:
+        """Whether the policy loss is one of finished rollouts, noised anew, and not of their steps."""
+        return self.policy_weight > 0 and self.policy_loss != "ratio"
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether a policy is kept that trails the trained one."""
+        return self.on_samples and self.old_decay > 0
+
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
@@ -82,4 +120,14 @@ class ObjectiveConfig(Strict):
             raise ValueError("policy_weight and data_weight are both 0: nothing would be learnt")
         if self.policy_weight == 0 and self.kl_weight > 0:
             raise ValueError("kl_weight needs rollouts; set policy_weight > 0")
+        if self.policy_loss == "ratio":
+            trailing = [key for key in ("old_decay", "old_kl_weight") if getattr(self, key) > 0]
+            if trailing:
+                raise ValueError(f"{trailing[0]} belongs to policy_loss=nft or awm; policy_loss=ratio has the rollout's own density (old_log_prob)")
+        elif self.kl_weight > 0 and self.kl_scale != "unscaled":
+            raise ValueError(f"kl_scale={self.kl_scale} divides by the noise of a step, and policy_loss={self.policy_loss} knows none; set kl_scale=unscaled")
+        elif self.old_kl_weight > 0 and self.old_decay == 0:
+            raise ValueError(f"old_kl_weight={self.old_kl_weight:g} needs an old policy that is not the one before the update; set old_decay")
+        if self.policy_loss == "awm" and self.old_decay > 0 and self.old_kl_weight == 0:
+            raise ValueError("policy_loss=awm uses its old policy for old_kl_weight alone, which is 0; set old_decay=0")
         return self

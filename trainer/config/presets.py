@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-PresetName = Literal["ddrl", "ddrl_cosmos", "flow_grpo", "flow_grpo_2025_06", "flow_grpo_fast", "flow_cps", "dance_grpo", "mix_grpo", "sft"]
+PresetName = Literal[
+    "ddrl", "ddrl_cosmos", "flow_grpo", "flow_grpo_2025_06", "flow_grpo_fast", "flow_cps", "dance_grpo", "mix_grpo", "diffusion_nft", "awm", "sft"
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ _DANCE_GRPO: dict[str, Any] = {
     "advantage_epsilon": 1e-8,
 }
 
+_SAMPLES: dict[str, Any] = {
+    "policy_weight": 1.0,
+    "data_weight": 0.0,
+    "kl_scale": "unscaled",
+    "advantages": "sum",
+    "advantage_scale": "batch",
+    "advantage_baseline": "prompt",
+    "advantage_std": "biased",
+}
+
 PRESETS: dict[str, Preset] = {
     "ddrl": Preset("arXiv 2512.04332, §3, with data_beta of the public recipes", {"policy_weight": 1.0, "kl_weight": 0.0, "data_weight": 0.01}),
     "ddrl_cosmos": Preset(
@@ -72,6 +84,31 @@ PRESETS: dict[str, Preset] = {
     ),
     "dance_grpo": Preset("XueZeyue/DanceGRPO 15cc71d (2025-10-16), finetune_flux_grpo.sh", _DANCE_GRPO),
     "mix_grpo": Preset("Tencent-Hunyuan/MixGRPO e5cdd6a (2025-08-08), finetune_flux_grpo_MixGRPO.sh", _DANCE_GRPO),
+    "diffusion_nft": Preset(
+        "NVlabs/DiffusionNFT 24af555 (2025-09-22), config/nft.py",
+        {
+            **_SAMPLES,
+            "policy_loss": "nft",
+            "nft_beta": 1.0,
+            "kl_weight": 1e-4,
+            "old_decay": 0.5,
+            "old_decay_rate": 0.001,
+        },
+    ),
+    "awm": Preset(
+        "scxue/advantage_weighted_matching be51372 (2026-03-27), geneval_sd3_no_cfg",
+        {
+            **_SAMPLES,
+            "policy_loss": "awm",
+            "awm_weighting": "power",
+            "awm_power": 0.25,
+            "advantage_max": 1.0,
+            "kl_weight": 1e-3,
+            "old_decay": 0.3,
+            "old_decay_rate": 0.001,
+            "old_kl_weight": 1.0,
+        },
+    ),
     "sft": Preset("the data term alone, no rollouts", {"policy_weight": 0.0, "kl_weight": 0.0, "data_weight": 1.0}),
 }
 """Compositions by name."""

@@ -120,12 +120,13 @@ class RunConfig(Strict):
             raise ValueError(
                 f"learner.ranks={self.learner.ranks}{groups} exceeds the {rows} rollouts or anchor samples of an update: some rank would have nothing to do"
             )
-        if self.model.lora.merge and self.model.lora.rank and self.objective.old_log_prob == "rollout":
+        densities = self.objective.old_log_prob == "rollout" and not self.objective.on_samples
+        if self.model.lora.merge and self.model.lora.rank and densities:
             raise ValueError(
                 "model.lora.merge=true rounds otherwise than the adapter that is trained, and log-probabilities of such rollouts would not match; "
                 "set objective.old_log_prob=learner, or model.lora.merge=false"
             )
-        if self.weights.dtype == "bfloat16" and self.uses_policy and self.objective.old_log_prob == "rollout":
+        if self.weights.dtype == "bfloat16" and self.uses_policy and densities:
             raise ValueError(
                 "weights.dtype=bfloat16 rounds the weights that rollouts are sampled with, and log-probabilities of such rollouts would not match; "
                 "set objective.old_log_prob=learner, or weights.dtype=float32"
@@ -139,6 +140,13 @@ class RunConfig(Strict):
                 )
             if self.replay.drop_zero_variance:
                 raise ValueError("replay.drop_zero_variance=true drops every group of rollout.group_size=1; set it to false")
+        if self.uses_policy and self.sampler.noise_on == "none" and not self.objective.on_samples:
+            raise ValueError("sampler.noise_on=none leaves no step with a density, which objective.policy_loss=ratio needs; use all or trained, or nft or awm")
+        if self.objective.on_samples and self.sampler.guidance != 1:
+            raise ValueError(
+                f"objective.policy_loss={self.objective.policy_loss} fits the network itself to what was sampled; set sampler.guidance=1, "
+                f"not {self.sampler.guidance:g}"
+            )
         if self.objective.data_noise == "shared" and not self.uses_policy:
             raise ValueError("objective.data_noise=shared needs rollouts; use fresh")
         if self.objective.data_per == "first" and not self.uses_policy:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actors.conditioning import Subject, Subjects
 from actors.groups import trained_steps
-from actors.payload import GroupPayload, PayloadError, count_of, decode_data, decode_group
+from actors.payload import GroupPayload, PayloadError, SamplePayload, count_of, decode_data, decode_group, decode_samples
 from diffusion.families.conditioning import Conditioning
 from diffusion.kernels import StepKernel
 from diffusion.processes import ForwardProcess
@@ -31,10 +31,10 @@ from replay.buffer import Claim, ReplayBuffer
 from replay.records import ClaimedGroup, GroupHeader
 from trainer.config.run import RunConfig
 from trainer.learn.advantages import GroupScores, Term, advantages_of
-from trainer.learn.objective import Anchors, Transitions
+from trainer.learn.objective import Anchors, Samples, Transitions
 from trainer.learn.plan import cut, members, share
 
-Rows = TypeVar("Rows", Transitions, Anchors)
+Rows = TypeVar("Rows", Transitions, Samples, Anchors)
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,19 @@ class StepBatch:
     """One rank's rows of an update that are given equally many frames, the conditioning `[U, …]` (CPU) of their different subjects, and
     the counts over all ranks and all rows of the update that normalise the losses.
 
-    A rank without such rows has one of weight zero. `transition_rows` and `anchor_rows` say how many each rank has.
+    `transitions` are the rows of the policy loss: steps of rollouts, or finished ones noised anew. A rank without such rows has one of weight zero.
+    `transition_rows` and `anchor_rows` say how many each rank has.
     """
 
     conditioning: Conditioning
-    transitions: Transitions | None
+    transitions: Transitions | Samples | None
     anchors: Anchors | None
     transition_count: int
     anchor_count: int
     transition_rows: list[int]
     anchor_rows: list[int]
 
-    def conditioning_of(self, rows: Transitions | Anchors) -> Conditioning:
+    def conditioning_of(self, rows: Transitions | Samples | Anchors) -> Conditioning:
         """What each of `rows` is conditioned on, `[M, …]`, on their device."""
         return self.conditioning.rows(rows.text.cpu()).to(rows.text.device)
 
@@ -109,10 +110,11 @@ def transitions_of(payload: GroupPayload, advantages: list[float], kernel: StepK
     )
 
 
-def _cat(parts: list[Transitions]) -> Transitions:
-    columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Transitions)}
+def _cat(parts: list[Rows]) -> Rows:
+    kind = type(parts[0])
+    columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(kind)}
     joined: dict[str, Any] = {name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
-    return Transitions(**joined)
+    return kind(**joined)
 
 
 def noise_rows(total: int, shape: tuple[int, ...], rows: Sequence[int], g: torch.Generator) -> Tensor:
@@ -127,12 +129,12 @@ def noise_rows(total: int, shape: tuple[int, ...], rows: Sequence[int], g: torch
     return torch.stack(kept)
 
 
-def _read_group(buffer: ReplayBuffer, item: ClaimedGroup, own: range) -> GroupPayload:
-    """A group's head and these of its members."""
+def _read_group(buffer: ReplayBuffer, item: ClaimedGroup, own: range, samples: bool) -> GroupPayload | SamplePayload:
+    """A group's head and these of its members, of steps or of `samples`."""
     segments = buffer.read(item, [0, *(1 + member for member in own)])
     if count_of(segments[0]) != item.header.size:
         raise PayloadError(f"group {item.group} has {count_of(segments[0])} members, its header says {item.header.size}")
-    return decode_group(segments)
+    return decode_samples(segments) if samples else decode_group(segments)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class _Update:
     world: int
     subjects: Subjects
     free_part: Callable[[Tensor, int], Tensor]
-    payloads: dict[int, GroupPayload] = field(default_factory=dict)  # by place of the group, with the members that were read
+    payloads: dict[int, GroupPayload | SamplePayload] = field(default_factory=dict)  # by place of the group, with the members that were read
 
     @cached_property
     def groups(self) -> list[int]:
@@ -181,35 +183,61 @@ class _Update:
 
     @cached_property
     def times(self) -> Tensor | None:
-        """Times of the trained steps of each group `[G, K]`, where data is evaluated at them."""
+        """Times of the trained steps of each group `[G, K]`, where data or finished rollouts are evaluated at them."""
         objective = self.config.objective
         wanted = self.row_given and (objective.data_noise == "shared" or objective.data_per == "transition")
+        wanted = wanted or (objective.on_samples and objective.policy_times == "steps")
         return _all_times(self.config, self.process, self.kernel, self.groups) if self.groups and wanted else None
 
     @property
     def repeats(self) -> int:
         """Evaluations of each row of data."""
-        return self.times.shape[1] if self.times is not None and self.config.objective.data_per == "transition" else 1
+        return self.times.shape[1] if self.times is not None and self.row_given and self.config.objective.data_per == "transition" else 1
 
     @property
     def evaluations(self) -> int:
         return len(self.row_given) * self.repeats
 
-    def transitions(self, given: int, advantages: list[list[float]], place: Callable[[Subject], int]) -> tuple[Transitions | None, list[int]]:
-        """This rank's transitions, and how many each rank has."""
+    def read(self, group: int, own: range) -> GroupPayload | SamplePayload:
+        """The payload of a group, by its place, with these of its members, and kept."""
+        self.payloads[group] = _read_group(self.buffer, self.claim.groups[group], own, self.config.objective.on_samples)
+        return self.payloads[group]
+
+    def rows(self, group: int, own: range, advantages: list[float], text: int) -> Transitions | Samples:
+        """Rows of the policy loss of members of a group."""
+        payload, chosen = self.payloads[group], [advantages[member] for member in own]
+        if isinstance(payload, GroupPayload):
+            return transitions_of(payload, chosen, self.kernel, text)
+        drawn = [self._renoised(group, member, tuple(payload.sample.shape[1:])) for member in own]
+        eps, t = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        k = len(t) // len(chosen)
+        repeated = torch.tensor(chosen).repeat_interleave(k)
+        return Samples(payload.sample.repeat_interleave(k, 0), eps, t, repeated, torch.ones(len(t)), torch.full((len(t),), text))
+
+    def _renoised(self, group: int, member: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Noise `[K, …]` and times `[K]` of a finished rollout, named by (run seed, step, group, member)."""
+        k, g = self.config.sampler.trained_count, generator(self.config.seed, "policy-noise", self.claim.step, self.groups[group], member)
+        if self.config.objective.policy_times == "stratified":
+            t = self.process.quantiles((torch.arange(k) + torch.rand(k, generator=g)) / k)
+        else:
+            assert self.times is not None  # of its trained steps
+            t = self.times[group]
+        return torch.randn((k, *shape), generator=g), t
+
+    def transitions(self, given: int, advantages: list[list[float]], place: Callable[[Subject], int]) -> tuple[Transitions | Samples | None, list[int]]:
+        """This rank's rows of the policy loss, and how many each rank has."""
         chosen = [i for i, found in enumerate(self.group_given) if found == given]
         if not chosen:
             return None, []
         sizes = [len(advantages[i]) for i in chosen]
         cuts = [cut(sum(sizes), rank, self.world) for rank in range(self.world)]
         mine = {chosen[i]: own for i, own in members(sizes, cuts[self.rank] or range(1)).items()}
-        self.payloads.update({i: _read_group(self.buffer, self.claim.groups[i], own) for i, own in mine.items()})
-        parts = []
+        parts: list[Any] = []
         for i, own in mine.items():
-            payload = self.payloads[i]
+            payload = self.read(i, own)
             subject = self.subjects.of_group(self.groups[i], payload.text, payload.x0)
-            parts.append(transitions_of(payload, [advantages[i][m] for m in own], self.kernel, place(subject)))
-        rows, k = _cat(parts), self.payloads[next(iter(mine))].log_prob.shape[1]
+            parts.append(self.rows(i, own, advantages[i], place(subject)))
+        rows, k = _cat(parts), len(parts[0].t) // len(next(iter(mine.values())))
         return (rows if cuts[self.rank] else _weightless(rows)), [len(part) * k for part in cuts]
 
     def anchors(self, given: int, place: Callable[[Subject], int]) -> tuple[Anchors | None, list[int]]:
@@ -235,9 +263,7 @@ class _Update:
         n, found = self.config.rollout.group_size, list[Subject]()
         for row in rows:
             i, member = divmod(row, n)
-            if i not in self.payloads:
-                self.payloads[i] = _read_group(self.buffer, self.claim.groups[i], range(0))
-            payload = self.payloads[i]
+            payload = self.payloads[i] if i in self.payloads else self.read(i, range(0))
             if payload.x0 is None:
                 raise PayloadError("a group was made without its own anchor datum, which data.pairing=own needs; it was made by another recipe")
             dropped = torch.rand(n, generator=generator(self.config.seed, "caption-dropout", self.groups[i])) < self.config.data.caption_dropout
@@ -336,6 +362,8 @@ def step_batches(
             epsilon=o.advantage_epsilon,
             prompts=[subjects.group(g.group).text for g in claim.groups] if o.advantage_baseline == "prompt" else None,
         )
+        if o.advantage_max is not None:
+            advantages = [[a * o.advantage_max / o.advantage_clip for a in group] for group in advantages]
         share(sum(map(len, advantages)), rank, world)
     if update.row_given:
         share(update.evaluations, rank, world)

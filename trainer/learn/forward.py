@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.families.conditioning import Conditioning
 from diffusion.precision import autocast
 from diffusion.processes import ForwardProcess
-from trainer.learn.objective import Anchors, Transitions
+from trainer.learn.objective import Anchors, Samples, Transitions
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def policy_prediction(
     return unconditional + guidance.scale * (prediction.float() - unconditional)
 
 
-def data_prediction(model: Callable[..., Tensor], process: ForwardProcess, rows: Anchors, conditioning: Conditioning, dtype: str) -> Tensor:
-    """Prediction for noised anchor data, `[M, …]`; `process` is the policy's own, `conditioning` of every row, `[M, …]`. Never guided."""
+def data_prediction(model: Callable[..., Tensor], process: ForwardProcess, rows: Anchors | Samples, conditioning: Conditioning, dtype: str) -> Tensor:
+    """Prediction for noised anchor data or rollouts, `[M, …]`; `process` is the policy's own, `conditioning` of every row, `[M, …]`. Never guided."""
     x = process.noise(rows.x0, rows.eps, rows.t)
     with autocast(dtype, x.device):
         return model(process.model_input(x, rows.t), process.model_time(rows.t), **conditioning.tensors)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,11 @@ from diffusion.kernels import make_kernel
 from diffusion.lora import trained_weights, without_lora
 from replay.buffer import Claim, ReplayBuffer
 from trainer.config.learner import OptimizerConfig
+from trainer.config.objective import ObjectiveConfig
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, step_batches, take
 from trainer.learn.forward import Guidance, data_prediction, policy_prediction
-from trainer.learn.objective import Anchors, Transitions, data_terms, policy_terms
+from trainer.learn.objective import Anchors, Samples, Transitions, data_terms, policy_terms, sample_terms
 from trainer.learn.optimizer import make_optimizer
 from trainer.learn.parallel import Mesh, buffers_to, mesh_of, parallelize
 from trainer.learn.plan import passes, slices
@@ -57,7 +60,7 @@ def learning_rate(config: OptimizerConfig, step: int, decay_updates: int) -> flo
     return rate
 
 
-SUMS = ("policy_loss", "ratio_deviation", "clipped", "reverse_kl", "data_loss")
+SUMS = ("policy_loss", "ratio_deviation", "clipped", "reverse_kl", "data_loss", "old_kl")
 """What ranks sum over the rows of an update, in this order;"""
 BY_STEP = ("count", "ratio_deviation_by_step", "log_prob_gap_by_step")
 """then, over the rows of each step index, these."""
@@ -73,6 +76,11 @@ def _full(tensor: Tensor) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def old_decay(config: ObjectiveConfig, step: int) -> float:
+    """How much of the old policy stays after update `step` (1-based)."""
+    return min(config.old_decay, config.old_decay_rate * max(0, step - config.old_decay_start))
 
 
 class Learner:
@@ -91,6 +99,7 @@ class Learner:
         subjects: what groups and rows of anchor data are of.
         probe: conditioning of group 0, for the self-test; None without rollouts.
         shape: shape of what is sampled of a rollout of group 0.
+        ema, old: shards of the moving average, and of the policy that trails the trained one (`objective.old_decay`); empty where none is kept.
         decay_updates: length of the learning rate's schedule; a checkpoint carries it, so that a resumed run with more
             `updates` goes on at the rate it had.
     """
@@ -118,6 +127,7 @@ class Learner:
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(o, trained.values())
         self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
+        self.old = {n: p.detach().clone() for n, p in trained.items()} if config.objective.keeps_old else {}
         self._warned = False
 
     def encode(self, subjects: list[Subject]) -> Conditioning:
@@ -170,6 +180,7 @@ class Learner:
         """
         world = dist.get_world_size()
         sums = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64, device=self.device)
+        batches = self._with_old(batches)
         losses = [loss for batch in batches for loss in self._losses(batch, sums)]
         batch = batches[0]  # all have the same counts
         assert isinstance(self.model, FSDPModule)
@@ -184,19 +195,23 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            self._update_ema()
+            self._update_averages(step)
         self.optimizer.zero_grad()
         self.add_up(sums)
         stats = {"lr": lr, "skipped": float(skipped)} | ({} if skipped else {"grad_norm": norm})
         if batch.transition_count:
-            policy, ratio, clipped, kl = (sums[:4] / batch.transition_count).tolist()
-            stats |= {"policy_loss": policy, "ratio_deviation": ratio, "clip_fraction": clipped}
+            means = dict(zip(SUMS, (sums[: len(SUMS)] / batch.transition_count).tolist(), strict=True))
+            stats["policy_loss"] = means["policy_loss"]
+            if not self.config.objective.on_samples:
+                stats |= {"ratio_deviation": means["ratio_deviation"], "clip_fraction": means["clipped"]}
             if self.reference is not None:
-                stats["reverse_kl"] = kl
+                stats["reverse_kl"] = means["reverse_kl"]
+            if self.old:
+                stats["old_kl"] = means["old_kl"]
         if batch.anchor_count:
-            stats["data_loss"] = float(sums[4]) / batch.anchor_count
+            stats["data_loss"] = float(sums[SUMS.index("data_loss")]) / batch.anchor_count
         found: dict[str, Any] = _finite(stats)
-        if batch.transition_count:
+        if batch.transition_count and not self.config.objective.on_samples:
             count, *values = sums[len(SUMS) :].view(len(BY_STEP), -1).tolist()
             for name, value in zip(BY_STEP[1:], values, strict=True):
                 found[name] = _finite({str(i): v / n for i, (v, n) in enumerate(zip(value, count, strict=True)) if n})
@@ -215,8 +230,21 @@ class Learner:
         config = self.config
         by_step = sums[len(SUMS) :].view(len(BY_STEP), -1)
 
+        def samples(part: slice) -> Tensor:
+            assert isinstance(batch.transitions, Samples)
+            rows = take(batch.transitions, part, self.device)
+            conditioning = batch.conditioning_of(rows)
+            prediction, reference = data_prediction(self.model, self.process, rows, conditioning, config.model.dtype), None
+            if self.reference is not None:
+                with torch.no_grad(), without_lora(self.reference):
+                    reference = data_prediction(self.reference, self.process, rows, conditioning, config.model.dtype)
+            loss, stats = sample_terms(prediction, reference, rows, self.process, config.objective)
+            for name, value in stats.items():
+                sums[SUMS.index(name)] += value
+            return loss / batch.transition_count
+
         def policy(part: slice) -> Tensor:
-            assert batch.transitions is not None
+            assert isinstance(batch.transitions, Transitions)
             rows = take(batch.transitions, part, self.device)
             conditioning = batch.conditioning_of(rows)
             prediction, reference = self.replay(rows, conditioning), None
@@ -240,13 +268,18 @@ class Learner:
             return config.data_share * loss / batch.anchor_count
 
         if batch.transitions is not None:
-            for part in slices(len(batch.transitions.x), passes(batch.transition_rows, self.rows_of_pass(batch.transitions, batch.conditioning))):
-                yield partial(policy, part)
+            compute = samples if isinstance(batch.transitions, Samples) else policy
+            for part in self._parts(batch.transitions, batch):
+                yield partial(compute, part)
         if batch.anchors is not None:
             for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, self.rows_of_pass(batch.anchors, batch.conditioning))):
                 yield partial(data, part)
 
-    def rows_of_pass(self, rows: Transitions | Anchors, conditioning: Conditioning) -> int:
+    def _parts(self, rows: Transitions | Samples, batch: StepBatch) -> list[slice]:
+        """Rows of the policy loss in passes, equally many on every rank."""
+        return slices(len(rows.t), passes(batch.transition_rows, self.rows_of_pass(rows, batch.conditioning)))
+
+    def rows_of_pass(self, rows: Transitions | Samples | Anchors, conditioning: Conditioning) -> int:
         """Most of these rows in one forward pass, the same number on every rank; collective where `micro_tokens` is set. A rank's rows
         are of one size; those of transitions and of anchor data may differ."""
         learner, latents = self.config.learner, rows.x if isinstance(rows, Transitions) else rows.x0
@@ -271,12 +304,57 @@ class Learner:
         return float(norm)
 
     @torch.no_grad()
-    def _update_ema(self) -> None:
-        if self.ema:
-            decay = self.config.optimizer.ema
+    def _update_averages(self, step: int) -> None:
+        """Move the average and the old policy after update `step`."""
+        for average, decay in ((self.ema, self.config.optimizer.ema), (self.old, old_decay(self.config.objective, step))):
             for name, parameter in self.model.named_parameters():
-                if name in self.ema:
-                    _local(self.ema[name]).lerp_(_local(parameter.detach()), 1 - decay)
+                if name in average:
+                    _local(average[name]).lerp_(_local(parameter.detach()), 1 - decay)
+
+    @torch.no_grad()
+    def _with_old(self, batches: Sequence[StepBatch]) -> list[StepBatch]:
+        """The batches with the old policy's predictions for their rollouts, where one is kept: all of them at once, so that weights change places
+        once an update."""
+        if not self.old:
+            return list(batches)
+        made = []
+        with self.as_old():
+            for batch in batches:
+                rows = batch.transitions
+                if isinstance(rows, Samples):
+                    found = []
+                    for part in self._parts(rows, batch):
+                        given = take(rows, part, self.device)
+                        found.append(data_prediction(self.model, self.process, given, batch.conditioning_of(given), self.config.model.dtype).float().cpu())
+                    old = torch.cat(found)[: len(rows.t)]  # a pass without rows has one of weight zero
+                    batch = replace(batch, transitions=replace(rows, old=old))
+                made.append(batch)
+        return made
+
+    @contextmanager
+    @torch.no_grad()
+    def as_old(self) -> Iterator[None]:
+        """The network with the old policy's weights."""
+        trained = {name: _local(p.detach()) for name, p in self.model.named_parameters() if name in self.old}
+        kept = {name: tensor.clone() for name, tensor in trained.items()}
+
+        def put(values: dict[str, Tensor]) -> None:
+            for name, tensor in trained.items():
+                tensor.copy_(_local(values[name]))
+            for unit in self.model.modules():  # the outermost keeps its gathered weights from one pass to the next
+                if isinstance(unit, FSDPModule):
+                    unit.reshard()
+
+        put(self.old)
+        try:
+            yield
+        finally:
+            put(kept)
+
+    def sampling_weights(self) -> dict[str, Tensor]:
+        """What rollouts are sampled with: the trained weights, or with policy_loss=nft the old policy's."""
+        weights = trained_weights(self.model)
+        return {name: self.old.get(name, w) for name, w in weights.items()} if self.config.objective.policy_loss == "nft" else weights
 
     def full_state(self, ema: bool = False, keep: bool = True, frozen: bool = True) -> dict[str, Tensor]:
         """A copy of the whole state dict, gathered one tensor at a time, CPU fp32; with `ema`, averaged weights where there are
@@ -289,11 +367,12 @@ class Learner:
         return state
 
     def shards(self) -> dict[str, Any]:
-        """This rank's part of what a checkpoint holds: weights, optimiser and moving average, as they are trained on; not a copy."""
+        """This rank's part of what a checkpoint holds: weights, optimiser, moving average and old policy, as they are trained on; not a copy."""
         return {
             "model": trained_weights(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "ema": self.ema,
+            "old": self.old,
         }
 
     def load(self, folder: Path) -> None:

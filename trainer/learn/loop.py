@@ -21,7 +21,6 @@ from actors.encoding import SharedFrames, SharedTextEncoder
 from actors.weights.shards import hand_in
 from diffusion.device import resolve_device
 from diffusion.engine.memory import keep_freed_memory
-from diffusion.lora import trained_weights
 from replay.buffer import Claim, ReplayBuffer
 from replay.errors import ClaimTimeout
 from trainer.config.run import RunConfig
@@ -67,7 +66,8 @@ def run(spec: LoopSpec) -> None:
         append_metrics(run_dir, learner.describe(progress.step))
     publishing = partial(publish, spec, buffer, learner, progress, rank, world)
     publishing()
-    if config.uses_policy and progress.step < config.updates and not passes_self_test(learner, progress.step, run_dir if rank == 0 else None):
+    densities = config.uses_policy and not config.objective.on_samples
+    if densities and progress.step < config.updates and not passes_self_test(learner, progress.step, run_dir if rank == 0 else None):
         return
     exports = Exports(run_dir / "exports", config.model, rank)
     exports.take_missing(learner, progress.step)
@@ -182,7 +182,7 @@ def publish(spec: LoopSpec, buffer: ReplayBuffer, learner: Learner, progress: Pr
     """
     config, name = spec.config, (progress.epoch, progress.step)
     dtype = None if config.weights.dtype == "float32" else getattr(torch, config.weights.dtype)
-    if hand_in(spec.weights, spec.transport, trained_weights(learner.model), name, rank, world, PUBLISH_DEADLINE_S, dtype, wanted) and progress.step > 0:
+    if hand_in(spec.weights, spec.transport, learner.sampling_weights(), name, rank, world, PUBLISH_DEADLINE_S, dtype, wanted) and progress.step > 0:
         buffer.publish(progress.step, progress.epoch)
     if wanted:
         await_all(learner.device)

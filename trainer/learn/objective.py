@@ -6,6 +6,13 @@ the ordinary diffusion loss on anchor data; `ddrl`, `flow_grpo`, `dance_grpo` an
     L = mean over transitions of max(-A rho, -A clip(rho, 1 ± c)),  rho = exp(log p - log p_old)
       + kl_weight   x mean over transitions of mean (mu - mu_ref)² / (2 std²)      (`kl_scale` has other divisors)
       + data_weight x mean over data evaluations of the diffusion loss
+
+The policy loss has a second family, on finished rollouts x_0 that are noised anew, x_t at times t, and need no density; A' is A over its bound:
+
+    nft   mean of bound / beta (r m(v+) + (1 - r) m(v-)), r = (1 + A')/2, v± = v_old ± beta (v - v_old),
+          m(v) = mean (x̂_0(v) - x_0)² over its own mean |x̂_0(v) - x_0|, held constant     (DiffusionNFT, arXiv 2509.16117)
+    awm   mean of -A rho, rho = exp(log w - log w of the policy before), log w = -(the matching loss, weighted over t)    (AWM, arXiv 2509.25050)
+      + kl_weight x mean (v - v_ref)² + old_kl_weight x mean (v - v_old)²
 """
 
 from __future__ import annotations
@@ -65,6 +72,24 @@ class Anchors:
     t: Tensor
     weight: Tensor
     text: Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A micro-batch of M finished rollouts, each noised to one time: clean `x0`, noise `eps`, times `t`, `advantage`, `weight`, and place `text` of
+    the prompt among the conditioning of the update, as of `Anchors` and `Transitions`.
+
+    Attributes:
+        old: the old policy's prediction there, like `x0`; None where none is kept: then it is the policy before the update.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    advantage: Tensor
+    weight: Tensor
+    text: Tensor
+    old: Tensor | None = None
 
 
 def moments(prediction: Tensor, batch: Transitions, kernel: StepKernel) -> tuple[Tensor, Tensor]:
@@ -143,3 +168,59 @@ def data_terms(velocity: Tensor, batch: Anchors, process: ForwardProcess, weight
         t = flow_time(process, batch.t)
         loss = loss * (t.square() + (1 - t).square())
     return (batch.weight * loss).sum()
+
+
+LEAST_ERROR = 1e-5
+"""Below which an error of x̂_0 weighs no more, and"""
+LEAST_MATCH = 1e-10
+"""what keeps a power of a matching loss from a slope without end (both as in the public code)."""
+
+
+def sample_terms(
+    prediction: Tensor, reference: Tensor | None, batch: Samples, process: ForwardProcess, config: ObjectiveConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sums over a micro-batch of the policy loss on finished rollouts plus both regularisers, and statistics; as `policy_terms`.
+
+    Args:
+        prediction: the policy's output for the noised rollouts, with gradient.
+        reference: the reference policy's output there, or None.
+    Returns:
+        Loss summed over rows (divide by the global count of rows), and sums for logging: `policy_loss`, `reverse_kl`, `old_kl`.
+    Raises:
+        ValueError: a weighting over the flow's time, of a policy that has none.
+    """
+    v, x0 = prediction.double(), batch.x0.double()
+    old = v.detach() if batch.old is None else batch.old.double()
+    rows = _attract_and_repel(v, old, x0, batch, process, config) if config.policy_loss == "nft" else _match(v, x0, batch, process, config)
+    loss = config.policy_weight * (batch.weight * rows).sum()
+    stats = {"policy_loss": (batch.weight * rows).sum()}
+    for name, weight, other in (("reverse_kl", config.kl_weight, reference), ("old_kl", config.old_kl_weight, batch.old)):
+        if other is not None:
+            distance = (batch.weight * (v - other.double()).square().flatten(1).mean(1)).sum()
+            loss, stats[name] = loss + weight * distance, distance
+    return loss.float(), {k: value.detach().float() for k, value in stats.items()}
+
+
+def _attract_and_repel(v: Tensor, old: Tensor, x0: Tensor, batch: Samples, process: ForwardProcess, config: ObjectiveConfig) -> Tensor:
+    """DiffusionNFT's loss by row `[M]`."""
+    bound, beta = config.advantage_max or config.advantage_clip, config.nft_beta
+    share = ((batch.advantage.double() / bound).clamp(-1, 1) + 1) / 2
+    x = process.noise(batch.x0, batch.eps, batch.t).double()
+
+    def error(velocity: Tensor) -> Tensor:
+        off = process.split(velocity, x, batch.t)[0] - x0
+        return (off.square() / off.detach().abs().flatten(1).mean(1).clamp_min(LEAST_ERROR).view(-1, *[1] * (off.dim() - 1))).flatten(1).mean(1)
+
+    return bound / beta * (share * error(old + beta * (v - old)) + (1 - share) * error(old - beta * (v - old)))
+
+
+def _match(v: Tensor, x0: Tensor, batch: Samples, process: ForwardProcess, config: ObjectiveConfig) -> Tensor:
+    """AWM's loss by row `[M]`; one optimiser step a claim, so its ratio is 1 with a gradient."""
+    match = (v - process.target(x0, batch.eps.double(), batch.t).double()).square().flatten(1).mean(1)
+    if config.awm_weighting != "uniform":
+        t = flow_time(process, batch.t, f"objective.awm_weighting={config.awm_weighting}").double()
+        if config.awm_weighting == "power":
+            match = ((match + LEAST_MATCH) ** config.awm_power - LEAST_MATCH**config.awm_power) * t / config.awm_power
+        else:
+            match = match * (t if config.awm_weighting == "t" else t.square())
+    return -batch.advantage.double() * (match.detach() - match).exp()

@@ -203,6 +203,7 @@ def _shards(config: RunConfig, sizes: Sizes, why: str) -> tuple[Part, ...]:
         Part("weights", weights_bytes(config, sizes) / ranks, why + (f" over {ranks} ranks" if ranks > 1 else "")),
         Part("optimiser", moments_bytes(config, sizes) / ranks, f"AdamW's two moments, {held}"),
         Part("average", trained / ranks if config.optimizer.ema else 0.0, "moving average of the weights, fp32"),
+        Part("old policy", trained / ranks if config.objective.keeps_old else 0.0, "weights that trail the trained ones, fp32"),
     )
 
 
@@ -301,7 +302,8 @@ def _generator_host(config: RunConfig, sizes: Sizes) -> tuple[Part, ...]:
     of pixels (`diffusion.engine.decode`) or an evaluation's parcel beside them."""
     rollout, k, bytes_each = config.rollout, config.sampler.trained_count, config.sampler.pixel_bytes
     history = 3 if config.sampler.kernel == "edm_2ab" else 2  # with the prediction before; a state that two steps share stands twice
-    member = history * k * sizes.latent_values * BYTES[config.replay.store_dtype] * config.uses_policy
+    stored = sizes.latent_values * (4 if config.objective.on_samples else history * k * BYTES[config.replay.store_dtype])
+    member = float(stored * config.uses_policy)
     groups = 2 * rollout.concurrent_groups  # sampled, and as many that wait for their scores
     held = parcel(config)
     pixels = 2 * turn_size(max(held, rollout.group_size), bytes_each) + held
@@ -338,6 +340,7 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
         *offloaded(config, sizes),
         Part("part of the weights", min(PART, version / config.learner.shards), "while it hands in"),
         Part("transitions", transitions * row),
+        Part("old policy's predictions", transitions * sizes.latent_values * 4.0 * config.objective.keeps_old, "for the rows of the policy loss"),
         Part("anchor evaluations", (anchors + data) * row, "and the data rows they are of"),
         Part("encoded texts", texts + min(PROMPT_CACHE, config.updates * texts), "of an update, and a cache of at most 256 MiB"),
         Part("anchor noise", evaluations * sizes.latent_values * 4.0, "of all ranks"),
@@ -372,9 +375,13 @@ def version_bytes(config: RunConfig, sizes: Sizes) -> float:
 
 
 def checkpoint_bytes(config: RunConfig, sizes: Sizes, ranks: int = 1) -> float:
-    """What one of so many ranks has of a checkpoint: its shards of what is trained, of the moments and the average; buffers whole."""
+    """What one of so many ranks has of a checkpoint: its shards of what is trained, of the moments, the average and the old policy; buffers whole."""
     trained = MASTER * sizes.transformer.trained
-    return ((1 + bool(config.optimizer.ema)) * trained + moments_bytes(config, sizes)) / ranks + MASTER * sizes.published_values - trained
+    return (
+        ((1 + bool(config.optimizer.ema) + config.objective.keeps_old) * trained + moments_bytes(config, sizes)) / ranks
+        + MASTER * sizes.published_values
+        - trained
+    )
 
 
 def kept_versions(config: RunConfig) -> int:

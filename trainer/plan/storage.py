@@ -48,8 +48,12 @@ def group_bytes(config: RunConfig, sizes: Sizes) -> int:
     if not config.uses_policy:
         return 0
     members, k, latent = config.rollout.group_size, config.sampler.trained_count, sizes.latent_values
-    states = stored_states(config) + (k if config.sampler.kernel == "edm_2ab" else 0)  # two-step kernels keep the prediction before
-    total = members * (states * latent * BYTES[config.replay.store_dtype] + k * 8) + k * 8 + (config.sampler.steps + 1) * 4
+    if config.objective.on_samples:
+        total = members * latent * 4
+    else:
+        states = stored_states(config) + (k if config.sampler.kernel == "edm_2ab" else 0)  # two-step kernels keep the prediction before
+        total = members * (states * latent * BYTES[config.replay.store_dtype] + k * 8) + k * 8
+    total += (config.sampler.steps + 1) * 4
     if config.uses_data and not config.feeds_data:
         total += latent * 4
     return total

@@ -94,10 +94,9 @@ class Parts:
         self.encoders = [texts.remote(config.model, config.encoder) for _ in range(config.encoder.actors)]
         shared, frames = (SharedTextEncoder(self.encoders), SharedFrames(self.encoders)) if self.encoders else (None, None)
         own = config.uses_data and not config.feeds_data
-        stored = config.replay.store_dtype
-        rollout = RolloutSpec(
-            config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data, self.target, rewards, own, stored, shared, frames
-        )
+        o, stored = config.objective, config.replay.store_dtype
+        made = (config.seed, config.model, config.sampler, config.rollout, config.prompts, config.data)
+        rollout = RolloutSpec(*made, self.target, rewards, own, o.on_samples, stored, shared, frames)
         generator = ray.remote(RolloutGenerator).options(num_cpus=CPUS["generator"], num_gpus=config.rollout.gpus, max_concurrency=GENERATOR_CALLS, **forever)
         self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
         held_out = EvaluatorSpec(tuple(self.generators), config.prompts, config.data, config.sampler, config.evaluation, rewards, str(self.folder.path))

@@ -56,12 +56,14 @@ def check_policy(config: RunConfig) -> None:
             _check_given(config, policy, given)
     except (CheckpointError, ValueError) as error:  # ValueError: a size that the policy cannot sample
         raise ConfigError(f"model: {error}") from None
-    for key in ("data_weighting", "data_times"):
-        if config.uses_data and getattr(config.objective, key) == "cosmos":
-            try:
-                check_velocity(policy.process, f"objective.{key}")
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+    o = config.objective
+    flows = [f"{key}=cosmos" for key in ("data_weighting", "data_times") if config.uses_data and getattr(o, key) == "cosmos"]
+    flows += [f"awm_weighting={o.awm_weighting}"] * (o.on_samples and o.policy_loss == "awm" and o.awm_weighting != "uniform")
+    for key in flows:
+        try:
+            check_velocity(policy.process, f"objective.{key}")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     for part, count in (("learner", config.learner.sequence_ranks), ("rollout", config.rollout.sequence_ranks)):
         try:
             check_heads(policy.transformer.config.num_attention_heads, count)

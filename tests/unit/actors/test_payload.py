@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from actors.members import GroupMembers, MemberRow
-from actors.payload import FORMAT, Buffer, DataPayload, GroupPayload, PayloadError, count_of, decode_data, decode_group, encode
+from actors.members import GroupMembers, MemberRow, SampleMembers
+from actors.payload import FORMAT, Buffer, DataPayload, GroupPayload, PayloadError, count_of, decode_data, decode_group, decode_samples, encode
 
 SIZE = st.integers(1, 4)
 
@@ -81,6 +81,31 @@ def test_predictions_of_the_step_before_and_video_come_back(frames: int) -> None
     assert equal(back, without)
     clips = DataPayload(("a", "b"), torch.zeros(2, 3, 4, 5, 6))
     assert equal(decode_data(encode(clips), range(2)), clips)
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+def test_samples_of_a_group_come_back_all_or_some(frames: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    shape, times = (4, *[frames] * (frames > 0), 5, 6), torch.linspace(1, 0, 5)
+    samples, own = list(torch.randn(3, *shape, generator=g)), torch.randn(4, *[frames + 1] * (frames > 0), 5, 6, generator=g)
+    for x0 in (None, own):
+        segments = encode(SampleMembers("a cat", samples, times, x0))
+        assert count_of(segments[0]) == 3
+        found = decode_samples([segments[0], segments[1], segments[3]])
+        assert (found.text, found.times.tolist()) == ("a cat", times.tolist())
+        assert torch.equal(found.sample, torch.stack([samples[0], samples[2]]))
+        assert (found.x0 is None) if x0 is None else torch.equal(found.x0, x0)  # type: ignore[arg-type]
+    assert len(segments[1]) == samples[0].numel() * 4
+
+
+def test_samples_that_differ_or_are_of_another_size_than_their_datum_are_refused() -> None:
+    one, times = torch.zeros(3, 4, 5), torch.linspace(1, 0, 5)
+    for samples in ([one, one[:, :3]], [one, one.double()], [one.double()] * 2, []):
+        with pytest.raises(PayloadError, match="samples of a group must be float32 of one shape"):
+            encode(SampleMembers("a cat", samples, times))
+    segments = encode(SampleMembers("a cat", [one], times, torch.zeros(3, 4, 6)))
+    with pytest.raises(PayloadError, match="own datum is not of the size of its samples"):
+        decode_samples(segments)
 
 
 def test_views_and_non_finite_values_come_back() -> None:

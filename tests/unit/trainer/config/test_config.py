@@ -86,6 +86,8 @@ def test_the_presets_are_the_published_compositions() -> None:
         "flow_cps": (True, True, False),
         "dance_grpo": (True, False, False),
         "mix_grpo": (True, False, False),
+        "diffusion_nft": (True, True, False),
+        "awm": (True, True, False),
         "sft": (False, False, True),
     }
 
@@ -306,6 +308,14 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         "rollout: each of rollout.sequence_ranks=2 processes needs a whole GPU (NCCL refuses two on one), not 0.5",
     ),
     ({"model": None}, "model: "),
+    # losses on finished rollouts
+    ({"sampler": {"noise_on": "none"}}, "sampler.noise_on=none leaves no step with a density, which objective.policy_loss=ratio needs"),
+    ({"objective": {"policy_loss": "nft", "kl_weight": 0.1}}, "kl_scale=step divides by the noise of a step, and policy_loss=nft knows none"),
+    ({"objective": {"preset": "ddrl", "old_decay": 0.5}}, "old_decay belongs to policy_loss=nft or awm"),
+    ({"objective": {"preset": "ddrl", "old_kl_weight": 0.5}}, "old_kl_weight belongs to policy_loss=nft or awm"),
+    ({"objective": {"preset": "awm", "old_kl_weight": 0}}, "policy_loss=awm uses its old policy for old_kl_weight alone, which is 0"),
+    ({"objective": {"preset": "awm", "old_decay": 0}}, "old_kl_weight=1 needs an old policy"),
+    ({"objective": {"preset": "diffusion_nft"}, "sampler": {"guidance": 4.5}}, "objective.policy_loss=nft fits the network itself to what was sampled"),
     # every rank needs a rollout and an anchor row: known before anything is started
     ({"rollout": {"groups_per_step": 1, "group_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),
     ({"rollout": {"groups_per_step": 1, "group_size": 4, "min_group_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),

@@ -53,7 +53,7 @@ def write_claim(folder: Path, name: str) -> None:
     negative = policy.text_encoder.encode([sampler.negative_prompt])[0] if sampler.guidance != 1 else None
     texts = [f'a sign that says "{i}"' for i in range(GROUPS)]
     encoded = policy.text_encoder.encode(texts)
-    requests = [group_request(sampler, rollout, 3, i, encoded[i], negative, scenario.shape) for i in range(GROUPS)]
+    requests = [group_request(sampler, rollout, 3, i, encoded[i], negative, scenario.shape, samples=config.objective.on_samples) for i in range(GROUPS)]
     done = Engine(policy.transformer, policy.process, 10_000).run(requests)
     payloads, groups = {}, []
     for i, (request, text) in enumerate(zip(requests, texts, strict=True)):

@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 SHAPE = (3, 8, 16)
 UPDATES = 3
 GROUPS, MEMBERS, TRAINED = 5, 3, 2
-SAVED = ("plain", "lora", "moments in 8 bits")
+SAVED = ("plain", "lora", "moments in 8 bits", "finished rollouts")
 """Scenarios that write checkpoints."""
 
 
@@ -80,6 +80,17 @@ SCENARIOS = {
     "moments in 8 bits": Scenario({"optimizer": {"lr": 5e-3, "ema": 0.9, "eps": 1e-2, "decay": "cosine", "kind": "adamw8bit"}}),
     "kl": Scenario({"objective": {"kl_weight": 0.5}}),
     "lora": Scenario({"model": {"lora": {"rank": 4, "alpha": 8.0}}, "objective": {"kl_weight": 0.5}, "optimizer": {"lr": 5e-2, "eps": 1e-5}}),
+    "finished rollouts": Scenario(
+        {"objective": {"preset": "diffusion_nft", "kl_weight": 0.5, "old_decay": 0.9, "old_decay_rate": 0.3, "data_weight": 0.3}, "learner": {"ranks": 1}}
+    ),
+    "finished rollouts, adapter": Scenario(
+        {
+            "model": {"lora": {"rank": 4, "alpha": 8.0}},
+            "sampler": {"noise_on": "none"},
+            "objective": {"preset": "awm", "policy_times": "stratified", "old_decay_rate": 0.3, "kl_weight": 0.5, "data_weight": 0.3},
+            "optimizer": {"lr": 5e-2, "eps": 1e-5},
+        }
+    ),
     "two steps in sigma space": Scenario({"sampler": {"kernel": "edm_2ab", "noise_level": 1.0, "guidance": 2.0}, "objective": {"data_noise": "shared"}}),
 }
 
@@ -127,7 +138,7 @@ def whole(value: Any) -> Any:
 def state_of(learner: Learner) -> dict[str, Any]:
     """Everything that training changes; collective."""
     optimizer = whole(get_optimizer_state_dict(learner.model, learner.optimizer))
-    return {"model": learner.full_state(), "average": learner.full_state(ema=True), "optimizer": optimizer["state"]}
+    return {"model": learner.full_state(), "average": learner.full_state(ema=True), "optimizer": optimizer["state"], "old": whole(learner.old)}
 
 
 def rows_of(learner: Learner, held: Held, claim: Claim) -> list[StepBatch]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import trainer.learn.batch
 from actors.conditioning import Subject, Subjects
 from actors.groups import trained_steps
+from actors.members import SampleMembers
 from actors.payload import DataPayload, GroupPayload, PayloadError, encode
 from diffusion.families.conditioning import Conditioning
 from diffusion.kernels import StepKernel, make_kernel
@@ -25,7 +26,7 @@ from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.advantages import Term, advantages_of, group_advantages
 from trainer.learn.batch import StepBatch, step_batches, take
-from trainer.learn.objective import Anchors, Transitions
+from trainer.learn.objective import Anchors, Samples, Transitions
 
 PROCESS = RectifiedFlow(2.0)
 GROUPS, MEMBERS, TRAINED = [3, 4, 7, 8, 9], 3, 2
@@ -80,8 +81,12 @@ class Ledger:
         return torch.arange(float(rows)).reshape(rows, *[1] * len(shape)).expand(rows, *shape)
 
     @staticmethod
-    def _group(config: RunConfig, group: int) -> GroupPayload:
-        """Member m, trained step k of group g: x is 100 g + 10 m + k everywhere."""
+    def _group(config: RunConfig, group: int) -> GroupPayload | SampleMembers:
+        """Member m, trained step k of group g: x is 100 g + 10 m + k everywhere; a finished rollout is 100 g + 10 m."""
+        own = torch.full(SHAPE, float(group)) if config.data.pairing == "own" else None
+        if config.objective.on_samples:
+            samples = [torch.full(SHAPE, 100.0 * group + 10 * m) for m in range(members_of(group))]
+            return SampleMembers(str(group), samples, kernel_of(config).time_grid(config.sampler.steps), own)
         number = 100.0 * group + 10 * torch.arange(members_of(group))[:, None] + torch.arange(TRAINED)
         x = number.reshape(*number.shape, *[1] * len(SHAPE)).expand(members_of(group), TRAINED, *SHAPE)
         return GroupPayload(
@@ -92,7 +97,7 @@ class Ledger:
             trained=torch.tensor(trained_steps(config.sampler, config.seed, group)),
             times=kernel_of(config).time_grid(config.sampler.steps),
             previous=x - 0.5 if kernel_of(config).uses_previous else None,
-            x0=torch.full(SHAPE, float(group)) if config.data.pairing == "own" else None,
+            x0=own,
         )
 
     def read(self, item: ClaimedGroup | ClaimedData, segments: list[int]) -> list[bytearray]:
@@ -107,7 +112,7 @@ def encoded(subjects: list[Subject]) -> Conditioning:
     return Conditioning({"prompt_embeds": torch.tensor([float(text or 0) for text in texts]).reshape(-1, 1, 1).expand(-1, 4, 2)})
 
 
-def numbers(batch: StepBatch, rows: Transitions | Anchors) -> list[float]:
+def numbers(batch: StepBatch, rows: Transitions | Samples | Anchors) -> list[float]:
     """What each of `rows` is conditioned on."""
     found = batch.conditioning_of(rows).prompt_embeds
     assert found.shape == (len(rows.weight), 4, 2)
@@ -143,6 +148,9 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"preset": "sft"},
     {"advantage_scale": "batch", "exponential_advantage": True},
     {"kernel": "edm_2ab", "data_noise": "shared"},
+    {"preset": "diffusion_nft", "data_weight": 0.1},
+    {"preset": "awm", "policy_times": "stratified"},
+    {"preset": "diffusion_nft", "kernel": "edm_2ab", "data_weight": 0.1, "data": {"pairing": "own"}},
     {"data": {"pairing": "own"}},
     {"data": {"pairing": "own", "caption_dropout": 0.5}, "data_noise": "shared", "data_per": "rollout"},
 ]
@@ -154,7 +162,7 @@ def test_the_ranks_have_every_row_once_whatever_their_number(objective: dict[str
     config = config_of(**objective)
     alone = rows_of(config)
     ranks = [rows_of(config, rank, world) for rank in range(world)]
-    for name, kind in (("transitions", Transitions), ("anchors", Anchors)):
+    for name, kind in (("transitions", Samples if config.objective.on_samples else Transitions), ("anchors", Anchors)):
         one, many = getattr(alone, name), [getattr(r, name) for r in ranks]
         if one is None:
             assert many == [None] * world
@@ -174,7 +182,7 @@ def test_a_row_of_a_group_carries_its_own_times_advantage_and_prompt(kernel: str
     config = config_of(kernel, advantage_scale="batch")
     batch = rows_of(config)
     rows = batch.transitions
-    assert rows is not None
+    assert isinstance(rows, Transitions)
     prompts = numbers(batch, rows)
     advantages = dict(zip(GROUPS, group_advantages([rewards_of(g) for g in GROUPS], "batch"), strict=True))
     grid = kernel_of(config).time_grid(6)
@@ -198,6 +206,43 @@ def test_a_row_of_a_group_carries_its_own_times_advantage_and_prompt(kernel: str
     assert seen == {(g, m, k) for g in GROUPS for m in range(members_of(g)) for k in range(TRAINED)}
 
 
+@pytest.mark.parametrize("times", ["steps", "stratified"])
+@pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])
+def test_a_finished_rollout_is_noised_to_the_times_of_its_trained_steps_or_of_equal_parts(kernel: str, times: str) -> None:
+    config = config_of(kernel, preset="awm", policy_times=times)
+    batch = rows_of(config)
+    rows = batch.transitions
+    assert isinstance(rows, Samples)
+    advantages = dict(zip(GROUPS, group_advantages([rewards_of(g) for g in GROUPS], "batch", biased=True), strict=True))
+    grid, prompts, seen = kernel_of(config).time_grid(6), numbers(batch, rows), {}
+    if kernel == "edm_2ab":  # its grid has sigmas, the policy's process times
+        grid = grid / (1 + grid)
+    for i in range(len(rows.t)):
+        number = round(float(rows.x0[i].flatten()[0]))
+        group, member = number // 100, number % 100 // 10
+        seen.setdefault((group, member), []).append((float(rows.t[i]), rows.eps[i]))
+        assert float(rows.advantage[i]) == pytest.approx(advantages[group][member] / 5, rel=1e-6, abs=1e-9)  # bounded by advantage_max=1
+        assert prompts[i] == group
+    assert seen.keys() == {(g, m) for g in GROUPS for m in range(members_of(g))}
+    for (group, _), drawn in seen.items():
+        found = [t for t, _ in drawn]
+        if times == "steps":
+            assert found == pytest.approx(grid[list(trained_steps(config.sampler, 5, group))].tolist())
+        else:
+            middle = float(PROCESS.quantiles(torch.tensor([0.5])))
+            assert found[0] < middle < found[1]
+        assert not torch.equal(drawn[0][1], drawn[1][1])
+    assert len({round(float(eps.sum()), 6) for drawn in seen.values() for _, eps in drawn}) == len(rows.t)
+
+
+def test_samples_and_transitions_are_not_taken_for_each_other() -> None:
+    one, other = config_of(preset="awm"), config_of()
+    with pytest.raises(PayloadError, match="SamplePayload needs tensors"):
+        rows_of(one, ledger=Ledger(other))
+    with pytest.raises(PayloadError, match="GroupPayload needs tensors"):
+        rows_of(other, ledger=Ledger(one))
+
+
 @pytest.mark.parametrize("world", [1, 2, 7])
 def test_a_rank_reads_the_heads_members_and_data_rows_that_it_trains(world: int) -> None:
     config = config_of()
@@ -205,7 +250,7 @@ def test_a_rank_reads_the_heads_members_and_data_rows_that_it_trains(world: int)
     for rank in range(world):
         ledger = Ledger(config)
         rows = rows_of(config, rank, world, ledger)
-        assert rows.transitions is not None
+        assert isinstance(rows.transitions, Transitions)
         members = {(round(x) // 100, round(x) % 100 // 10) for x in rows.transitions.x[:, 0, 0, 0].tolist()}
         groups = [(int(ref[1:]), segments) for ref, segments in ledger.fetched if ref != "d1"]
         assert [segments[0] for _, segments in groups] == [0] * len({g for g, _ in members})
@@ -241,7 +286,7 @@ def test_groups_of_another_sampler_are_refused() -> None:
     with pytest.raises(PayloadError, match="another time grid than flow_sde's of 6 steps"):
         rows_of(config_of(), ledger=Ledger(theirs))
     rows = rows_of(theirs, ledger=Ledger(ours)).transitions  # the same grid and states, and a history that is not needed
-    assert rows is not None
+    assert isinstance(rows, Transitions)
     assert rows.history is None
 
 

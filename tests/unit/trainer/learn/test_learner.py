@@ -29,7 +29,7 @@ from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch
 from trainer.learn.checkpoint import save_shards
 from trainer.learn.learner import Learner, learning_rate
-from trainer.learn.objective import Anchors, Transitions, data_terms, policy_terms
+from trainer.learn.objective import Anchors, Samples, Transitions, data_terms, policy_terms, sample_terms
 from trainer.learn.records import append_metrics
 
 CPU = torch.device("cpu")
@@ -210,6 +210,81 @@ def test_an_update_is_the_gradient_of_the_whole_sum(objective: dict[str, Any], s
         # Adam's first step is lr times the gradient's sign: compare where the sign is no accident of rounding
         sure = gradients[name].abs() > 1e-6 if name in gradients else torch.ones_like(value, dtype=torch.bool)
         assert float(((after[name] - value).abs() * sure).max()) < 1e-6, name
+
+
+NFT = {"preset": "diffusion_nft", "kl_weight": 0.5, "old_decay": 0.9, "old_decay_rate": 0.25, "data_weight": 0.3}
+AWM = {"preset": "awm", "old_decay": 0.9, "old_decay_rate": 0.25, "data_weight": 0.3}
+
+
+def samples_of(batch: StepBatch) -> StepBatch:
+    """Its rollouts as finished ones, two times each."""
+    rows, g = batch.transitions, torch.Generator().manual_seed(2)
+    assert isinstance(rows, Transitions)
+    eps, t = torch.randn(rows.x.shape, generator=g), torch.rand(6, generator=g)
+    return replace(batch, transitions=Samples(rows.x_next, eps, t, rows.advantage, rows.weight, rows.text))
+
+
+@pytest.mark.parametrize("objective", [NFT, AWM], ids=["nft", "awm"])
+@pytest.mark.parametrize("shard_blocks", [True, False])
+def test_updates_on_finished_rollouts_are_those_of_a_plain_module_and_its_old_copy(objective: dict[str, Any], shard_blocks: bool, policy_folder: Path) -> None:
+    """Three of them: at the first the old policy is the trained one, then it trails by a half of the way and a quarter."""
+    config = config_of(policy_folder, 4, objective=objective, learner={"shard_blocks": shard_blocks}, optimizer={"eps": 1e-2})
+    made = learner_of(config)
+    batch = samples_of(batch_of(made))
+    with torch.no_grad():
+        for name in made.old:
+            made.old[name].to_local().copy_(made.model.get_parameter(name).to_local())  # type: ignore[attr-defined]
+    plain, old, reference = (load_policy(config.model, seed=config.seed).transformer for _ in range(3))
+    plain.load_state_dict(made.full_state())
+    old.load_state_dict(made.full_state())
+    o, rows, anchors = config.optimizer, batch.transitions, batch.anchors
+    assert isinstance(rows, Samples)
+    assert anchors is not None
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+
+    def predict(model: torch.nn.Module, given: Samples | Anchors) -> torch.Tensor:
+        found: torch.Tensor = model(made.process.noise(given.x0, given.eps, given.t), given.t, **batch.conditioning_of(given).tensors)
+        return found
+
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            shown = replace(rows, old=predict(old, rows))
+            start = predict(reference, rows)
+        loss, told = sample_terms(predict(plain, rows), start, shown, made.process, config.objective)
+        data = data_terms(predict(plain, anchors), anchors, made.process)
+        (loss / 6 + 0.3 * data / 5).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), o.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = 0.25 * step
+        with torch.no_grad():
+            for trailing, trained in zip(old.parameters(), plain.parameters(), strict=True):
+                trailing.copy_(decay * trailing + (1 - decay) * trained)
+        stats = made.update([batch], step)
+        assert stats["policy_loss"] == pytest.approx(float(told["policy_loss"]) / 6, rel=1e-4)
+        assert stats["old_kl"] == pytest.approx(float(told["old_kl"]) / 6, rel=1e-2, abs=1e-9)
+        assert (stats["old_kl"] > 0) == (step > 1)
+        assert stats["reverse_kl"] == pytest.approx(float(told["reverse_kl"]) / 6, rel=1e-4)
+        assert not {"ratio_deviation", "clip_fraction", "ratio_deviation_by_step"} & stats.keys()
+        assert difference(made.full_state(), dict(plain.state_dict())) < 1e-6
+    sampled, expected = made.sampling_weights(), old if config.objective.policy_loss == "nft" else plain
+    assert sampled.keys() == trained_weights(made.model).keys()
+    assert max(float((sampled[name].full_tensor() - p).detach().abs().max()) for name, p in expected.named_parameters()) < 1e-6  # type: ignore[attr-defined]
+    assert max(float((a - b).abs().max()) for a, b in zip(old.parameters(), plain.parameters(), strict=True)) > 1e-5
+
+
+def test_the_trained_weights_are_back_when_the_old_policys_pass_fails(policy_folder: Path) -> None:
+    made = learner_of(config_of(policy_folder, objective=NFT))
+    before = copied(made.full_state())
+
+    def fail() -> None:
+        with made.as_old():
+            assert difference(made.full_state(), before) > 1e-3
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
+    assert difference(made.full_state(), before) == 0
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
