@@ -325,8 +325,9 @@ class Learner:
                     found = []
                     for part in self._parts(rows, batch):
                         given = take(rows, part, self.device)
-                        found.append(data_prediction(self.model, self.process, given, batch.conditioning_of(given), self.config.model.dtype).float().cpu())
-                    old = torch.cat(found)[: len(rows.t)]  # a pass without rows has one of weight zero
+                        predicted = data_prediction(self.model, self.process, given, batch.conditioning_of(given), self.config.model.dtype)
+                        found.append(predicted.float().cpu()[: part.stop - part.start])  # a pass without rows has one of weight zero
+                    old = torch.cat(found)
                     batch = replace(batch, transitions=replace(rows, old=old))
                 made.append(batch)
         return made

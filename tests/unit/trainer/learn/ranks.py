@@ -81,7 +81,10 @@ SCENARIOS = {
     "kl": Scenario({"objective": {"kl_weight": 0.5}}),
     "lora": Scenario({"model": {"lora": {"rank": 4, "alpha": 8.0}}, "objective": {"kl_weight": 0.5}, "optimizer": {"lr": 5e-2, "eps": 1e-5}}),
     "finished rollouts": Scenario(
-        {"objective": {"preset": "diffusion_nft", "kl_weight": 0.5, "old_decay": 0.9, "old_decay_rate": 0.3, "data_weight": 0.3}, "learner": {"ranks": 1}}
+        {
+            "objective": {"preset": "diffusion_nft", "kl_weight": 0.5, "old_decay": 0.9, "old_decay_rate": 0.3, "data_weight": 0.3},
+            "learner": {"ranks": 1, "micro_batch": 1},
+        }
     ),
     "finished rollouts, adapter": Scenario(
         {
