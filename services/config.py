@@ -113,7 +113,7 @@ class FleetConfig(StrictModel):
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="What one request may ask for.")
     ingress: IngressConfig = Field(default_factory=IngressConfig, description="The REST processes.")
     decoder: str | None = Field(default=None, pattern=r"^[\w.]+:[\w.]+$", description="'module:callable' from latents to frames; null: latents are refused.")
-    start_timeout_s: float = Field(default=120.0, gt=0, le=86_400, description="How long the fleet may take until every reward is ready.")
+    start_timeout_s: float = Field(default=300.0, gt=0, le=86_400, description="How long the fleet may take until every reward is ready.")
     drain_s: float = Field(default=20.0, ge=0, le=3600, description="How long a stopping service finishes what it has accepted.")
 
     @field_validator("rewards", mode="before")

@@ -80,7 +80,7 @@ def allowed(file: str) -> set[str]:
 def test_pure_cores_import_neither_ray_nor_torch() -> None:
     cores = [
         *(f"trainer/plan/{name}.py" for name in ("memory", "storage", "work", "fit", "planner", "gpus", "published")),
-        *(f"trainer/doctor/{name}.py" for name in ("facts", "finding", "judge_machine", "judge_software", "judge_recipe", "render")),
+        *(f"trainer/doctor/{name}.py" for name in ("facts", "finding", "judge_machine", "judge_software", "judge_recipe", "judge_trial", "render")),
         *("trainer/learn/advantages.py", "trainer/learn/plan.py", "trainer/report/tail.py", "trainer/report/summary.py"),
         *("diffusion/engine/scheduler.py", "diffusion/kernel_names.py", "replay/policy.py", "replay/records.py", "services/client/retry.py"),
     ]

@@ -17,6 +17,7 @@ def doctor(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated", show_default=False)] = None,
     tiny: TinyFlag = False,
     json_: Annotated[bool, typer.Option("--json", help="print a list of objects: check, level, found, advice")] = False,
+    try_: Annotated[bool, typer.Option("--try/--no-try", help="with a recipe: sample, score and update a few times, about a minute")] = True,
     online: Annotated[bool, typer.Option("--online", help="ask the Hugging Face hub about its token and the recipe's policy")] = False,
 ) -> None:
     """Look at this machine, and at what a recipe needs: what was found, a line each, and what to do about it."""
@@ -24,7 +25,7 @@ def doctor(
     from trainer.doctor.finding import worst
     from trainer.doctor.render import as_json, lines
 
-    findings = examine(recipe, _read(recipe, set_ or [], tiny), online)
+    findings = examine(recipe, _read(recipe, set_ or [], tiny), online, try_)
     typer.echo(as_json(findings) if json_ else "\n".join(lines(findings)))
     raise typer.Exit(1 if worst(findings) == "problem" else 0)
 

@@ -7,18 +7,27 @@ from pathlib import Path
 
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
-from trainer.doctor import judge_machine, judge_recipe, judge_software
+from trainer.doctor import judge_machine, judge_recipe, judge_software, judge_trial
 from trainer.doctor.facts import GPU, Machine, Recipe, Software
 from trainer.doctor.finding import Finding
 from trainer.doctor.machine import gather_machine
 from trainer.doctor.software import gather_software
 
+AGAINST = ("recipe", "recipe files", "plan", "torch", "packages")
+"""Checks whose problems stand against a trial."""
 
-def examine(recipe: Path | None, config: RunConfig | ConfigError | None, online: bool) -> list[Finding]:
-    """Look at this machine, and at `recipe` as it was read: its settings, or why it could not be; None for no recipe."""
+
+def examine(recipe: Path | None, config: RunConfig | ConfigError | None, online: bool, tried: bool = False) -> list[Finding]:
+    """Look at this machine, and at `recipe` as it was read: its settings, or why it could not be; None for no recipe. `tried`: make the trial of
+    `trainer.doctor.trial` too, where nothing that was found before stands against it."""
     runs = Path("runs") / config.name if isinstance(config, RunConfig) else Path("runs")
     software, machine = gather_software(), gather_machine(runs, online)
-    return judged(software, machine, _recipe(recipe, config, software.torch.gpus, online))
+    told = judged(software, machine, _recipe(recipe, config, software.torch.gpus, online))
+    if tried and isinstance(config, RunConfig):
+        from trainer.doctor.trying import gather_trial
+
+        told += judge_trial.judge(gather_trial(config, len(software.torch.gpus), [f for f in told if f.level == "problem" and f.check in AGAINST]))
+    return told
 
 
 def _recipe(recipe: Path | None, config: RunConfig | ConfigError | None, gpus: Sequence[GPU], online: bool) -> Recipe | None:

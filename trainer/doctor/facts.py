@@ -182,3 +182,41 @@ class Recipe:
     plan: PlanFacts | None = None
     plan_error: str = ""
     services: tuple[Service, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a recipe's own first groups and updates show; None where the trial did not come that far.
+
+    Attributes:
+        skipped: why nothing was tried; '' where it was.
+        stage, error: what failed, and how; '' where nothing did.
+        scorers: rewards whose self-test passed.
+        means, spreads: mean and standard deviation of the reward within each group of the starting policy.
+        top: share of all members at the highest reward that was seen.
+        missing: share of scores that are missing.
+        deviation, limit: largest |ratio - 1| of a transition replayed at once, and a tenth of the clip; None without densities.
+        policy_gradient, data_gradient, cosine: norms of the gradients of both terms at the start, and their cosine.
+        rewards, reward_error: mean reward by update on one prompt and the standard error of one such mean.
+        prompt: which one.
+        loss_before, loss_after: diffusion loss on fixed points of the anchor data before those updates and after.
+    """
+
+    skipped: str = ""
+    stage: str = ""
+    error: str = ""
+    scorers: tuple[str, ...] = ()
+    means: tuple[float, ...] = ()
+    spreads: tuple[float, ...] = ()
+    top: float | None = None
+    missing: float = 0.0
+    deviation: float | None = None
+    limit: float | None = None
+    policy_gradient: float | None = None
+    data_gradient: float | None = None
+    cosine: float | None = None
+    rewards: tuple[float, ...] = ()
+    reward_error: float | None = None
+    prompt: str = ""
+    loss_before: float | None = None
+    loss_after: float | None = None

@@ -1,4 +1,4 @@
-"""The bare loop of benchmarks/pipeline.py does what the pipeline does: checked against the engine's own group and the recipe."""
+"""The loop in one process does what the pipeline does: checked against the engine's own group and the recipe."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bare import BareLoop
 from benchmarks.pipeline import RECIPE, SMALL, samples
 from trainer.config.load import load_config
+from trainer.solo.loop import SoloLoop
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def loop() -> BareLoop:
+def loop() -> SoloLoop:
     threads = torch.get_num_threads()
     config = load_config(ROOT / RECIPE, [*SMALL, "updates=2", f"model.path={ROOT / 'recipes/glyph-base'}"])
     try:
-        return BareLoop(config, 1)
+        return SoloLoop(config, 1)
     finally:
         torch.set_num_threads(threads)
 
 
-def test_updates_learn_on_groups_in_order_and_change_the_weights(loop: BareLoop) -> None:
+def test_updates_learn_on_groups_in_order_and_change_the_weights(loop: SoloLoop) -> None:
     before = {name: p.detach().clone() for name, p in loop.learner.model.named_parameters()}
     records = [loop.update(1), loop.update(2)]
     assert [r["trained_groups"] for r in records] == [[0, 1, 2, 3], [4, 5, 6, 7]]
