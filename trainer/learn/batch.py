@@ -204,14 +204,14 @@ class _Update:
         return self.payloads[group]
 
     def rows(self, group: int, own: range, advantages: list[float], text: int) -> Transitions | Samples:
-        """Rows of the policy loss of members of a group."""
-        payload, chosen = self.payloads[group], [advantages[member] for member in own]
+        """Rows of the policy loss of members of a group, whose `advantages` are given."""
+        payload = self.payloads[group]
         if isinstance(payload, GroupPayload):
-            return transitions_of(payload, chosen, self.kernel, text)
+            return transitions_of(payload, advantages, self.kernel, text)
         drawn = [self._renoised(group, member, tuple(payload.sample.shape[1:])) for member in own]
         eps, t = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        k = len(t) // len(chosen)
-        repeated = torch.tensor(chosen).repeat_interleave(k)
+        k = len(t) // len(own)
+        repeated = torch.tensor(advantages).repeat_interleave(k)
         return Samples(payload.sample.repeat_interleave(k, 0), eps, t, repeated, torch.ones(len(t)), torch.full((len(t),), text))
 
     def _renoised(self, group: int, member: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -236,7 +236,7 @@ class _Update:
         for i, own in mine.items():
             payload = self.read(i, own)
             subject = self.subjects.of_group(self.groups[i], payload.text, payload.x0)
-            parts.append(self.rows(i, own, advantages[i], place(subject)))
+            parts.append(self.rows(i, own, [advantages[i][m] for m in own], place(subject)))
         rows, k = _cat(parts), len(parts[0].t) // len(next(iter(mine.values())))
         return (rows if cuts[self.rank] else _weightless(rows)), [len(part) * k for part in cuts]
 

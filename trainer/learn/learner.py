@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -126,8 +126,7 @@ class Learner:
         self.decay_updates = o.decay_updates or config.updates
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(o, trained.values())
-        self.ema = {n: p.detach().clone() for n, p in trained.items()} if o.ema > 0 else {}
-        self.old = {n: p.detach().clone() for n, p in trained.items()} if config.objective.keeps_old else {}
+        self.ema, self.old = ({n: p.detach().clone() for n, p in trained.items()} if kept else {} for kept in (o.ema > 0, config.objective.keeps_old))
         self._warned = False
 
     def encode(self, subjects: list[Subject]) -> Conditioning:
@@ -230,33 +229,28 @@ class Learner:
         config = self.config
         by_step = sums[len(SUMS) :].view(len(BY_STEP), -1)
 
-        def samples(part: slice) -> Tensor:
-            assert isinstance(batch.transitions, Samples)
-            rows = take(batch.transitions, part, self.device)
-            conditioning = batch.conditioning_of(rows)
-            prediction, reference = data_prediction(self.model, self.process, rows, conditioning, config.model.dtype), None
-            if self.reference is not None:
-                with torch.no_grad(), without_lora(self.reference):
-                    reference = data_prediction(self.reference, self.process, rows, conditioning, config.model.dtype)
-            loss, stats = sample_terms(prediction, reference, rows, self.process, config.objective)
-            for name, value in stats.items():
-                sums[SUMS.index(name)] += value
-            return loss / batch.transition_count
-
         def policy(part: slice) -> Tensor:
-            assert isinstance(batch.transitions, Transitions)
-            rows = take(batch.transitions, part, self.device)
+            rows: Any = take(cast(Any, batch.transitions), part, self.device)
             conditioning = batch.conditioning_of(rows)
-            prediction, reference = self.replay(rows, conditioning), None
+
+            def predict(model: PackedModel) -> Tensor:
+                if isinstance(rows, Samples):
+                    return data_prediction(model, self.process, rows, conditioning, config.model.dtype)
+                return policy_prediction(model, self.kernel.process, rows, conditioning, self.guidance, config.model.dtype)
+
+            prediction, reference = predict(self.model), None
             if self.reference is not None:
                 with torch.no_grad(), without_lora(self.reference):
-                    reference = policy_prediction(self.reference, self.kernel.process, rows, conditioning, self.guidance, config.model.dtype)
-            loss, stats = policy_terms(prediction, reference, rows, self.kernel, config.objective)
+                    reference = predict(self.reference)
+            if isinstance(rows, Samples):
+                loss, stats = sample_terms(prediction, reference, rows, self.process, config.objective)
+            else:
+                loss, stats = policy_terms(prediction, reference, rows, self.kernel, config.objective)
+                for i, values in enumerate((rows.weight, stats["ratio_deviation_rows"], stats["log_prob_gap_rows"])):
+                    by_step[i].index_add_(0, rows.step, values.double())
             for i, name in enumerate(SUMS):
                 if name in stats:
                     sums[i] += stats[name]
-            for i, values in enumerate((rows.weight, stats["ratio_deviation_rows"], stats["log_prob_gap_rows"])):
-                by_step[i].index_add_(0, rows.step, values.double())
             return loss / batch.transition_count
 
         def data(part: slice) -> Tensor:
@@ -268,9 +262,8 @@ class Learner:
             return config.data_share * loss / batch.anchor_count
 
         if batch.transitions is not None:
-            compute = samples if isinstance(batch.transitions, Samples) else policy
             for part in self._parts(batch.transitions, batch):
-                yield partial(compute, part)
+                yield partial(policy, part)
         if batch.anchors is not None:
             for part in slices(len(batch.anchors.x0), passes(batch.anchor_rows, self.rows_of_pass(batch.anchors, batch.conditioning))):
                 yield partial(data, part)
