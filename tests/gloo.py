@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,16 @@ import torch.distributed as dist
 DEADLINE_S = 240.0
 """Of a collective."""
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A group of this process only, which is left whatever happens in it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def launched(module: str, world: int, folder: Path, deadline_s: float = 2 * DEADLINE_S) -> list[Any]:

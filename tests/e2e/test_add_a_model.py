@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -31,6 +30,7 @@ from diffusion.families.tiny import stirred, t5_tokenizer
 from diffusion.lora import add_lora
 from diffusion.precision import itemsize
 from diffusion.seeds import INITIAL, step_noise
+from tests.gloo import alone
 from tests.pipeline import ROOT, Run, check_ledger, settings
 from tests.unit.diffusion.test_saved import kept
 from trainer.config.load import load_config, parse_config
@@ -155,13 +155,12 @@ def test_what_training_keeps_is_what_the_page_counts(dtype: str, rank: int, netw
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def group() -> Iterator[None]:
+    with alone():
+        yield
 
 
-@pytest.mark.usefixtures("network", "alone")
+@pytest.mark.usefixtures("network", "group")
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "adapter"])
 def test_an_update_and_its_export(rank: int, tmp_path: Path) -> None:
     """Sampled, stored, replayed, updated with recomputed blocks; the export is a pipeline whose network makes the same of the same."""

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from replay.buffer import BufferSettings, ReplayBuffer
 from replay.connect import connect
 from replay.embedded import EmbeddedRedis
 from replay.errors import ClaimTimeout
+from tests.gloo import alone
 from trainer.learn.loop import await_start, next_claim
 
 CPU = torch.device("cpu")
@@ -47,14 +47,13 @@ def test_a_run_that_is_stopped_before_it_began_waits_no_longer(buffer: ReplayBuf
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
+def group() -> Iterator[None]:
     """A process group of this rank only."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("group")
 def test_a_learner_that_waits_for_groups_stops_when_it_is_told(buffer: ReplayBuffer) -> None:
     """Without this, a starved learner outlasts the deadline of a stop and leaves no checkpoint."""
     epoch = buffer.rollback(0)
@@ -64,7 +63,7 @@ def test_a_learner_that_waits_for_groups_stops_when_it_is_told(buffer: ReplayBuf
     stop.join()
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("group")
 def test_groups_that_come_late_are_claimed_and_none_at_all_is_an_error(buffer: ReplayBuffer) -> None:
     epoch = buffer.rollback(0)
     with pytest.raises(ClaimTimeout, match="step 1"):
@@ -79,7 +78,7 @@ def test_groups_that_come_late_are_claimed_and_none_at_all_is_an_error(buffer: R
     made.join()
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("group")
 def test_weights_that_went_missing_are_handed_in_again_while_groups_are_waited_for(buffer: ReplayBuffer) -> None:
     """A store of objects that was killed has none; a generator that starts now could wait for ever, and the learner for it."""
     epoch = buffer.rollback(0)

@@ -33,6 +33,7 @@ LONG = (
     "sharded gradients",
     "kl",
     "moments in 8 bits",
+    "finished rollouts",
     "clips",
     *GIVEN,
 )

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import ray.train
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from tests.gloo import alone
 from tests.unit.trainer.learn.reports import Reports
 from trainer.learn.checkpoint import CheckpointFailed, Checkpoints, Progress, remove_unregistered
 
@@ -39,11 +39,10 @@ class Trained:
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path: Path) -> Iterator[None]:
+def _group() -> Iterator[None]:
     """A process group of this rank only."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
 @pytest.fixture

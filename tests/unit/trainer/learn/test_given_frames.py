@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from actors.conditioning import Subjects
 from actors.sources.latents import clean_latents
 from diffusion.checkpoint import Policy, load_policy
+from tests.gloo import alone
 from tests.unit.trainer.learn.given import FRAMES, GROUPS, POLICIES, SIDE, Ledger, config_of, write_clips
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, noise_rows
@@ -25,9 +25,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def _group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from diffusion.families.conditioning import Conditioning
 from diffusion.kernel_names import stochastic_steps
 from diffusion.kernels import make_kernel
 from diffusion.lora import merged_state, trained_weights
+from tests.gloo import alone
 from trainer.config.learner import OptimizerConfig
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
@@ -60,9 +60,8 @@ def test_learning_rate(lr: float, warmup: int, updates: int) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
 def config_of(folder: Path, micro_batch: int = 100, **sections: dict[str, Any]) -> RunConfig:

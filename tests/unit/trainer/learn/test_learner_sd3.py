@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
@@ -19,6 +18,7 @@ from diffusion.engine.engine import Engine
 from diffusion.families.sd3.tiny import write_tiny
 from diffusion.lora import PREFIX, trained_weights
 from diffusion.lora import WEIGHTS as LORA_WEIGHTS
+from tests.gloo import alone
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, transitions_of
@@ -32,9 +32,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def _group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
 def recipe(folder: Path, prompts: Path, base: str) -> RunConfig:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import trainer.learn.learner
 from actors.groups import group_payload
@@ -27,6 +26,7 @@ from diffusion.families.glyph.text import GlyphTextEncoder
 from diffusion.kernels import make_kernel
 from diffusion.processes import RectifiedFlow
 from diffusion.source import Source
+from tests.gloo import alone
 from tests.unit.diffusion.test_wan import wan
 from trainer.config.load import parse_config
 from trainer.learn.batch import StepBatch, transitions_of
@@ -40,9 +40,8 @@ PARTS: dict[str, Any] = {"flow_sde": {"kernel": "flow_sde", "noise_level": 0.7},
 
 @pytest.fixture(scope="module", autouse=True)
 def _group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
 def video_policy(*_: Any) -> Skeleton:

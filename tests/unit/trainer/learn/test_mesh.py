@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from diffusion.families.wan.tiny import write_tiny
-from tests.gloo import DEADLINE_S, launched
+from tests.gloo import DEADLINE_S, alone, launched
 from tests.unit.trainer.learn.claims import assert_handed_in, assert_same, assert_same_state, assert_same_updates, write_claim, write_policy
 from tests.unit.trainer.learn.mesh_ranks import MESHES, names_of, self_tested
 from tests.unit.trainer.learn.ranks import CPU, SAVED, UPDATES, checkpoint_of, resumed, scenario, transport_of
@@ -49,7 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Iterator[Callable[[str], Found]]:
     """What one rank makes of a scenario; its group stays for the tests."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     made: dict[str, Found] = {}
 
     def find(name: str) -> Found:
@@ -57,12 +55,10 @@ def one(folder: Path) -> Iterator[Callable[[str], Found]]:
             made[name] = scenario(name, folder, 0, 1)
         return made[name]
 
-    for name in SAVED:  # the meshes load its checkpoints
-        find(name)
-    try:
+    with alone():
+        for name in SAVED:  # the meshes load its checkpoints
+            find(name)
         yield find
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.gloo import alone
 from tests.unit.trainer.learn.test_learner import LORA, batch_of, config_of, difference, learner_of
 from trainer.config.learner import OptimizerConfig, scales
 from trainer.learn.checkpoint import save_shards
@@ -23,9 +23,8 @@ LOW = {"lr": 1e-2, "kind": "adamw8bit"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
 @pytest.mark.parametrize("signed", [True, False])

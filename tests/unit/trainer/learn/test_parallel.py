@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
+from tests.gloo import alone
 from tests.unit.trainer.learn.test_learner import GUIDED, LORA, batch_of, config_of, learner_of
 from trainer.learn.batch import take
 from trainer.learn.checkpoint import save_shards
@@ -30,9 +30,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
 def learners(folder: Path, **sections: dict[str, Any]) -> tuple[Learner, Learner]:

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from diffusion.checkpoint import load_network
 from diffusion.config import ModelConfig
 from diffusion.weights import WEIGHTS
-from tests.gloo import launched
+from tests.gloo import alone, launched
 from tests.unit.trainer.learn.claims import assert_handed_in, assert_same, assert_same_state, assert_same_updates, write_claim, write_policy
 from tests.unit.trainer.learn.ranks import SAVED, SCENARIOS, STARTS, UPDATES, checkpoint_of, resumed, scenario, transport_of
 
@@ -35,11 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Iterator[dict[str, Any]]:
     """What one rank makes of every scenario; its group stays for the tests."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with alone():
         yield {name: scenario(name, folder, 0, 1) for name in SCENARIOS}
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

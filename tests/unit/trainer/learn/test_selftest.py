@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from diffusion.kernel_names import KERNEL_NAMES
+from tests.gloo import alone
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
 from trainer.learn.learner import Learner
@@ -22,9 +22,8 @@ from trainer.run.scalars import scalars
 
 @pytest.fixture(scope="module", autouse=True)
 def _group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with alone():
+        yield
 
 
 def config_of(folder: Path, objective: dict[str, Any] | None = None, dtype: str = "float32", **sampler: Any) -> RunConfig:
