@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from actors.weights.store import WeightStore
 from actors.weights.transport import FolderTransport
+from diffusion.lora import trained_weights
 from trainer.config.load import parse_config
 from trainer.learn.checkpoint import Progress
 from trainer.learn.entry import LoopSpec
@@ -35,7 +36,8 @@ class Rank:
         """Whether the version stood when this rank had published."""
         time.sleep(late_s)
         spec = LoopSpec(parse_config({}), None, self.folder, store, FolderTransport(f"{self.folder}/weights"))  # type: ignore[arg-type]
-        learner: Any = SimpleNamespace(model=torch.nn.Linear(4, 4), device=torch.device("cpu"))
+        layer = torch.nn.Linear(4, 4)
+        learner: Any = SimpleNamespace(sampling_weights=lambda: trained_weights(layer), device=torch.device("cpu"))
         publish(spec, None, learner, Progress(step=NAME[1], epoch=NAME[0]), self.rank, 2, wanted)  # type: ignore[arg-type]
         return bool(ray.get(store.stands.remote(NAME), timeout=DEADLINE_S))
 

@@ -33,7 +33,7 @@ def test_listed_trained_steps_that_fit() -> None:
     assert SamplerConfig(steps=10, trained_steps=[8, 0]).trained_steps == [8, 0]
 
 
-@pytest.mark.parametrize("bad", [{"noise_level": 0}, {"noise_level": 2.5}, {"steps": 1}, {"kernel": "euler"}, {"noise_on": "none"}, {"stepz": 3}])
+@pytest.mark.parametrize("bad", [{"noise_level": 0}, {"noise_level": 2.5}, {"steps": 1}, {"kernel": "euler"}, {"noise_on": "some"}, {"stepz": 3}])
 def test_sampler_refusals(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SamplerConfig(**bad)
