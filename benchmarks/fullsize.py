@@ -98,6 +98,7 @@ SMALL = (
     "evaluation.diversity_samples=2",
     "evaluation.grid_prompts=2",
     "replay.claim_timeout_s=3600",
+    "replay.max_bytes=4294967296",
     "replay.max_staleness=0",  # no groups of a second update
     "held_out_rewards=[]",
 )

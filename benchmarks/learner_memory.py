@@ -28,9 +28,9 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.markdown import table
+from diffusion.allocator import keep_freed_memory
 from diffusion.checkpoint import build_network, fill_network
 from diffusion.config import ModelConfig
-from diffusion.engine.memory import keep_freed_memory
 from diffusion.families.base import PackedModel
 from diffusion.families.glyph.policy import write_skeleton
 from trainer.config.load import parse_config

@@ -133,7 +133,7 @@ def measure(options: argparse.Namespace, sections: list[str], say: Callable[[str
     from benchmarks.sampling import growth, memory
     from benchmarks.sampling.sides import Bench
     from benchmarks.sampling.workload import names, spec
-    from diffusion.engine.memory import keep_freed_memory
+    from diffusion.allocator import keep_freed_memory
 
     device, quick = options.device, options.quick
     repeats = options.repeats or (QUICK_REPEATS if quick else REPEATS)

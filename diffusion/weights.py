@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from diffusion.allocator import give_back_freed_memory
 from diffusion.source import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARD_BYTES = 2 * 10**9
 """Most bytes of one file that is written; a larger tensor has a file of its own."""
+GIVE_BACK_BYTES = 2**27
+"""Of tensors taken, after which memory that making them has freed is given back."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,6 +101,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     """
     shards: list[dict[str, int]] = []
     held: dict[str, Tensor] = {}
+    taken = 0
 
     def write() -> None:
         shards.append({name: tensor.nbytes for name, tensor in held.items()})
@@ -112,7 +116,12 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
             write()
         held[name] = tensor.detach().cpu().contiguous()
+        taken += tensor.nbytes
+        if taken > GIVE_BACK_BYTES:
+            give_back_freed_memory()
+            taken = 0
     write()
+    give_back_freed_memory()
     stem, count = WEIGHTS.removesuffix(".safetensors"), len(shards)
     names = [WEIGHTS] if count == 1 else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for i, name in enumerate(names):

@@ -7,8 +7,6 @@ running sequences are a few values a token. The model says how many bytes of act
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,24 +14,6 @@ import torch
 
 SHARE = 0.7
 """Part of the free memory that activations may take: the allocator fragments, and others use the device too."""
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Names of glibc's settings in malloc.h."""
-KEPT_BYTES = 2**30
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory in this process, instead of giving it back to the system; False where there is no glibc.
-
-    A forward pass on the CPU frees its activations and asks for as much again in the next one. By default a tensor of some
-    megabytes is mapped anew each time, and every page of it faults: thousands of faults a pass, a quarter of its time.
-    The process then holds the memory of its largest pass for good. On a GPU torch's own allocator does the same.
-    """
-    if sys.platform != "linux":
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all([mallopt(M_TRIM_THRESHOLD, KEPT_BYTES), mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)])
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from diffusion.allocator import keep_freed_memory
 from diffusion.engine.forward import Rows, predict, rows_of
 from diffusion.engine.incoming import Incoming
 from diffusion.engine.lead import Followers, Lead
-from diffusion.engine.memory import keep_freed_memory, out_of_memory, plan_memory
+from diffusion.engine.memory import out_of_memory, plan_memory
 from diffusion.engine.sequence import Sequence
 from diffusion.families.base import PackedModel
 from diffusion.families.conditioning import Conditioning

@@ -19,8 +19,8 @@ import torch
 
 from actors.encoding import SharedFrames, SharedTextEncoder
 from actors.weights.shards import hand_in
+from diffusion.allocator import give_back_freed_memory, keep_freed_memory
 from diffusion.device import resolve_device
-from diffusion.engine.memory import keep_freed_memory
 from replay.buffer import Claim, ReplayBuffer
 from replay.errors import ClaimTimeout
 from trainer.config.run import RunConfig
@@ -69,6 +69,7 @@ def run(spec: LoopSpec) -> None:
     densities = config.uses_policy and not config.objective.on_samples
     if densities and progress.step < config.updates and not passes_self_test(learner, progress.step, run_dir if rank == 0 else None):
         return
+    give_back_freed_memory()  # what loading and the self-test took
     exports = Exports(run_dir / "exports", config.model, rank)
     exports.take_missing(learner, progress.step)
     checkpoints = Checkpoints(saved, rank, config.learner.checkpoint_async)
