@@ -69,6 +69,12 @@ class LearnerConfig(Strict):
         True,
         description="write checkpoints while training goes on, from a copy of a rank's shards in host memory; false = ranks wait for the disk, no copy",
     )
+    updates_per_claim: int = Field(
+        1,
+        ge=1,
+        description="optimiser updates on the groups of a step: whole groups, and the anchor data that goes with them, in so many parts; ratios are against "
+        "the policy before the first of them (objective.old_log_prob=learner) or that of the rollout",
+    )
     micro_batch: int = Field(160, ge=1, description="most samples in one forward pass of a rank")
     micro_tokens: int | None = Field(
         None, ge=1, description="most tokens in one forward pass of a rank, of pictures or clips and of text; a larger sample goes alone; null = no bound"

@@ -57,6 +57,11 @@ class ObjectiveConfig(Strict):
         description="denominator of probability ratios: rollout = the density stored when sampling; learner = recomputed by the learner before its update, "
         "so that ratios start at 1 whatever the sampler's precision",
     )
+    center_ratio: bool = Field(
+        False,
+        description="add |mu - mu_old|² / (2 std²) to log-ratios before they are scaled, whose mean over rollouts is then 0 (GRPO-Guard); "
+        "needs old_log_prob=learner",
+    )
     clip: float = Field(1e-3, gt=0, description="probability ratios are clipped to 1 ± clip, in units of the chosen log_prob scaling")
     advantages: Literal["each", "added", "sum"] = Field(
         "each",
@@ -128,6 +133,8 @@ class ObjectiveConfig(Strict):
             raise ValueError(f"kl_scale={self.kl_scale} divides by the noise of a step, and policy_loss={self.policy_loss} knows none; set kl_scale=unscaled")
         elif self.old_kl_weight > 0 and self.old_decay == 0:
             raise ValueError(f"old_kl_weight={self.old_kl_weight:g} needs an old policy that is not the one before the update; set old_decay")
+        if self.center_ratio and (self.policy_loss != "ratio" or self.old_log_prob != "learner"):
+            raise ValueError("center_ratio centres ratios of steps on the policy before the update: it needs policy_loss=ratio and old_log_prob=learner")
         if self.policy_loss == "awm" and self.old_decay > 0 and self.old_kl_weight == 0:
             raise ValueError("policy_loss=awm uses its old policy for old_kl_weight alone, which is 0; set old_decay=0")
         return self

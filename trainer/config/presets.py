@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 PresetName = Literal[
-    "ddrl", "ddrl_cosmos", "flow_grpo", "flow_grpo_2025_06", "flow_grpo_fast", "flow_cps", "dance_grpo", "mix_grpo", "diffusion_nft", "awm", "sft"
+    "ddrl", "ddrl_cosmos", "flow_grpo", "flow_grpo_2025_06", "flow_grpo_fast", "flow_cps", "grpo_guard", "dance_grpo", "mix_grpo", "diffusion_nft", "awm", "sft"
 ]
 
 
@@ -81,6 +81,19 @@ PRESETS: dict[str, Preset] = {
     "flow_grpo_fast": Preset("yifan123/flow_grpo a482878 (2025-08-19), pickscore_sd3_fast", {**_FLOW_GRPO, "clip": 1e-5, "kl_weight": 0.0}),
     "flow_cps": Preset(
         "IamCreateAI/FlowCPS b402c7a (2025-09-11), general_ocr_sd3", {**_FLOW_GRPO, "log_prob": "unscaled", "kl_weight": 0.04, "kl_scale": "step"}
+    ),
+    "grpo_guard": Preset(
+        "X-GenGroup/Flow-Factory a0b2bc5 (2026-05-02), trainer grpo-guard",
+        {
+            **_FLOW_GRPO,
+            "kl_weight": 0.0,
+            "kl_scale": "unscaled",
+            "log_prob": "std_weighted",
+            "center_ratio": True,
+            "old_log_prob": "learner",
+            "advantage_scale": "group",
+            "advantage_epsilon": 1e-6,
+        },
     ),
     "dance_grpo": Preset("XueZeyue/DanceGRPO 15cc71d (2025-10-16), finetune_flux_grpo.sh", _DANCE_GRPO),
     "mix_grpo": Preset("Tencent-Hunyuan/MixGRPO e5cdd6a (2025-08-08), finetune_flux_grpo_MixGRPO.sh", _DANCE_GRPO),

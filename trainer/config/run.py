@@ -120,6 +120,7 @@ class RunConfig(Strict):
             raise ValueError(
                 f"learner.ranks={self.learner.ranks}{groups} exceeds the {rows} rollouts or anchor samples of an update: some rank would have nothing to do"
             )
+        self._check_updates_of_a_claim()
         densities = self.objective.old_log_prob == "rollout" and not self.objective.on_samples
         if self.model.lora.merge and self.model.lora.rank and densities:
             raise ValueError(
@@ -154,3 +155,18 @@ class RunConfig(Strict):
         if self.redis.url == "embedded" and self.ray.address is not None:
             raise ValueError("redis.url=embedded listens on this machine only; with ray.address give a redis://host:port/ that every node can reach")
         return self
+
+    def _check_updates_of_a_claim(self) -> None:
+        count, groups = self.learner.updates_per_claim, self.rollout.groups_per_step
+        if count == 1:
+            return
+        if not self.uses_policy:
+            raise ValueError(f"learner.updates_per_claim={count} cuts the groups of a step, and there are no rollouts; set data.batch_size instead")
+        if self.objective.policy_loss == "awm":
+            raise ValueError(f"objective.policy_loss=awm takes its ratio to the policy of the same update; set learner.updates_per_claim=1, not {count}")
+        least = groups // count * self.rollout.enough_members
+        if self.learner.data_ranks > least:
+            raise ValueError(
+                f"learner.updates_per_claim={count} of rollout.groups_per_step={groups} leave {least} rollouts to an update, fewer than the "
+                f"{self.learner.data_ranks} ranks that share them; raise groups_per_step"
+            )

@@ -40,11 +40,12 @@ POINTS = 128
 
 
 def rehearsal(config: RunConfig) -> RunConfig:
-    """The recipe for a few updates on one prompt: nothing of the loss is changed, and no warm-up hides the learning rate."""
+    """The recipe for a few updates on one prompt: nothing of the loss is changed, and no warm-up hides the learning rate. Of a claim of two groups,
+    each update takes both."""
     tree = config.model_dump()
     tree["rollout"]["groups_per_step"], tree["data"]["batch_size"], tree["updates"] = ONE_PROMPT_GROUPS, None, UPDATES
     tree["optimizer"] |= {"warmup": 0, "decay": "none", "ema": 0.0}
-    tree["learner"] |= {"ranks": 1, "replicas": 1, "sequence_ranks": 1}
+    tree["learner"] |= {"ranks": 1, "replicas": 1, "sequence_ranks": 1, "updates_per_claim": 1}
     tree["replay"]["drop_zero_variance"] = False
     return parse_config(tree)
 
@@ -152,7 +153,7 @@ def _updates(loop: SoloLoop, found: Trial, made: Round) -> Trial:
         totals = [total for judged in done.judged for total in judged.totals]
         rewards.append(fmean(totals))
         spread.append(stdev(totals) / math.sqrt(len(totals)))
-        norm = loop.learner.update(loop.batches(step, done), step)["grad_norm"]
+        norm = loop.learner.update(loop.batches(step, done), step).get("grad_norm", math.nan)
         if not math.isfinite(norm):
             raise ArithmeticError(f"the gradient of update {step} is not finite")
 

@@ -39,11 +39,11 @@ Rows = TypeVar("Rows", Transitions, Samples, Anchors)
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's rows of an update that are given equally many frames, the conditioning `[U, …]` (CPU) of their different subjects, and
+    """One rank's rows of an optimiser update that are given equally many frames, the conditioning `[U, …]` (CPU) of their different subjects, and
     the counts over all ranks and all rows of the update that normalise the losses.
 
     `transitions` are the rows of the policy loss: steps of rollouts, or finished ones noised anew. A rank without such rows has one of weight zero.
-    `transition_rows` and `anchor_rows` say how many each rank has.
+    `transition_rows` and `anchor_rows` say how many each rank has; `part` says which of the claim's updates it is.
     """
 
     conditioning: Conditioning
@@ -53,6 +53,7 @@ class StepBatch:
     anchor_count: int
     transition_rows: list[int]
     anchor_rows: list[int]
+    part: int = 0
 
     def conditioning_of(self, rows: Transitions | Samples | Anchors) -> Conditioning:
         """What each of `rows` is conditioned on, `[M, …]`, on their device."""
@@ -161,6 +162,15 @@ class _Update:
         """Frames that each group is given."""
         return [self.subjects.given_to_group(group) for group in self.groups]
 
+    @cached_property
+    def parts(self) -> list[list[int]]:
+        """Places of the groups of each optimiser update: whole groups, whose advantages balance, in an order named by (seed, step)."""
+        count = self.config.learner.updates_per_claim
+        if count == 1:
+            return [list(range(len(self.groups)))]
+        order = torch.randperm(len(self.groups), generator=generator(self.config.seed, "updates-of-a-claim", self.claim.step)).tolist()
+        return [sorted(order[i] for i in cut(len(order), part, count)) for part in range(count)]
+
     @property
     def own_data(self) -> bool:
         """Whether each group's own example is the datum of its rollouts."""
@@ -198,6 +208,11 @@ class _Update:
     def evaluations(self) -> int:
         return len(self.row_given) * self.repeats
 
+    def evaluations_of(self, part: Sequence[int]) -> list[int]:
+        """Those of the data that goes with these groups, row by row as rollouts do; all of them without rollouts."""
+        n, groups = self.config.rollout.group_size, set(part)
+        return [e for e in range(self.evaluations) if not self.groups or e // self.repeats // n in groups]
+
     def read(self, group: int, own: range) -> GroupPayload | SamplePayload:
         """The payload of a group, by its place, with these of its members, and kept."""
         self.payloads[group] = _read_group(self.buffer, self.claim.groups[group], own, self.config.objective.on_samples)
@@ -224,9 +239,11 @@ class _Update:
             t = self.times[group]
         return torch.randn((k, *shape), generator=g), t
 
-    def transitions(self, given: int, advantages: list[list[float]], place: Callable[[Subject], int]) -> tuple[Transitions | Samples | None, list[int]]:
-        """This rank's rows of the policy loss, and how many each rank has."""
-        chosen = [i for i, found in enumerate(self.group_given) if found == given]
+    def transitions(
+        self, part: Sequence[int], given: int, advantages: list[list[float]], place: Callable[[Subject], int]
+    ) -> tuple[Transitions | Samples | None, list[int]]:
+        """This rank's rows of the policy loss of these groups, and how many each rank has."""
+        chosen = [i for i in part if self.group_given[i] == given]
         if not chosen:
             return None, []
         sizes = [len(advantages[i]) for i in chosen]
@@ -240,21 +257,21 @@ class _Update:
         rows, k = _cat(parts), len(parts[0].t) // len(next(iter(mine.values())))
         return (rows if cuts[self.rank] else _weightless(rows)), [len(part) * k for part in cuts]
 
-    def anchors(self, given: int, place: Callable[[Subject], int]) -> tuple[Anchors | None, list[int]]:
-        """This rank's evaluations of the data term, and how many each rank has. What is drawn is drawn for all evaluations of the update."""
-        every = [e for e in range(self.evaluations) if self.row_given[e // self.repeats] == given]
+    def anchors(self, part: Sequence[int], given: int, place: Callable[[Subject], int]) -> tuple[Anchors | None, list[int]]:
+        """This rank's evaluations of the data term, and how many each rank has. What is drawn is drawn for all evaluations of the claim."""
+        every = [e for e in self.evaluations_of(part) if self.row_given[e // self.repeats] == given]
         if not every:
             return None, []
         cuts = [cut(len(every), rank, self.world) for rank in range(self.world)]
-        part = [every[i] for i in cuts[self.rank] or range(1)]
-        rows = list(dict.fromkeys(e // self.repeats for e in part))
+        mine = [every[i] for i in cuts[self.rank] or range(1)]
+        rows = list(dict.fromkeys(e // self.repeats for e in mine))
         subjects = dict(zip(rows, self._own(rows) if self.own_data else self._fed(rows), strict=True))
-        clean = [subjects[e // self.repeats].x0 for e in part]
+        clean = [subjects[e // self.repeats].x0 for e in mine]
         whole = torch.stack([x0 for x0 in clean if x0 is not None])
-        eps, t = self._noise(part, tuple(whole.shape[1:]), given)
+        eps, t = self._noise(mine, tuple(whole.shape[1:]), given)
         places = {row: place(subject) for row, subject in subjects.items()}
-        text = torch.tensor([places[e // self.repeats] for e in part])
-        found = Anchors(self.free_part(whole, given), eps, t, torch.ones(len(part)), text)
+        text = torch.tensor([places[e // self.repeats] for e in mine])
+        found = Anchors(self.free_part(whole, given), eps, t, torch.ones(len(mine)), text)
         return (found if cuts[self.rank] else _weightless(found)), [len(own) for own in cuts]
 
     def _own(self, rows: Sequence[int]) -> list[Subject]:
@@ -333,8 +350,8 @@ def step_batches(
     subjects: Subjects,
     free_part: Callable[[Tensor, int], Tensor],
 ) -> list[StepBatch]:
-    """One rank's rows of `claim`, a batch for each number of given frames, the same ones on every rank. Ranks read only their own members,
-    and the rows of the data batch that are theirs.
+    """One rank's rows of `claim`, by its optimiser updates, a batch for each number of given frames, the same ones on every rank. Ranks read only
+    their own members, and the rows of the data batch that are theirs.
 
     Args:
         process, kernel: the policy's process and the step kernel of its rollouts.
@@ -364,17 +381,23 @@ def step_batches(
         )
         if o.advantage_max is not None:
             advantages = [[a * o.advantage_max / o.advantage_clip for a in group] for group in advantages]
-        share(sum(map(len, advantages)), rank, world)
-    if update.row_given:
-        share(update.evaluations, rank, world)
-    made = []
-    for given in sorted({*update.group_given, *update.row_given}):
-        places = _Places()
-        transitions, transition_rows = update.transitions(given, advantages, places)
-        anchors, anchor_rows = update.anchors(given, places)
-        made.append((places.subjects, transitions, anchors, transition_rows, anchor_rows))
-    trained = sum(sum(rows) for _, _, _, rows, _ in made)
-    return [StepBatch(encode(shown), t, a, trained, update.evaluations, t_rows, a_rows) for shown, t, a, t_rows, a_rows in made]
+    found = list[StepBatch]()
+    for number, part in enumerate(update.parts):
+        if part:
+            share(sum(len(advantages[i]) for i in part), rank, world)
+        evaluations = len(update.evaluations_of(part))
+        if update.row_given:
+            share(evaluations, rank, world)
+        made = []
+        for given in sorted({*update.group_given, *update.row_given}):
+            places = _Places()
+            transitions, transition_rows = update.transitions(part, given, advantages, places)
+            anchors, anchor_rows = update.anchors(part, given, places)
+            if transitions is not None or anchors is not None:
+                made.append((places.subjects, transitions, anchors, transition_rows, anchor_rows))
+        trained = sum(sum(rows) for _, _, _, rows, _ in made)
+        found += [StepBatch(encode(shown), t, a, trained, evaluations, t_rows, a_rows, number) for shown, t, a, t_rows, a_rows in made]
+    return found
 
 
 def _all_times(config: RunConfig, process: ForwardProcess, kernel: StepKernel, groups: list[int]) -> Tensor:

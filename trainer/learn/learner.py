@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ from trainer.config.objective import ObjectiveConfig
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch, step_batches, take
 from trainer.learn.forward import Guidance, data_prediction, policy_prediction
-from trainer.learn.objective import Anchors, Samples, Transitions, data_terms, policy_terms, sample_terms
+from trainer.learn.objective import Anchors, Samples, Transitions, data_terms, density, policy_terms, sample_terms
 from trainer.learn.optimizer import make_optimizer
 from trainer.learn.parallel import Mesh, buffers_to, mesh_of, parallelize
 from trainer.learn.plan import passes, slices
@@ -170,36 +171,25 @@ class Learner:
         return {"kind": "learner", "step": step, "network": network, "attention": self.attention.why}
 
     def update(self, batches: Sequence[StepBatch], step: int) -> dict[str, Any]:
-        """One optimiser update on the batches of `step_batches`. A non-finite gradient skips it on all ranks alike (the norm is global).
+        """The optimiser updates of a step on the batches of `step_batches`. A non-finite gradient skips one on all ranks alike (the norm is global).
 
         Returns:
-            Global numbers: losses, grad_norm, lr, skipped, ratio_deviation, clip_fraction; and by index of the trained step
-            (as a string) `ratio_deviation_by_step` and `log_prob_gap_by_step`. One that is not finite is left out: a
-            failure is no number, and a skipped update must still be recorded.
+            Global numbers: losses, grad_norm (of several updates the mean), lr, skipped (the share of those that were), ratio_deviation,
+            clip_fraction; and by index of the trained step (as a string) `ratio_deviation_by_step` and `log_prob_gap_by_step`. One that is
+            not finite is left out: a failure is no number, and a skipped update must still be recorded.
         """
-        world = dist.get_world_size()
         sums = torch.zeros(len(SUMS) + len(BY_STEP) * self.kernel.steps, dtype=torch.float64, device=self.device)
-        batches = self._with_old(batches)
-        losses = [loss for batch in batches for loss in self._losses(batch, sums)]
-        batch = batches[0]  # all have the same counts
-        assert isinstance(self.model, FSDPModule)
-        for i, compute in enumerate(losses):
-            self.model.set_requires_gradient_sync(self.config.learner.accumulate == "sharded" or i == len(losses) - 1)
-            # FSDP averages gradients over ranks; the sums are divided by global counts, hence the factor (`trainer.learn.parallel`)
-            (compute() * world).backward()
-        norm = self._clip()
-        skipped = not math.isfinite(norm)
         lr = learning_rate(self.config.optimizer, step, self.decay_updates)
-        if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self._update_averages(step)
-        self.optimizer.zero_grad()
+        parts = [list(part) for _, part in groupby(self._with_old(batches), key=lambda batch: batch.part)]
+        norms = [self._optimise(part, sums, lr) for part in parts]
+        done = [norm for norm in norms if math.isfinite(norm)]
+        if done:
+            self._trail(self.old, old_decay(self.config.objective, step))
         self.add_up(sums)
-        stats = {"lr": lr, "skipped": float(skipped)} | ({} if skipped else {"grad_norm": norm})
-        if batch.transition_count:
-            means = dict(zip(SUMS, (sums[: len(SUMS)] / batch.transition_count).tolist(), strict=True))
+        stats = {"lr": lr, "skipped": 1 - len(done) / len(norms)} | ({"grad_norm": sum(done) / len(done)} if done else {})
+        transition_count, anchor_count = (sum(counts) for counts in zip(*((p[0].transition_count, p[0].anchor_count) for p in parts), strict=True))
+        if transition_count:
+            means = dict(zip(SUMS, (sums[: len(SUMS)] / transition_count).tolist(), strict=True))
             stats["policy_loss"] = means["policy_loss"]
             if not self.config.objective.on_samples:
                 stats |= {"ratio_deviation": means["ratio_deviation"], "clip_fraction": means["clipped"]}
@@ -207,14 +197,34 @@ class Learner:
                 stats["reverse_kl"] = means["reverse_kl"]
             if self.old:
                 stats["old_kl"] = means["old_kl"]
-        if batch.anchor_count:
-            stats["data_loss"] = float(sums[SUMS.index("data_loss")]) / batch.anchor_count
+        if anchor_count:
+            stats["data_loss"] = float(sums[SUMS.index("data_loss")]) / anchor_count
         found: dict[str, Any] = _finite(stats)
-        if batch.transition_count and not self.config.objective.on_samples:
+        if transition_count and not self.config.objective.on_samples:
             count, *values = sums[len(SUMS) :].view(len(BY_STEP), -1).tolist()
             for name, value in zip(BY_STEP[1:], values, strict=True):
                 found[name] = _finite({str(i): v / n for i, (v, n) in enumerate(zip(value, count, strict=True)) if n})
         return found
+
+    def _optimise(self, batches: Sequence[StepBatch], sums: Tensor, lr: float) -> float:
+        """One optimiser update, left out where the gradient's norm, which is returned, is not finite. Statistics are added to `sums`."""
+        self._backward([loss for batch in batches for loss in self._losses(batch, sums)])
+        norm = self._clip()
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self._trail(self.ema, self.config.optimizer.ema)
+        self.optimizer.zero_grad()
+        return norm
+
+    def _backward(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Gradients of the sum of these losses over all ranks."""
+        assert isinstance(self.model, FSDPModule)
+        for i, compute in enumerate(losses):
+            self.model.set_requires_gradient_sync(self.config.learner.accumulate == "sharded" or i == len(losses) - 1)
+            # FSDP averages gradients over ranks; the sums are divided by global counts, hence the factor (`trainer.learn.parallel`)
+            (compute() * dist.get_world_size()).backward()
 
     def add_up(self, sums: Tensor) -> None:
         """Add up, in place, what ranks have summed over their rows, each row once; collective."""
@@ -224,6 +234,12 @@ class Learner:
         """The policy's prediction for stored transitions on this rank's device, with gradient; collective."""
         return policy_prediction(self.model, self.kernel.process, rows, conditioning, self.guidance, self.config.model.dtype)
 
+    def _predict(self, model: PackedModel, rows: Transitions | Samples, conditioning: Conditioning) -> Tensor:
+        """A network's prediction for rows of the policy loss."""
+        if isinstance(rows, Samples):
+            return data_prediction(model, self.process, rows, conditioning, self.config.model.dtype)
+        return policy_prediction(model, self.kernel.process, rows, conditioning, self.guidance, self.config.model.dtype)
+
     def _losses(self, batch: StepBatch, sums: Tensor) -> Iterator[Callable[[], Tensor]]:
         """One closure per forward pass, the same number on every rank; each adds its statistics to `sums`."""
         config = self.config
@@ -232,16 +248,10 @@ class Learner:
         def policy(part: slice) -> Tensor:
             rows: Any = take(cast(Any, batch.transitions), part, self.device)
             conditioning = batch.conditioning_of(rows)
-
-            def predict(model: PackedModel) -> Tensor:
-                if isinstance(rows, Samples):
-                    return data_prediction(model, self.process, rows, conditioning, config.model.dtype)
-                return policy_prediction(model, self.kernel.process, rows, conditioning, self.guidance, config.model.dtype)
-
-            prediction, reference = predict(self.model), None
+            prediction, reference = self._predict(self.model, rows, conditioning), None
             if self.reference is not None:
                 with torch.no_grad(), without_lora(self.reference):
-                    reference = predict(self.reference)
+                    reference = self._predict(self.reference, rows, conditioning)
             if isinstance(rows, Samples):
                 loss, stats = sample_terms(prediction, reference, rows, self.process, config.objective)
             else:
@@ -279,14 +289,18 @@ class Learner:
         if learner.micro_tokens is None:
             return learner.micro_batch
         shape = whole_shape(tuple(latents.shape[1:]), conditioning)
-        longest = torch.tensor(self.model.packed_tokens(shape, conditioning.tokens), device=self.device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        tokens = int(longest)
-        if tokens > learner.sequence_ranks * learner.micro_tokens and not self._warned and dist.get_rank() == 0:
+        tokens, speaks = self._longest(self.model.packed_tokens(shape, conditioning.tokens))
+        if tokens > learner.sequence_ranks * learner.micro_tokens and not self._warned and speaks:
             self._warned = True
             told = f" on each of {learner.sequence_ranks} ranks" if learner.sequence_ranks > 1 else ""
             logger.warning("a sample of %d tokens exceeds learner.micro_tokens=%d%s and takes a pass of its own", tokens, learner.micro_tokens, told)
         return learner.rows(tokens)
+
+    def _longest(self, tokens: int) -> tuple[int, bool]:
+        """The largest of all ranks' numbers, and whether this rank tells of it; collective."""
+        longest = torch.tensor(tokens, device=self.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        return int(longest), dist.get_rank() == 0
 
     def _clip(self) -> float:
         """Scale gradients to the largest norm allowed; returns the norm before, over all parameters and ranks. One collective."""
@@ -297,33 +311,33 @@ class Learner:
         return float(norm)
 
     @torch.no_grad()
-    def _update_averages(self, step: int) -> None:
-        """Move the average and the old policy after update `step`."""
-        for average, decay in ((self.ema, self.config.optimizer.ema), (self.old, old_decay(self.config.objective, step))):
-            for name, parameter in self.model.named_parameters():
-                if name in average:
-                    _local(average[name]).lerp_(_local(parameter.detach()), 1 - decay)
+    def _trail(self, average: dict[str, Tensor], decay: float) -> None:
+        """Move an average towards the trained weights."""
+        for name, parameter in self.model.named_parameters():
+            if name in average:
+                _local(average[name]).lerp_(_local(parameter.detach()), 1 - decay)
 
     @torch.no_grad()
     def _with_old(self, batches: Sequence[StepBatch]) -> list[StepBatch]:
-        """The batches with the old policy's predictions for their rollouts, where one is kept: all of them at once, so that weights change places
-        once an update."""
-        if not self.old:
+        """The batches with what the old policy says of their rollouts, where that is another than the policy at hand: one that is kept, or, of several
+        updates, the one before the first. All of them at once, so that weights change places once."""
+        config, several = self.config.objective, self.config.learner.updates_per_claim > 1
+        if not self.old and not (several and (config.on_samples or config.old_log_prob == "learner")):
             return list(batches)
-        made = []
-        with self.as_old():
-            for batch in batches:
-                rows = batch.transitions
-                if isinstance(rows, Samples):
-                    found = []
-                    for part in self._parts(rows, batch):
-                        given = take(rows, part, self.device)
-                        predicted = data_prediction(self.model, self.process, given, batch.conditioning_of(given), self.config.model.dtype)
-                        found.append(predicted.float().cpu()[: part.stop - part.start])  # a pass without rows has one of weight zero
-                    old = torch.cat(found)
-                    batch = replace(batch, transitions=replace(rows, old=old))
-                made.append(batch)
-        return made
+        with self.as_old() if self.old else nullcontext():
+            return [replace(batch, transitions=self._said_before(batch)) for batch in batches]
+
+    def _said_before(self, batch: StepBatch) -> Transitions | Samples | None:
+        """The rows of the policy loss with what the policy at hand says of them."""
+        rows, found = batch.transitions, list[dict[str, Tensor]]()
+        if rows is None:
+            return None
+        for part in self._parts(rows, batch):
+            given: Any = take(cast(Any, rows), part, self.device)
+            prediction = self._predict(self.model, given, batch.conditioning_of(given)).float()
+            said = {"old": prediction} if isinstance(given, Samples) else density(prediction, given, self.kernel, self.config.objective)
+            found.append({name: tensor.cpu()[: part.stop - part.start] for name, tensor in said.items()})  # a pass without rows has one of weight zero
+        return replace(cast(Any, rows), **{name: torch.cat([said[name] for said in found]) for name in found[0]})
 
     @contextmanager
     @torch.no_grad()

@@ -42,6 +42,8 @@ class Transitions:
         text: place of its prompt among the conditioning of the update, int64 `[M]`.
         previous, t_previous: prediction of x0 in the step before, like `x`, and its time `[M]` (inf: there was none), as the
             sampler stored them; None for kernels that do not use them.
+        before, mean_before: log-density `[M]` (fp64) and mean of the step, like `x`, under the policy before the first update of the claim; None
+            where that is the policy at hand.
     """
 
     x: Tensor
@@ -55,6 +57,8 @@ class Transitions:
     text: Tensor
     previous: Tensor | None = None
     t_previous: Tensor | None = None
+    before: Tensor | None = None
+    mean_before: Tensor | None = None
 
     @property
     def history(self) -> Previous | None:
@@ -104,6 +108,14 @@ def moments(prediction: Tensor, batch: Transitions, kernel: StepKernel) -> tuple
     return mean, std
 
 
+def density(prediction: Tensor, batch: Transitions, kernel: StepKernel, config: ObjectiveConfig) -> dict[str, Tensor]:
+    """What a policy whose output at `(x, t)` is `prediction` says of the stored steps, as `Transitions` keeps it of the policy before a claim's first
+    update: its log-density, and with `center_ratio` its mean. Raises as `moments`."""
+    mean, std = moments(prediction, batch, kernel)
+    said = {"before": log_prob(batch.x_next, mean, std, "exact")}
+    return said | {"mean_before": mean.float()} if config.center_ratio else said
+
+
 def scale(std: Tensor, scaling: str) -> Tensor:
     """What a difference of exact log-densities is multiplied by, per transition `[M]`: unscaled = exact · 2 std²,
     std_weighted = exact · std."""
@@ -138,8 +150,12 @@ def policy_terms(
     shift = exact - batch.old_log_prob
     factor = scale(std.double(), config.log_prob)
     against_rollout = (shift * factor).exp()
-    # one optimiser step a claim: the learner's density before the update is the one at hand, so ratios are 1 with a gradient
-    ratio = against_rollout if config.old_log_prob == "rollout" else ((exact - exact.detach()) * factor).exp()
+    if config.old_log_prob == "learner":  # in a claim's first update the policy before it is the one at hand: ratios are 1 with a gradient
+        shift = exact - (exact.detach() if batch.before is None else batch.before)
+    if config.center_ratio:
+        mean_before = mean.detach() if batch.mean_before is None else batch.mean_before
+        shift = shift + (mean - mean_before).square().flatten(1).mean(1) / (2 * std.square())
+    ratio = (shift * factor).exp()
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
     surrogate = torch.maximum(-batch.advantage * ratio, -batch.advantage * clipped)
     loss = config.policy_weight * (batch.weight * surrogate).sum()
@@ -147,7 +163,7 @@ def policy_terms(
         "policy_loss": (batch.weight * surrogate).sum(),
         "ratio_deviation": (batch.weight * (against_rollout - 1).abs()).sum(),
         "ratio_deviation_rows": batch.weight * (against_rollout - 1).abs(),
-        "log_prob_gap_rows": batch.weight * shift.abs(),
+        "log_prob_gap_rows": batch.weight * (exact - batch.old_log_prob).abs(),
         "clipped": (batch.weight * ((ratio - 1).abs() > config.clip)).sum(),
     }
     if reference is not None:
@@ -215,7 +231,7 @@ def _attract_and_repel(v: Tensor, old: Tensor, x0: Tensor, batch: Samples, proce
 
 
 def _match(v: Tensor, x0: Tensor, batch: Samples, process: ForwardProcess, config: ObjectiveConfig) -> Tensor:
-    """AWM's loss by row `[M]`; one optimiser step a claim, so its ratio is 1 with a gradient."""
+    """AWM's loss by row `[M]`; one optimiser update a claim, so its ratio is 1 with a gradient."""
     match = (v - process.target(x0, batch.eps.double(), batch.t).double()).square().flatten(1).mean(1)
     if config.awm_weighting != "uniform":
         t = flow_time(process, batch.t, f"objective.awm_weighting={config.awm_weighting}").double()

@@ -75,34 +75,48 @@ class Process:
         return sum(part.bytes for part in self.parts)
 
 
-def rank_rows(config: RunConfig) -> tuple[int, int]:
-    """Most transitions, and most diffusion-loss evaluations, of one rank, or of those that share them, in an update."""
+def rank_rows(config: RunConfig, updates: int = 1) -> tuple[int, int]:
+    """Most transitions, and most diffusion-loss evaluations, of one rank, or of those that share them, in a claim; in one of its `updates`."""
     ranks, rollout, k = config.learner.data_ranks, config.rollout, config.sampler.trained_count
-    transitions = -(-rollout.groups_per_step * rollout.group_size // ranks) * k if config.uses_policy else 0
+    rollouts = -(-rollout.groups_per_step // updates) * rollout.group_size
+    transitions = -(-rollouts // ranks) * k if config.uses_policy else 0
     repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1
-    anchors = -(-config.data_rows * repeats // ranks) if config.uses_data else 0
+    anchors = -(-(config.data_rows if updates == 1 else rollouts) * repeats // ranks) if config.uses_data else 0
     return transitions, anchors
 
 
 def passes(config: RunConfig, tokens: int) -> tuple[int, int]:
-    """Forward and backward passes of a rank in an update, over transitions and over anchor data; `tokens` of one sample."""
-    transitions, anchors = (-(-rows // config.learner.rows(tokens)) for rows in rank_rows(config))
+    """Forward and backward passes of a rank in an optimiser update, over transitions and over anchor data; `tokens` of one sample."""
+    transitions, anchors = (-(-rows // config.learner.rows(tokens)) for rows in rank_rows(config, config.learner.updates_per_claim))
     return transitions, anchors
 
 
 def pass_count(config: RunConfig, tokens: int) -> int:
-    """Forward and backward passes of a rank in an update; `tokens` of one sample."""
+    """Forward and backward passes of a rank in an optimiser update; `tokens` of one sample."""
     return sum(passes(config, tokens))
 
 
 def micro_rows(config: RunConfig, tokens: int) -> int:
     """Rows of the largest pass: those of an update are cut into passes of almost equal size."""
-    return max(-(-rows // count) for rows, count in zip(rank_rows(config), passes(config, tokens), strict=True) if rows)
+    rows = rank_rows(config, config.learner.updates_per_claim)
+    return max(-(-rows // count) for rows, count in zip(rows, passes(config, tokens), strict=True) if rows)
 
 
 def gathers_gradients(config: RunConfig, tokens: int) -> bool:
     """Whether gradients are whole on every rank while passes accumulate; a network that is one unit has whole ones in every pass."""
     return (config.learner.accumulate == "whole" or not config.learner.shard_blocks) and pass_count(config, tokens) > 1
+
+
+def asks_old(config: RunConfig) -> bool:
+    """Whether the old policy is asked once more than the network at hand: a kept one, or that before the first of several updates of a claim."""
+    objective = config.objective
+    several = config.learner.updates_per_claim > 1 and config.uses_policy
+    return objective.keeps_old or (several and (objective.on_samples or objective.old_log_prob == "learner"))
+
+
+def keeps_predictions(config: RunConfig) -> bool:
+    """Whether what the old policy says is as large as a latent for each row; a density is a number."""
+    return asks_old(config) and (config.objective.on_samples or config.objective.center_ratio)
 
 
 def offloads(config: RunConfig) -> bool:
@@ -340,7 +354,7 @@ def hosts(config: RunConfig, sizes: Sizes) -> list[Process]:
         *offloaded(config, sizes),
         Part("part of the weights", min(PART, version / config.learner.shards), "while it hands in"),
         Part("transitions", transitions * row),
-        Part("old policy's predictions", transitions * sizes.latent_values * 4.0 * config.objective.keeps_old, "for the rows of the policy loss"),
+        Part("old policy's predictions", transitions * sizes.latent_values * 4.0 * keeps_predictions(config), "for the rows of the policy loss"),
         Part("anchor evaluations", (anchors + data) * row, "and the data rows they are of"),
         Part("encoded texts", texts + min(PROMPT_CACHE, config.updates * texts), "of an update, and a cache of at most 256 MiB"),
         Part("anchor noise", evaluations * sizes.latent_values * 4.0, "of all ranks"),

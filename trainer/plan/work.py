@@ -9,7 +9,7 @@ from trainer.config.run import RunConfig
 from trainer.plan.assumptions import Assumptions
 from trainer.plan.dry import VAEPass
 from trainer.plan.gpus import GPU
-from trainer.plan.memory import MASTER, PARCEL, gathers_gradients, moments_bytes, offloads, passes, version_bytes, weights_bytes
+from trainer.plan.memory import MASTER, PARCEL, asks_old, gathers_gradients, moments_bytes, offloads, passes, version_bytes, weights_bytes
 from trainer.plan.sizes import Sizes
 from trainer.plan.storage import Storage
 
@@ -58,7 +58,7 @@ def forwards(config: RunConfig) -> dict[str, float]:
     rollouts = config.rollout.groups_per_step * config.rollout.group_size if config.uses_policy else 0
     k, guided = config.sampler.trained_count, config.sampler.guidance > 1
     trained = 4.0 if config.learner.recompute else 3.0
-    per_transition = trained + guided + (config.objective.kl_weight > 0) * (1 + guided) + config.objective.keeps_old
+    per_transition = trained + guided + (config.objective.kl_weight > 0) * (1 + guided) + asks_old(config) * (1 + guided)
     repeats = k if config.uses_policy and config.objective.data_per == "transition" else 1
     return {
         "sampling": rollouts * config.sampler.steps * (1.0 + guided),
@@ -80,12 +80,13 @@ def offloaded_bytes(config: RunConfig, sizes: Sizes) -> tuple[float, float]:
     transitions, anchors = passes(config, sizes.tokens)
     guided, reference = config.sampler.guidance > 1, config.objective.kl_weight > 0
     again = 1 if config.learner.shard_blocks else 0  # gathered again; a network that is one unit stays until its backward pass
-    gathers = transitions * (1 + again * (1 + guided) + config.objective.keeps_old) + anchors * (1 + again)
+    gathers = transitions * (1 + again * (1 + guided) + asks_old(config)) + anchors * (1 + again)
     if reference:
         gathers += transitions * ((1 if sizes.adapted else 0) * again * (1 + guided) + (0 if sizes.adapted else 1 + again * guided))
     reductions = 1 if gathers_gradients(config, sizes.tokens) else transitions + anchors
     step = 3 * trained + 2 * moments_bytes(config, sizes) / ranks + 3 * trained * (bool(config.optimizer.ema) + config.objective.keeps_old)
-    return gathers * weights_bytes(config, sizes) / ranks + reductions * trained, step
+    updates = config.learner.updates_per_claim
+    return updates * (gathers * weights_bytes(config, sizes) / ranks + reductions * trained), updates * step
 
 
 def pictures_of(config: RunConfig) -> tuple[int, int]:

@@ -7,9 +7,8 @@ module, so no weights are copied. Frames that a rollout is given, and rewards of
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from services.scorers.registry import build_scorer
 from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.learn.batch import StepBatch
-from trainer.learn.learner import BY_STEP, SUMS, Learner, learning_rate
+from trainer.learn.learner import BY_STEP, SUMS, Learner
 from trainer.run.rewards import run_rewards
 
 Scores = dict[str, list[ItemScore | ScoreFailure]]
@@ -46,19 +45,15 @@ class SoloLearner(Learner):
     def _spread(self, model: PackedModel) -> None:
         """Nothing is sharded."""
 
-    def update(self, batches: Sequence[StepBatch], step: int) -> dict[str, Any]:
-        sums, (batch,) = self.sums(), self._with_old(batches)
-        for compute in self._losses(batch, sums):
+    def _backward(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
+        for compute in losses:
             compute().backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config.optimizer, step, self.decay_updates)
-            self.optimizer.step()
-            self._update_averages(step)
-        self.optimizer.zero_grad()
-        policy, data = (float(sums[SUMS.index(name)]) for name in ("policy_loss", "data_loss"))
-        return {"grad_norm": norm, "policy_loss": policy / max(1, batch.transition_count), "data_loss": data / max(1, batch.anchor_count)}
+
+    def _longest(self, tokens: int) -> tuple[int, bool]:
+        return tokens, True
+
+    def add_up(self, sums: torch.Tensor) -> None:
+        """Nobody else has rows."""
 
     def sums(self) -> torch.Tensor:
         """Zeros, for what an update adds up."""

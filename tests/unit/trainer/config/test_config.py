@@ -84,6 +84,7 @@ def test_the_presets_are_the_published_compositions() -> None:
         "flow_grpo_2025_06": (True, True, False),
         "flow_grpo_fast": (True, False, False),
         "flow_cps": (True, True, False),
+        "grpo_guard": (True, False, False),
         "dance_grpo": (True, False, False),
         "mix_grpo": (True, False, False),
         "diffusion_nft": (True, True, False),
@@ -316,6 +317,12 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"objective": {"preset": "awm", "old_kl_weight": 0}}, "policy_loss=awm uses its old policy for old_kl_weight alone, which is 0"),
     ({"objective": {"preset": "awm", "old_decay": 0}}, "old_kl_weight=1 needs an old policy"),
     ({"objective": {"preset": "diffusion_nft"}, "sampler": {"guidance": 4.5}}, "objective.policy_loss=nft fits the network itself to what was sampled"),
+    # several updates of a claim
+    ({"objective": {"preset": "sft"}, "learner": {"updates_per_claim": 2}}, "learner.updates_per_claim=2 cuts the groups of a step, and there are no rollouts"),
+    ({"objective": {"preset": "awm"}, "learner": {"updates_per_claim": 2}}, "objective.policy_loss=awm takes its ratio to the policy of the same update"),
+    ({"rollout": {"groups_per_step": 3}, "learner": {"ranks": 1, "updates_per_claim": 4}}, "leave 0 rollouts to an update, fewer than the 1 ranks"),
+    ({"rollout": {"groups_per_step": 4, "group_size": 2}, "learner": {"ranks": 3, "updates_per_claim": 4}}, "leave 2 rollouts to an update, fewer than the 3"),
+    ({"objective": {"center_ratio": True}}, "it needs policy_loss=ratio and old_log_prob=learner"),
     # every rank needs a rollout and an anchor row: known before anything is started
     ({"rollout": {"groups_per_step": 1, "group_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),
     ({"rollout": {"groups_per_step": 1, "group_size": 4, "min_group_size": 2}, "learner": {"ranks": 3}}, "learner.ranks"),

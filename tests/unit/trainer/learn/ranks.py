@@ -94,6 +94,9 @@ SCENARIOS = {
             "optimizer": {"lr": 5e-2, "eps": 1e-5},
         }
     ),
+    "two updates a claim": Scenario(
+        {"objective": {"preset": "grpo_guard", "clip": 2e-3, "data_weight": 0.3}, "learner": {"ranks": 1, "micro_batch": 4, "updates_per_claim": 2}}
+    ),
     "two steps in sigma space": Scenario({"sampler": {"kernel": "edm_2ab", "noise_level": 1.0, "guidance": 2.0}, "objective": {"data_noise": "shared"}}),
 }
 

@@ -33,7 +33,7 @@ GROUPS, MEMBERS, TRAINED = [3, 4, 7, 8, 9], 3, 2
 SHAPE = (3, 2, 2)
 
 
-def config_of(kernel: str = "flow_sde", data: dict[str, Any] | None = None, **objective: Any) -> RunConfig:
+def config_of(kernel: str = "flow_sde", data: dict[str, Any] | None = None, updates_per_claim: int = 1, **objective: Any) -> RunConfig:
     return parse_config(
         {
             "seed": 5,
@@ -41,6 +41,7 @@ def config_of(kernel: str = "flow_sde", data: dict[str, Any] | None = None, **ob
             "rollout": {"groups_per_step": len(GROUPS), "group_size": MEMBERS},
             "objective": objective,
             "data": data or {},
+            "learner": {"ranks": 1, "updates_per_claim": updates_per_claim},
         }
     )
 
@@ -119,10 +120,14 @@ def numbers(batch: StepBatch, rows: Transitions | Samples | Anchors) -> list[flo
     return found[:, 0, 0].tolist()
 
 
-def rows_of(config: RunConfig, rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> StepBatch:
+def batches_of(config: RunConfig, rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> list[StepBatch]:
     ledger = ledger or Ledger(config)
     subjects = Subjects(config.seed, config.prompts, config.data, config.sampler)
-    (batch,) = step_batches(config, PROCESS, kernel_of(config), ledger, ledger.claim, rank, world, encoded, subjects, lambda x0, given: x0)  # type: ignore[arg-type]
+    return step_batches(config, PROCESS, kernel_of(config), ledger, ledger.claim, rank, world, encoded, subjects, lambda x0, given: x0)  # type: ignore[arg-type]
+
+
+def rows_of(config: RunConfig, rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> StepBatch:
+    (batch,) = batches_of(config, rank, world, ledger)
     return batch
 
 
@@ -175,6 +180,41 @@ def test_the_ranks_have_every_row_once_whatever_their_number(objective: dict[str
             assert getattr(rank, f"{name[:-1]}_rows") == counts
             assert getattr(rank, f"{name[:-1]}_count") == sum(counts) == len(one.weight)
             assert bool((getattr(rank, name).weight == 1).all())
+
+
+SEVERAL: list[dict[str, Any]] = [o for o in OBJECTIVES if o.get("preset") not in ("sft", "awm")]
+
+
+@given(objective=st.sampled_from(SEVERAL), updates=st.integers(2, len(GROUPS)), world=st.integers(1, MEMBERS - 1))
+@settings(max_examples=30)
+def test_several_updates_have_every_row_once_in_whole_groups(objective: dict[str, Any], updates: int, world: int) -> None:
+    """The rows, numbers and noise of one update, whatever the number of ranks; the data of a group's rollouts with the group."""
+    config = config_of(updates_per_claim=updates, **objective)
+    alone = rows_of(config_of(**objective))
+    ranks = [batches_of(config, rank, world) for rank in range(world)]
+    assert all([batch.part for batch in rank] == list(range(updates)) for rank in ranks)
+    for name, kind in (("transitions", Samples if config.objective.on_samples else Transitions), ("anchors", Anchors)):
+        if getattr(alone, name) is None:
+            assert all(getattr(batch, name) is None for rank in ranks for batch in rank)
+            continue
+        expected, found = whole([alone], name, kind), whole([batch for rank in ranks for batch in rank], name, kind)
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+        for parts in zip(*ranks, strict=True):
+            counts = [len(getattr(batch, name).weight) for batch in parts]
+            assert all((getattr(b, f"{name[:-1]}_rows"), getattr(b, f"{name[:-1]}_count")) == (counts, sum(counts)) for b in parts)
+    groups_of_parts = [{int(n) for batch in parts for n in numbers(batch, batch.transitions)} for parts in zip(*ranks, strict=True)]  # type: ignore[arg-type]
+    assert sorted(g for groups in groups_of_parts for g in groups) == GROUPS
+    for groups, parts in zip(groups_of_parts, zip(*ranks, strict=True), strict=True):
+        if config.feeds_data:  # row i of the data has caption i
+            rows = {int(n) for batch in parts if batch.anchors for n in numbers(batch, batch.anchors)}
+            assert rows == {GROUPS.index(group) * MEMBERS + member for group in groups for member in range(MEMBERS)}
+
+
+def test_the_groups_of_an_update_are_others_at_another_step() -> None:
+    config = config_of(updates_per_claim=2)
+    first = [{int(n) for n in numbers(batch, batch.transitions)} for batch in batches_of(config, ledger=Ledger(config, 2))]  # type: ignore[arg-type]
+    later = [[{int(n) for n in numbers(b, b.transitions)} for b in batches_of(config, ledger=Ledger(config, step))] for step in range(3, 8)]  # type: ignore[arg-type]
+    assert any(found != first for found in later)
 
 
 @pytest.mark.parametrize("kernel", ["flow_sde", "edm_2ab"])

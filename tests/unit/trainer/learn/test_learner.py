@@ -20,13 +20,13 @@ from diffusion.engine.engine import Engine
 from diffusion.engine.request import SampleRequest
 from diffusion.families.conditioning import Conditioning
 from diffusion.kernel_names import stochastic_steps
-from diffusion.kernels import make_kernel
+from diffusion.kernels import log_prob, make_kernel
 from diffusion.lora import merged_state, trained_weights
 from tests.gloo import alone
 from trainer.config.learner import OptimizerConfig
 from trainer.config.load import parse_config
 from trainer.config.run import RunConfig
-from trainer.learn.batch import StepBatch
+from trainer.learn.batch import StepBatch, take
 from trainer.learn.checkpoint import save_shards
 from trainer.learn.learner import Learner, learning_rate
 from trainer.learn.objective import Anchors, Samples, Transitions, data_terms, policy_terms, sample_terms
@@ -270,6 +270,86 @@ def test_updates_on_finished_rollouts_are_those_of_a_plain_module_and_its_old_co
     assert sampled.keys() == trained_weights(made.model).keys()
     assert max(float((sampled[name].full_tensor() - p).detach().abs().max()) for name, p in expected.named_parameters()) < 1e-6  # type: ignore[attr-defined]
     assert max(float((a - b).abs().max()) for a, b in zip(old.parameters(), plain.parameters(), strict=True)) > 1e-5
+
+
+@pytest.mark.parametrize("objective", [{"old_log_prob": "rollout"}, {"old_log_prob": "learner"}, {"preset": "grpo_guard", "clip": 0.2}, NFT], ids=str)
+def test_several_updates_of_a_claim_start_from_the_same_old_policy(objective: dict[str, Any], policy_folder: Path) -> None:
+    """Two of them, one of the first rollout and one of the others: ratios are to the policy before both, the average follows each."""
+    config = config_of(
+        policy_folder,
+        4,
+        objective={**objective, "data_weight": 0.3, "kl_weight": 0.0, "old_decay": 0.0},
+        learner={"updates_per_claim": 2},
+        optimizer={"eps": 1e-2, "lr": 4e-2},
+    )
+    made = learner_of(config)
+    batch = batch_of(made)
+    assert isinstance(batch.transitions, Transitions)
+    if config.objective.old_log_prob == "learner":  # what the rollout stored is not asked
+        batch = replace(batch, transitions=replace(batch.transitions, old_log_prob=batch.transitions.old_log_prob + 0.1))
+    batch = samples_of(batch) if config.objective.on_samples else batch
+    rows, anchors = batch.transitions, batch.anchors
+    assert rows is not None
+    assert anchors is not None
+    parts = [
+        replace(batch, transitions=take(rows, slice(0, 2)), anchors=take(anchors, slice(0, 2)), transition_count=2, anchor_count=2),
+        replace(batch, transitions=take(rows, slice(2, 6)), anchors=take(anchors, slice(2, 5)), transition_count=4, anchor_count=3),
+    ]
+    parts = [replace(p, transition_rows=[p.transition_count], anchor_rows=[p.anchor_count], part=i) for i, p in enumerate(parts)]
+    plain, before = (load_policy(config.model).transformer for _ in range(2))
+    plain.load_state_dict(made.full_state())
+    before.load_state_dict(made.full_state())
+    average = copied(made.full_state())
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    kernel, norms, policy_loss = make_kernel(config.sampler.kernel, made.process, config.sampler.noise_level, 4), [], 0.0
+    for part in parts:
+        own, fed = part.transitions, part.anchors
+        assert own is not None
+        assert fed is not None
+
+        def predict(model: torch.nn.Module, given: Any, part: StepBatch = part) -> torch.Tensor:
+            x = given.x if isinstance(given, Transitions) else made.process.noise(given.x0, given.eps, given.t)
+            found: torch.Tensor = model(x, given.t, **part.conditioning_of(given).tensors)
+            return found
+
+        with torch.no_grad():
+            said = predict(before, own)
+        if isinstance(own, Samples):
+            loss, told = sample_terms(predict(plain, own), None, replace(own, old=said), made.process, config.objective)
+        else:
+            mean, std = kernel.moments(said.double(), own.x.double(), own.t, own.t_next)
+            shown = own
+            if config.objective.old_log_prob == "learner":
+                shown = replace(own, before=log_prob(own.x_next, mean, std, "exact"), mean_before=mean)
+            loss, told = policy_terms(predict(plain, own), None, shown, kernel, config.objective)
+        data = data_terms(predict(plain, fed), fed, made.process)
+        (loss / part.transition_count + 0.3 * data / part.anchor_count).backward()
+        policy_loss += float(told["policy_loss"])
+        norms.append(float(torch.nn.utils.clip_grad_norm_(plain.parameters(), o.grad_clip)))
+        optimizer.step()
+        optimizer.zero_grad()
+        average = {name: o.ema * average[name] + (1 - o.ema) * value for name, value in plain.state_dict().items()}
+    stats = made.update(parts, 1)
+    assert stats["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
+    assert stats["policy_loss"] == pytest.approx(policy_loss / 6, rel=1e-4)
+    assert stats["skipped"] == 0
+    assert difference(made.full_state(), dict(plain.state_dict())) < 1e-6
+    assert difference(made.full_state(ema=True), average) < 1e-6
+    if not config.objective.on_samples:
+        assert stats["ratio_deviation"] > 1e-3  # the second update's ratios are not 1
+
+
+def test_an_update_of_a_claim_that_is_skipped_leaves_the_others(policy_folder: Path) -> None:
+    made = learner_of(config_of(policy_folder, learner={"updates_per_claim": 2}))
+    batch = batch_of(made)
+    assert isinstance(batch.transitions, Transitions)
+    broken = replace(batch, transitions=replace(batch.transitions, advantage=torch.full((6,), torch.nan)))
+    before = copied(made.full_state())
+    stats = made.update([broken, replace(batch, part=1)], 1)
+    assert stats["skipped"] == 0.5
+    assert math.isfinite(stats["grad_norm"])
+    assert difference(made.full_state(), before) > 1e-4
 
 
 def test_the_trained_weights_are_back_when_the_old_policys_pass_fails(policy_folder: Path) -> None:

@@ -65,6 +65,10 @@ def test_rows_and_passes() -> None:
     assert rank_rows(recipe(learner={"ranks": 3})) == (22 * 4, 22)  # of 64 members
     assert micro_rows(recipe(learner={"micro_batch": 20}), 1357) == 16  # 32 rows in two passes
     assert rank_rows(recipe(objective={"preset": "sft"}, data={"batch_size": 16})) == (0, 2)
+    two = recipe(learner={"updates_per_claim": 2})
+    assert rank_rows(two) == rank_rows(config)  # of both updates
+    assert rank_rows(two, 2) == (4 * 4, 4)
+    assert (pass_count(two, 1357), micro_rows(two, 1357)) == (4 + 1, 4)
 
 
 def test_sequence_ranks_share_activations_and_have_rows_together() -> None:
@@ -289,6 +293,19 @@ def test_hosts_hold_their_own_evaluations_and_the_noise_of_all() -> None:
     row = 2 * latent * 4
     assert evaluations(few) == (2 * 8 * row, 64 * latent * 4)
     assert evaluations(many) == ((4 + 1) * 8 * row, 4 * 64 * latent * 4)
+
+
+def test_what_the_old_policy_says_is_kept_where_it_is_as_large_as_a_latent() -> None:
+    def kept(**sections: Any) -> float:
+        config = recipe(**sections)
+        return sum(p.bytes for p in hosts(config, sizes_of(config, Assumptions()))[0].parts if p.name == "old policy's predictions")
+
+    said, several = 32 * 16 * 64 * 64 * 4, {"updates_per_claim": 2}
+    assert kept() == 0
+    assert kept(objective={"preset": "diffusion_nft"}, sampler={"trained_steps": 4, "guidance": 1}) == said
+    assert kept(objective={"preset": "grpo_guard"}) == 0  # of one update it is the policy at hand
+    assert kept(objective={"preset": "grpo_guard"}, learner=several) == said
+    assert kept(objective={"old_log_prob": "learner"}, learner=several) == 0  # a number a row
 
 
 def test_a_checkpoint_being_written_is_a_copy_of_the_ranks_shards() -> None:

@@ -46,6 +46,16 @@ def test_forwards_of_an_update() -> None:
     assert sft == {"sampling": 0, "policy loss": 0, "data loss": 15}
 
 
+def test_the_policy_before_a_claims_first_of_several_updates_is_asked_once_more() -> None:
+    several = {"updates_per_claim": 2}
+    assert forwards(recipe(learner=several))["policy loss"] == 24 * 9 * (3 + 1)  # of the rollouts' own densities
+    assert forwards(recipe(learner=several, objective={"old_log_prob": "learner"}))["policy loss"] == 24 * 9 * (3 + 1 + 2)  # guided
+    plain, nft = {"guidance": 1}, {"preset": "diffusion_nft", "kl_weight": 0}
+    assert forwards(recipe(sampler=plain, objective=nft))["policy loss"] == 24 * 9 * (3 + 1)  # a policy that is kept
+    assert forwards(recipe(sampler=plain, objective={**nft, "old_decay": 0}))["policy loss"] == 24 * 9 * 3
+    assert forwards(recipe(sampler=plain, objective={**nft, "old_decay": 0}, learner=several))["policy loss"] == 24 * 9 * (3 + 1)
+
+
 def test_ranks_of_a_generator_share_its_sampling() -> None:
     one, two = work(recipe(), 8), work(recipe(rollout={"sequence_ranks": 2}), 8)
     sampled = 480 * one.forward / (2 * 989e12 * 0.4)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffusion.kernels import Previous, StepKernel, log_prob
 from trainer.config.objective import ObjectiveConfig
-from trainer.learn.objective import Transitions, policy_terms
+from trainer.learn.objective import Transitions, density, policy_terms
 
 SHAPE = (4, 6, 8)
 
@@ -76,6 +76,8 @@ def ours(c: Case, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
         previous=history.x0 if c.kernel.uses_previous else None,
         t_previous=history.t if c.kernel.uses_previous else None,
     )
+    if config.old_log_prob == "learner":
+        rows = replace(rows, **density(c.old, rows, c.kernel, config))
     velocity = c.now.clone().requires_grad_()
     loss, _ = policy_terms(velocity, c.reference if config.kl_weight > 0 else None, rows, c.kernel, config)
     loss = loss / len(index)
