@@ -409,7 +409,7 @@ def test_take_slices_every_field_and_pads_with_weight_zero() -> None:
     assert rows is not None
     part = take(rows, slice(3, 7))
     filled = [f.name for f in fields(Transitions) if getattr(rows, f.name) is not None]
-    assert set(filled) == {f.name for f in fields(Transitions)} - {"previous", "t_previous"}
+    assert set(filled) == {f.name for f in fields(Transitions)} - {"previous", "t_previous", "before", "mean_before"}
     assert all(torch.equal(getattr(part, name), getattr(rows, name)[3:7]) for name in filled)
     padding = take(rows, slice(4, 4))
     assert padding.weight.tolist() == [0.0]
