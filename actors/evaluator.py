@@ -30,7 +30,7 @@ from actors.sources.draws import data_source, held_out_examples, held_out_rows, 
 from actors.sources.example import Example
 from actors.sources.prepared import PreparedSource
 from diffusion.config import SamplerConfig
-from diffusion.pixels import pairwise_rms, scene_statistics, turn_size
+from diffusion.pixels import pairwise_rms, scene_numbers, turn_size
 
 if TYPE_CHECKING:
     from actors.weights.reading import Exported
@@ -41,7 +41,6 @@ SAMPLES_A_PARCEL = 32
 small policy gains by being large, and of one scoring call, which must end within `fleet.timeout_s`."""
 LOSSES_A_PARCEL = 64
 """Points of the held-out loss in one parcel."""
-Statistics = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -85,17 +84,18 @@ class Evaluator:
             first, n = cut[number]
             yield number, [example.text for example in examples[first : first + n]], images
 
-    def _judged(self, weights: View | Exported | None, examples: list[Example], draw: str) -> tuple[Judgement, Statistics]:
+    def _judged(self, weights: View | Exported | None, examples: list[Example], draw: str) -> tuple[Judgement, dict[str, NDArray[np.float64]]]:
         """What the rewards, and the scene's statistics, say of one sample of each example."""
         rewards = self.spec.rewards
         revisions = {name: info.revision for name, info in self.client.info(rewards.names).items()} if rewards.names else {}
         scores: dict[int, Scores] = {}
-        scenes: dict[int, tuple[int, Statistics]] = {}
+        scenes: dict[int, dict[str, NDArray[np.float64]]] = {}
         for number, texts, images in self._samples(weights, examples, 1, draw):
-            scenes[number] = len(images), scene_statistics(images)
+            scenes[number] = scene_numbers(images)
             if rewards.names:
                 scores[number] = self.client.score_all(rewards.names, texts, images, rewards.fleet.timeout_s, fps_of(images, self.spec.sampler))
-        return judged(rewards, [scores[n] for n in sorted(scores)], revisions), _over_all([scenes[n] for n in sorted(scenes)])
+        parts = [scenes[n] for n in sorted(scenes)]
+        return judged(rewards, [scores[n] for n in sorted(scores)], revisions), {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _diversity(self, weights: View | Exported | None, examples: list[Example], draw: str) -> NDArray[np.float64]:
         """Mean distance of the samples of each example."""
@@ -148,7 +148,8 @@ class Evaluator:
             **judgement.record(),
             "diffusion_loss": float(np.asarray(losses, np.float32).mean()),
             "diversity": float(diversity.mean()),
-            "scene": scene,
+            "scene": {name: float(values.mean()) for name, values in scene.items()},
+            "scene_std": {name: float(values.std(ddof=1)) for name, values in scene.items()},
         }
         details = {"rewards": judgement.values, "sub_scores": judgement.subs, "diffusion_loss": losses, "diversity": diversity.tolist()}
         folder = self.run_dir / "eval"
@@ -176,9 +177,3 @@ class Evaluator:
             sheet = contact_sheet(samples, [caption(example.text) for example in examples])
         sheet.save(path)
         return str(path)
-
-
-def _over_all(parts: Sequence[tuple[int, Statistics]]) -> Statistics:
-    """Means over all pictures from those of parts of them, each with its size."""
-    total = sum(n for n, _ in parts)
-    return {name: sum(n * part[name] for n, part in parts) / total for name in parts[0][1]}

@@ -44,10 +44,15 @@ def scene_statistics(images: np.ndarray) -> dict[str, float]:
 
     Colourfulness is the opponent-colour measure of Hasler & Süsstrunk (2003) over pixels in [0, 1].
     """
+    return {name: float(values.mean()) for name, values in scene_numbers(images).items()}
+
+
+def scene_numbers(images: np.ndarray) -> dict[str, np.ndarray]:
+    """`scene_statistics` of each of n samples `[n]`; of a clip the mean over its frames."""
     pictures = images.reshape(-1, *images.shape[-3:])
     at_once = max(1, BLOCK // pictures[0].size)
     blocks = [_statistics(pictures[start : start + at_once]) for start in range(0, len(pictures), at_once)]
-    return {name: float(np.concatenate([block[name] for block in blocks]).mean()) for name in blocks[0]}
+    return {name: np.concatenate([block[name] for block in blocks]).reshape(len(images), -1).mean(1) for name in blocks[0]}
 
 
 def _statistics(pictures: np.ndarray) -> dict[str, np.ndarray]:

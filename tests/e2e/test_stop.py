@@ -85,6 +85,29 @@ def test_sigterm_in_mid_update_leaves_a_checkpoint_and_the_run_goes_on(start: Ca
 
 
 @pytest.mark.long
+def test_a_sign_of_hacking_ends_the_run_with_a_checkpoint_and_it_goes_on(start: Callable[..., Run]) -> None:
+    """A limit that every policy passes stands for a policy that passes a sensible one."""
+    rules = ("--set", "hacking.scene_z=1e-9", "--set", "evaluation.every=1", "--set", "checkpoint_every=100")
+    run = start("run", *rules, "--set", "hacking.stop=stop", "--set", "updates=100")
+    code, out, err = run.finish()
+    assert code == 3, (out, err)
+    done = run.updates()
+    assert "standard deviations of the starting policy's pictures away, limit hacking.scene_z=1e-09; samples/step-000001.png" in out
+    assert f"stopped after update {done} of 100; its checkpoint is kept" in err
+    assert registered_step(run.folder / "checkpoints") == done
+    assert state(run.folder) | {"state": "interrupted", "exit": 3, "step": done} == state(run.folder)
+    assert (run.folder / "samples" / "step-000001.png").exists()
+    page = (run.folder / "report.html").read_text()
+    assert "Sign of reward hacking at update 1, dev prompts" in page
+    assert "Update 1: a sign of reward hacking" in page
+    assert run.leftovers() == []
+    again = start("run", *rules, "--set", "hacking.stop=warn", "--set", f"updates={done + 1}", "--resume")
+    code, out, err = again.finish()
+    assert code == 0, (out, err)
+    assert f"warning at update {done + 1}" in out  # of the last evaluation
+
+
+@pytest.mark.long
 def test_sigterm_in_the_last_evaluation(start: Callable[..., Run]) -> None:
     run = start("run", "--set", "updates=1", "--set", "evaluation.every=0", "--set", "evaluation.test_prompts=400")
     run.wait_for(lambda: registered_step(run.folder / "checkpoints") == 1, "the last checkpoint")

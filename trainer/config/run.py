@@ -10,6 +10,7 @@ from diffusion.config import ModelConfig, SamplerConfig, Strict
 from replay.config import RedisConfig, ReplayConfig
 from services.config import FleetConfig, fleet_of
 from services.terms import Term
+from trainer.config.hacking import HackingConfig
 from trainer.config.learner import LearnerConfig, OptimizerConfig
 from trainer.config.objective import ObjectiveConfig
 from trainer.config.rewards import RewardTerm
@@ -54,6 +55,7 @@ class RunConfig(Strict):
     redis: RedisConfig = Field(default_factory=lambda: RedisConfig(), description="Redis server of the replay buffer")
     weights: WeightsConfig = Field(default_factory=lambda: WeightsConfig(), description="how weights are published")
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig(), description="held-out numbers")
+    hacking: HackingConfig = Field(default_factory=lambda: HackingConfig(), description="signs of reward hacking in them")
     ray: RayConfig = Field(default_factory=lambda: RayConfig(), description="Ray cluster")
 
     @property

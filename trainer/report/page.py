@@ -10,7 +10,7 @@ import base64
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -147,7 +147,7 @@ def _view(named: Named, charts: Charts) -> RunView:
         before=run.before,
         after=after,
         after_title=after_title,
-        between=_spread(run.between, GRIDS_BETWEEN),
+        between=_between(run),
         between_total=len(run.between),
         stages=charts.stages(named),
         ledger=ledger + [(state.replace("_", " "), amount) for state, amount in groups.items()],
@@ -214,6 +214,14 @@ def _headline(rows: Sequence[Measure]) -> str:
             )
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + "." if text else ""
+
+
+def _between(run: RunRecord) -> list[Grid]:
+    """Grids of the time between: some, evenly spread, and those in which a sign of hacking was seen, which say so."""
+    told = {point.step for point in run.evals if point.warnings and point.split == "dev"}
+    shown = {grid.step for grid in _spread(run.between, GRIDS_BETWEEN)} | told
+    grids = [grid for grid in run.between if grid.step in shown]
+    return [replace(grid, label=f"{grid.label}: a sign of reward hacking") if grid.step in told else grid for grid in grids]
 
 
 def _spread(grids: Sequence[Grid], most: int) -> list[Grid]:

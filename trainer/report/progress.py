@@ -41,6 +41,8 @@ class Progress:
         elif line.get("kind") == "evaluation" and line.get("weights", "raw") == "raw":
             self.first_eval.setdefault(str(line.get("split")), line)
             self.held_out = line
+            for text in warnings_of(line):
+                self.warnings.setdefault(text, int(number(line.get("step")) or 0))
 
     def _add_update(self, line: Mapping[str, object], now: float) -> None:
         step = int(number(line.get("step")) or 0)
@@ -93,7 +95,7 @@ def reward_means(update: Mapping[str, object]) -> dict[str, float]:
 
 
 def warnings_of(line: Mapping[str, object]) -> list[str]:
-    """What the learner warns of in an update."""
+    """What the learner warns of in an update, or signs of reward hacking in an evaluation."""
     told = line.get("warnings")
     return [str(text) for text in told] if isinstance(told, list) else []
 

@@ -122,11 +122,14 @@ def _read_metrics(folder: Path, problems: list[str]) -> tuple[list[Update], list
 
 
 def _update(step: int, line: Mapping[str, object]) -> Update:
-    warnings = line.get("warnings")
-    texts = tuple(str(text) for text in warnings) if isinstance(warnings, list) else ()
     values = {key: value for key, value in _numbers(line).items() if key != "step"}
     seconds, groups, rewards, failed = (_numbers(line.get(key)) for key in ("seconds", "groups", "rewards", "failed_scores"))
-    return Update(step, values, seconds, groups, rewards, failed, texts)
+    return Update(step, values, seconds, groups, rewards, failed, _warnings(line))
+
+
+def _warnings(line: Mapping[str, object]) -> tuple[str, ...]:
+    warnings = line.get("warnings")
+    return tuple(str(text) for text in warnings) if isinstance(warnings, list) else ()
 
 
 def _evaluation(folder: Path, step: int, line: Mapping[str, object]) -> EvalPoint:
@@ -145,6 +148,7 @@ def _evaluation(folder: Path, step: int, line: Mapping[str, object]) -> EvalPoin
         _texts(line.get("revisions")),
         _numbers(line.get("failed")),
         _texts(line.get("first_failure")),
+        _warnings(line),
     )
 
 

@@ -32,7 +32,8 @@ class Update:
 @dataclass(frozen=True)
 class EvalPoint:
     """One held-out evaluation. ``weights`` is ``raw`` or ``ema``; rewards are in the scorer's units, ``errors`` are the standard
-    errors of their means. ``set_digest`` says on what it was made, ``failed`` which samples have no score and why."""
+    errors of their means. ``set_digest`` says on what it was made, ``failed`` which samples have no score and why, ``warnings``
+    are signs of reward hacking."""
 
     step: int
     split: str
@@ -46,6 +47,7 @@ class EvalPoint:
     revisions: dict[str, str] = field(default_factory=dict)
     failed: dict[str, float] = field(default_factory=dict)
     first_failure: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def revision(self, reward: str) -> str | None:
         """The revision of the reward that a name (``scene.sharpness``) belongs to."""

@@ -24,7 +24,8 @@ def dead_group_words(amount: float, reason: str) -> str:
 
 def troubles(run: RunRecord) -> list[str]:
     """In the order a reader should know them."""
-    found = [f"{text} (update {step}{f' and {more} more' if more else ''})" for text, (step, more) in warnings(run).items()]
+    found = [f"Sign of reward hacking at update {point.step}, {point.split} prompts: {text}" for point in run.evals for text in point.warnings]
+    found += [f"{text} (update {step}{f' and {more} more' if more else ''})" for text, (step, more) in warnings(run).items()]
     failed: dict[str, float] = {}
     for update in run.updates:
         for reward, amount in update.failed.items():

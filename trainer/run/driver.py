@@ -26,12 +26,13 @@ from trainer.config.run import RunConfig
 from trainer.learn.metrics import LedgerMetrics
 from trainer.plan.storage import buffer_settings
 from trainer.report.display import Display
-from trainer.report.summary import summarise
+from trainer.report.summary import evaluation, summarise
 from trainer.report.tail import MetricsTail
 from trainer.run import cluster
 from trainer.run.deaths import Deaths
 from trainer.run.errors import RunFailed, describe
 from trainer.run.folder import RunFolder
+from trainer.run.hacking import signs
 from trainer.run.preflight import check_policy
 from trainer.run.resume import registered_step
 from trainer.run.scalars import Scalars, Wandb
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
+STOPPED_BY_RULE = 3
+"""Exit status of a run that a sign of reward hacking has stopped (`hacking.stop`)."""
 LEDGER_S = 2.0
 """Seconds between two looks at the ledger: for dead groups and Ray's metrics."""
 
@@ -191,8 +194,8 @@ class Driver:
                 match action:
                     case Evaluate(step):
                         self._ask(self._parts.evaluate_during(step))
-                    case AskToStop():
-                        self.display.stage("Stopping after this update (again to abort)")
+                    case AskToStop(why):
+                        self.display.stage(f"Stopping after this update: {why}" if why else "Stopping after this update (again to abort)")
                         # Redis may be slow to answer, and the deadline runs
                         threading.Thread(target=self._buffer.request_stop, daemon=True).start()
                     case EvaluateFinal(step):
@@ -202,9 +205,12 @@ class Driver:
             time.sleep(POLL_S)
 
     def _look(self, now: float) -> Look:
-        results = self._parts.collect(self._jobs)
+        results, hacking = self._parts.collect(self._jobs), ""
         for record in results.made.values():
             if isinstance(record, dict):
+                told = self._signs(record)
+                hacking = hacking or "; ".join(told)
+                record |= {"warnings": told} if told else {}
                 self.folder.append_evaluation(record)
                 self._show(record)
         records = self._tail.read()
@@ -223,8 +229,18 @@ class Driver:
             trained=trained,
             learner_failed=failed,
             signals=self.signals.count,
-            registered=registered_step(self.folder.checkpoints) if self.signals.count else 0,
+            registered=registered_step(self.folder.checkpoints) if self.signals.count or self._watch.phase == "stopping" else 0,
+            hacking=hacking if self.config.hacking.stop == "stop" else "",
         )
+
+    def _signs(self, record: dict[str, Any]) -> list[str]:
+        """Signs of hacking in an evaluation of the raw weights, against that of the starting policy, each with the grid to look at."""
+        if record.get("kind") != "evaluation" or record["weights"] != "raw" or record["step"] == 0:
+            return []
+        split, step = record["split"], record["step"]
+        before, now = (evaluation(self.folder.path, s, split=split) for s in (0, step))
+        grid = "after" if split == "test" else f"step-{step:06d}"
+        return [f"{sign}; samples/{grid}.png" for sign in (signs(self.config.hacking, before, now) if before and now else ())]
 
     def _ask(self, jobs: Jobs) -> None:
         self._jobs |= jobs
@@ -255,7 +271,7 @@ class Driver:
         if end.state == "failed":
             raise RunFailed(end.part, end.why + dead)
         if end.state == "interrupted":
-            raise Interrupted(end.why + dead, self.signals.status)
+            raise Interrupted(end.why + dead, STOPPED_BY_RULE if end.by_rule else self.signals.status)
         self.wall["evaluation_after"] = time.monotonic() - self._evaluating
         for name, why in self._watch.missing.items():
             self.say(f"evaluation {name} is missing: {why}")

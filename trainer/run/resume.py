@@ -14,7 +14,7 @@ from trainer.config.errors import ConfigError
 from trainer.config.run import RunConfig
 from trainer.run.lines import lines_of
 
-RESUMABLE = ("updates", "checkpoint_every", "max_dead_groups", "stop_deadline_s", "wandb_project", "learner", "evaluation", "redis", "ray")
+RESUMABLE = ("updates", "checkpoint_every", "max_dead_groups", "stop_deadline_s", "wandb_project", "learner", "evaluation", "hacking", "redis", "ray")
 """Settings that may change when a run goes on; the others would make it another run."""
 INFRASTRUCTURE = {
     "weights": ("transport", "path"),

@@ -1,7 +1,7 @@
 """What the driver does next, as a pure state machine: looks at the run go in, actions come out.
 
     training ── learner group returned ──► evaluating ── every evaluation is there, or is missing ──► finished
-       │  └─ signal ─► stopping ── returned, or the deadline passed ──► interrupted
+       │  └─ signal, or a sign of hacking ─► stopping ── returned, or the deadline passed ──► interrupted
        └─ refused self-test, a producer or the learner ended, too many dead groups, an evaluation failed ──► failed
 
 Invariants: an end is final. Once training is over no evaluation can make it fail: one that does not come is missing. Update lines
@@ -14,8 +14,9 @@ A worked example, with an evaluation every two updates: `Look(records=[update 1,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 EVALUATION_DEADLINE_S = 900.0
@@ -38,6 +39,7 @@ class Look:
         learner_failed: why the learner group failed.
         signals: requests to stop so far.
         registered: step of the last registered checkpoint as of now, 0 without one.
+        hacking: signs of reward hacking that the run shall stop for.
     """
 
     now: float
@@ -52,6 +54,7 @@ class Look:
     learner_failed: str | None = None
     signals: int = 0
     registered: int = 0
+    hacking: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,19 @@ class EvaluateFinal:
 
 @dataclass(frozen=True)
 class AskToStop:
-    """Ask the learner group to checkpoint and return after this update."""
+    """Ask the learner group to checkpoint and return after this update; `why`, where no person asked."""
+
+    why: str = ""
 
 
 @dataclass(frozen=True)
 class End:
-    """The run is over. `part` failed, or nothing did; `why` is what a person is told."""
+    """The run is over. `part` failed, or nothing did; `why` is what a person is told. `by_rule`: signs of hacking stopped it."""
 
     state: Literal["finished", "interrupted", "failed"]
     part: str = ""
     why: str = ""
+    by_rule: bool = False
 
 
 Action = Evaluate | EvaluateFinal | AskToStop | End
@@ -106,9 +112,10 @@ class Watch:
         self.first_update: float | None = None
         self._pending: set[str] = set()
         self._asked: set[int] = set()
-        self._stop_at = 0.0
+        self._stop_at = math.inf  # a rule is in no hurry, whoever sends a signal is
         self._alive = 0.0
         self._final = 0
+        self._rule = ""
 
     def expect(self, evaluations: Sequence[str], now: float) -> None:
         """These evaluations have been asked for."""
@@ -174,9 +181,11 @@ class Watch:
         return None
 
     def _progress(self, seen: Look, actions: list[Action]) -> End | None:
-        if self.phase == "training" and seen.signals:
-            self.phase, self._stop_at = "stopping", seen.now
-            actions[:] = [AskToStop()]
+        if self.phase == "training" and (seen.signals or (seen.hacking and seen.trained is None)):
+            self.phase, self._rule = "stopping", "" if seen.signals else seen.hacking
+            actions[:] = [AskToStop(self._rule)]
+        if self.phase == "stopping" and seen.signals:
+            self._stop_at = min(self._stop_at, seen.now)
         if seen.trained is not None and self.phase == "training":
             self.phase, self._final, self._alive = "evaluating", seen.trained, seen.now
             actions.append(EvaluateFinal(seen.trained))
@@ -191,7 +200,11 @@ class Watch:
         return None
 
     def _stopped(self, seen: Look) -> End | None:
-        goes_on = "the same command with --resume goes on"
+        end = self._after_stop(seen)
+        return end if end is None or not self._rule else replace(end, why=f"hacking.stop=stop: {self._rule}; {end.why}", by_rule=True)
+
+    def _after_stop(self, seen: Look) -> End | None:
+        goes_on = "the same command with --resume goes on" + (", with --set hacking.stop=warn past further signs" if self._rule else "")
         if seen.trained is not None:
             if seen.trained >= self.updates:
                 return End("interrupted", why=f"stopped after the last update, {seen.trained}; --resume evaluates")

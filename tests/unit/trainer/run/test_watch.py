@@ -53,6 +53,49 @@ def test_updates_made_again_after_a_restart_are_evaluated_again() -> None:
     assert w.look(Look(2.0, [update(1), update(2)])) == [Evaluate(2)]
 
 
+def test_a_sign_of_hacking_stops_the_run_after_its_checkpoint() -> None:
+    w = watch()
+    assert w.look(Look(1.0, [update(1), update(2)])) == [Evaluate(2)]
+    assert w.look(Look(2.0, [update(3)], evaluated=["dev-000002-raw"], hacking="loss +12 %")) == [AskToStop("loss +12 %")]
+    assert w.look(Look(3.0, [update(4)], hacking="loss +15 %")) == []
+    (end,) = w.look(Look(4.0, trained=4))
+    assert isinstance(end, End)
+    assert (end.state, end.by_rule) == ("interrupted", True)
+    assert end.why == (
+        "hacking.stop=stop: loss +12 %; stopped after update 4 of 10; its checkpoint is kept, the same command with --resume goes on, "
+        "with --set hacking.stop=warn past further signs"
+    )
+
+
+def test_a_person_who_asks_at_the_same_time_is_who_stopped_it() -> None:
+    w = watch()
+    w.look(Look(1.0, [update(1)]))
+    assert w.look(Look(2.0, signals=1, hacking="loss +12 %")) == [AskToStop()]
+    (end,) = w.look(Look(3.0, trained=1, signals=1))
+    assert isinstance(end, End)
+    assert not end.by_rule
+    assert "hacking" not in end.why
+
+
+def test_a_sign_after_the_last_update_stops_nothing() -> None:
+    w = watch()
+    assert w.look(Look(1.0, [update(10)], trained=10, hacking="loss +12 %")) == [EvaluateFinal(10)]
+    w.expect(["test-000010-raw"], 1.0)
+    assert w.look(Look(2.0, evaluated=["test-000010-raw"], hacking="loss +12 %")) == [End("finished")]
+
+
+def test_a_rule_waits_for_its_checkpoint_until_a_person_asks_too() -> None:
+    w = watch()
+    w.look(Look(1.0, [update(1)], hacking="loss +12 %"))
+    assert w.look(Look(1000.0)) == []
+    assert w.look(Look(1001.0, signals=1)) == []
+    assert w.look(Look(1020.0, signals=1)) == []
+    (end,) = w.look(Look(1022.0, signals=1))
+    assert isinstance(end, End)
+    assert end.by_rule
+    assert "update 2 was not finished within stop_deadline_s=20; no checkpoint was registered" in end.why
+
+
 def test_a_late_evaluation_is_missing_and_the_run_finished() -> None:
     w = trained(watch(), "test-000010-raw", "test-000010-ema")
     assert w.look(Look(200.0, evaluated=["test-000010-raw"])) == []
