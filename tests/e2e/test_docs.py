@@ -130,7 +130,7 @@ def test_example(page: Path, index: int, code: str, tmp_path: Path) -> None:
 def test_readme_use_it_section_at_reduced_size(tmp_path: Path) -> None:
     """The `ddrl` commands of the README in their order, as one would type them."""
     lines = [shlex.split(line) for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines() if line.startswith(".venv/bin/ddrl")]
-    assert [words[1] for words in lines] == ["config", "train", "train", "report", "replay", "sample", "presample", "prepare-data"]
+    assert [words[1] for words in lines] == ["config", "train", "train", "report", "eval", "replay", "sample", "presample", "prepare-data"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('a sign that says "407"\na sign that says "22"\n')
     done = []
@@ -140,6 +140,8 @@ def test_readme_use_it_section_at_reduced_size(tmp_path: Path) -> None:
             arguments += [*settings(*REDUCED), "--run-dir", str(tmp_path / "mine")]
         if arguments[0] == "report":
             arguments = ["report", str(tmp_path / "mine"), str(tmp_path / "mine")]
+        if arguments[0] == "eval":
+            arguments = ["eval", str(tmp_path / "mine"), "--out", str(tmp_path / "evaluations")]
         if arguments[0] == "replay":
             arguments = [w.replace("glyph-ocr", "mine") for w in arguments]
         if arguments[0] == "sample":
@@ -157,5 +159,6 @@ def test_readme_use_it_section_at_reduced_size(tmp_path: Path) -> None:
         done.append(subprocess.run(command(*arguments), cwd=ROOT, text=True, capture_output=True, timeout=420, check=False))
         assert done[-1].returncode == 0, done[-1].stderr
     assert (tmp_path / "mine" / "comparison.html").exists()
+    assert (tmp_path / "evaluations" / "report.html").exists()
     assert (tmp_path / "samples" / "grid.png").exists()
     assert [(tmp_path / name / "prepared.json").exists() for name in ("signs", "pictures")] == [True, True]

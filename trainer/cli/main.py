@@ -11,6 +11,7 @@ import typer
 from trainer.cli.clean import clean
 from trainer.cli.data import data, prepare_data
 from trainer.cli.doctor import doctor
+from trainer.cli.evaluate import eval_
 from trainer.cli.exits import fail as _fail
 from trainer.cli.plan import plan
 from trainer.cli.presample import presample
@@ -96,6 +97,7 @@ app.command()(train)
 app.command()(plan)
 app.command()(doctor)
 app.command()(sample)
+app.command("eval")(eval_)
 app.command()(prepare_data)
 app.command()(presample)
 app.command()(clean)

@@ -18,6 +18,8 @@ from trainer.config.errors import ConfigError
 from trainer.config.load import apply_overrides, load_config, parse_config
 from trainer.config.run import RunConfig
 
+DRAWN_WITH = ("name", "seed", "model", "sampler", "prompts")
+"""What of the recipe beside an exported policy says how it is drawn with; the other sections may be another version's."""
 RUN_FILES = ("lock", "metrics.jsonl", "exports", "checkpoints")
 """What a folder beside its config.yaml holds once a run has begun in it."""
 
@@ -65,6 +67,17 @@ def policy_source(where: Path, overrides: list[str], ema: bool = False, tiny: bo
     return PolicySource(read_recipe(where, overrides, tiny, data=False)[0], None, "start")
 
 
+def policy_beside(where: Path, config: RunConfig, overrides: list[str]) -> PolicySource:
+    """The policy that `where` names, under the settings of another: a run's newest export, an exported folder, or what a recipe starts from.
+    Raises ConfigError."""
+    if not where.is_dir():
+        return policy_source(where, overrides)
+    exported = (where / "transformer" / "config.json").exists()
+    if not exported and not (where / "config.yaml").exists():
+        raise ConfigError(f"{where} is neither a run folder (config.yaml) nor an exported policy (transformer/config.json)")
+    return _of(config, where if exported else newest_export(where, False))
+
+
 def newest_export(run: Path, ema: bool) -> Path:
     """The newest complete export of a run. Raises ConfigError where there is none."""
     exports = [f for f in (run / "exports").glob("step-*") if f.name.endswith("-ema") == ema and f.suffix != ".partial"]
@@ -89,7 +102,8 @@ def _settings_of(policy: Path, overrides: list[str]) -> RunConfig:
     """Settings of the run that made an exported policy; the defaults where nobody says."""
     made, run = policy / "provenance.json", policy.parent.parent / "config.yaml"
     if made.exists():
-        return parse_config(apply_overrides(yaml.safe_load(json.loads(made.read_text())["recipe"]), overrides))
+        tree = yaml.safe_load(json.loads(made.read_text())["recipe"])
+        return parse_config(apply_overrides({key: value for key, value in tree.items() if key in DRAWN_WITH}, overrides))
     if policy.parent.name == "exports" and run.exists():
         return load_config(run, overrides)
     return parse_config(apply_overrides({"name": policy.name}, overrides))

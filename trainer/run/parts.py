@@ -83,8 +83,8 @@ class Parts:
         self._evaluated: dict[int, set[str]] = {}  # evaluations that are being made of a published version, by step
         self._learners: LearnerGroup | None = None
 
-    def create_actors(self, rewards: RunRewards) -> None:
-        """Create every actor; their constructors run while the caller goes on."""
+    def create_actors(self, rewards: RunRewards, learns: bool = True) -> None:
+        """Create every actor; their constructors run while the caller goes on. Unless it `learns`, nothing is made of anchor data."""
         config = self.config
         # Methods are safe to run again (named by version, lease or step), so Ray may retry them after a restart.
         forever = {"max_restarts": -1, "max_task_retries": -1}
@@ -101,7 +101,7 @@ class Parts:
         self.generators = [generator.remote(rollout, self.weights, i) for i in range(config.rollout.generators)]
         held_out = EvaluatorSpec(tuple(self.generators), config.prompts, config.data, config.sampler, config.evaluation, rewards, str(self.folder.path))
         self.evaluator = ray.remote(Evaluator).options(num_cpus=CPUS["evaluator"], max_restarts=3, max_task_retries=3).remote(held_out)
-        if config.feeds_data:
+        if config.feeds_data and learns:
             anchor = AnchorSpec(config.seed, config.model, config.sampler, config.data, config.data_rows, self.target, shared)
             self.feeder = ray.remote(AnchorFeeder).options(num_cpus=CPUS["anchor feeder"], max_concurrency=4, **forever).remote(anchor)
 
@@ -117,13 +117,22 @@ class Parts:
 
     def start_producers(self) -> None:
         """Wait for the actors, then let the producers run. Raises RunFailed naming the actor."""
-        encoders = {f"encoder {i}": actor for i, actor in enumerate(self.encoders)}
-        for name, actor in (encoders | self._named_generators | self.producers).items():
-            try:
-                ray.get(actor.pid.remote(), timeout=START_DEADLINE_S)
-            except Exception as error:
-                raise RunFailed(name, f"did not start: {describe(error)}") from error
+        self.await_generators()
+        for name, actor in self.producers.items():
+            self._await(name, actor)
         self._running = {actor.run.remote(): name for name, actor in self.producers.items()}
+
+    def await_generators(self) -> None:
+        """Wait until encoders and generators hold their weights. Raises RunFailed naming the actor."""
+        encoders = {f"encoder {i}": actor for i, actor in enumerate(self.encoders)}
+        for name, actor in (encoders | self._named_generators).items():
+            self._await(name, actor)
+
+    def _await(self, name: str, actor: Any) -> None:
+        try:
+            ray.get(actor.pid.remote(), timeout=START_DEADLINE_S)
+        except Exception as error:
+            raise RunFailed(name, f"did not start: {describe(error)}") from error
 
     def ended_producers(self) -> dict[str, str]:
         """Producers whose loop ended by itself, with the reason (Ray has already restarted what died)."""
@@ -167,6 +176,10 @@ class Parts:
     def evaluate_before(self) -> Jobs:
         """Start the evaluation of the starting policy."""
         return self._evaluate(None, 0, "before", "raw", final=True)
+
+    def evaluate_start(self, step: int) -> Jobs:
+        """Start the evaluation of the policy that generators were started with, as one of `step` updates."""
+        return self._evaluate(None, step, "after" if step else "before", "raw", final=True)
 
     def evaluate_during(self, step: int) -> Jobs:
         """Start a small evaluation of version `step`, with its weights or not at all."""

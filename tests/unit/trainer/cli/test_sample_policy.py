@@ -52,3 +52,16 @@ def test_a_run_without_an_export_draws_nothing(run: Path, tmp_path: Path) -> Non
     for named in (run, run / "config.yaml"):
         done = CliRunner().invoke(app, ["sample", str(named), "--prompts", "none.txt", "--out", str(tmp_path / "out")])
         assert (done.exit_code, "holds no exported policy yet" in done.stderr) == (2, True)
+
+
+def test_a_policy_whose_recipe_is_of_an_older_ddrl_is_drawn_with_its_sampler(tmp_path: Path) -> None:
+    """Sections that say nothing of drawing may hold keys that are gone."""
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "policy"
+    prompts.write_text('a sign that says "407"\n')
+    shutil.copytree(BASE, folder)
+    recipe = "name: old\nsampler: {eval_steps: 2, height: 16, width: 48}\nevaluation: {threads: 2}\nlearner: {gone: 1}\n"
+    (folder / "provenance.json").write_text(json.dumps({"recipe": recipe, "step": 7, "weights": "ema"}))
+    done = CliRunner().invoke(app, ["sample", str(folder), "--prompts", str(prompts), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    line = json.loads((tmp_path / "out" / "samples.jsonl").read_text())
+    assert (line["steps"], line["height"], line["width"], line["step_of_policy"], line["weights"]) == (2, 16, 48, 7, "ema")
