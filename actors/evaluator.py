@@ -61,6 +61,18 @@ def parcels(count: int, size: int) -> list[tuple[int, int]]:
     return [(first, min(size, count - first)) for first in range(0, count, size)]
 
 
+LOSS_BANDS = ("least_noise", "less_noise", "more_noise", "most_noise")
+"""Quarters of the range of noise levels."""
+
+
+def loss_bands(levels: Sequence[float], losses: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Mean losses of the points of each quarter of the noise levels, under `diffusion_loss_bands`; nothing with a quarter of fewer than two points."""
+    parts = [[loss for level, loss in zip(levels, losses, strict=True) if int(level * len(LOSS_BANDS)) == band] for band in range(len(LOSS_BANDS))]
+    if min(map(len, parts)) < 2:
+        return {}
+    return {"diffusion_loss_bands": {name: float(np.mean(part)) for name, part in zip(LOSS_BANDS, parts, strict=True)}}
+
+
 class Evaluator:
     """Plain class; the driver makes it a Ray actor."""
 
@@ -104,11 +116,11 @@ class Evaluator:
             found[number] = pairwise_rms(images.reshape(len(texts), repeats, *images.shape[1:]))
         return np.concatenate([found[n] for n in sorted(found)])
 
-    def _losses(self, weights: View | Exported | None, split: str, points: int) -> list[float]:
-        """Diffusion loss at `points` fixed (sample, time, noise) points."""
+    def _losses(self, weights: View | Exported | None, split: str, points: int) -> list[tuple[float, float]]:
+        """Noise level, from 0 to 1, and diffusion loss at `points` fixed (sample, time, noise) points."""
         calls = [(weights, split, points, first, n) for first, n in parcels(points, LOSSES_A_PARCEL)]
-        found: dict[int, list[float]] = dict(self._asked("held_out_losses", calls))
-        return [loss for number in sorted(found) for loss in found[number]]
+        found: dict[int, list[tuple[float, float]]] = dict(self._asked("held_out_losses", calls))
+        return [point for number in sorted(found) for point in found[number]]
 
     def _set(self, split: str, prompts: Sequence[str], captions: Sequence[str]) -> str:
         """Digest of what an evaluation is made on: numbers of two runs are paired only where it is the same."""
@@ -137,7 +149,7 @@ class Evaluator:
         prompts = [example.text for example in examples]
         judgement, scene = self._judged(weights, examples, split)
         diversity = self._diversity(weights, examples[: max(1, settings.diversity_prompts // shrink)], f"{split}-diversity")
-        losses = self._losses(weights, split, points)
+        levels, losses = (list(column) for column in zip(*self._losses(weights, split, points), strict=True))
         record = {
             "kind": "evaluation",
             "split": split,
@@ -147,11 +159,13 @@ class Evaluator:
             "set": self._set(split, prompts, [text for text, _ in held_out_rows(self.data, split, points)]),
             **judgement.record(),
             "diffusion_loss": float(np.asarray(losses, np.float32).mean()),
+            **loss_bands(levels, losses),
             "diversity": float(diversity.mean()),
             "scene": {name: float(values.mean()) for name, values in scene.items()},
             "scene_std": {name: float(values.std(ddof=1)) for name, values in scene.items()},
         }
-        details = {"rewards": judgement.values, "sub_scores": judgement.subs, "diffusion_loss": losses, "diversity": diversity.tolist()}
+        details = {"rewards": judgement.values, "sub_scores": judgement.subs, "diffusion_loss": losses, "noise_level": levels, "diversity": diversity.tolist()}
+        details["scene"] = {name: values.tolist() for name, values in scene.items()}
         folder = self.run_dir / "eval"
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{split}-{step:06d}-{kind}.partial"

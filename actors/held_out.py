@@ -143,9 +143,9 @@ class HeldOut:
             del pixels  # before the next is waited for
         return found[0]
 
-    def losses(self, weights: View | Exported | None, split: str, points: int, first: int, count: int) -> list[float]:
-        """Diffusion loss at `count` of `points` fixed (sample, time, noise) points of `split`, from place `first` on; times of all are
-        spread evenly over the process's range. Raises WeightsGone, WeightsDamaged, SourceError, HeldOutFailed."""
+    def losses(self, weights: View | Exported | None, split: str, points: int, first: int, count: int) -> list[tuple[float, float]]:
+        """Noise level and diffusion loss at `count` of `points` fixed (sample, time, noise) points of `split`, from place `first` on. Levels lie in
+        (0, 1), from least noise to most, spread evenly over all points. Raises WeightsGone, WeightsDamaged, SourceError, HeldOutFailed."""
         torch.set_num_threads(self._spec.rollout.threads)
         part = slice(first, first + count)
         examples = [example for _, example in held_out_rows(self._data, split, points)[part]]
@@ -155,8 +155,9 @@ class HeldOut:
         subjects = self._subjects.held_out(examples, first, x0)
         conditioning = self._conditioner.get(subjects)
         g = generator("evaluation", "loss", split)
-        t = (torch.arange(points) + torch.rand(points, generator=g)) / points
-        t = process.spread_times(t[torch.randperm(points, generator=g)])[part]
+        level = (torch.arange(points) + torch.rand(points, generator=g)) / points
+        level = level[torch.randperm(points, generator=g)][part]
+        t = process.spread_times(level)
         eps = torch.randn((points, *x0.shape[1:]), generator=g)[part]
         rows = max(1, self._max_tokens // network.packed_tokens(tuple(x0.shape[1:]), conditioning[0].tokens))
         found: dict[int, float] = {}
@@ -168,7 +169,7 @@ class HeldOut:
                     shown = stacked([conditioning[i] for i in own])
                     work = partial(diffusion_losses, network, process, free[own], noise[own], t[own], shown, rows, dtype, shown.prompt_embeds.device)
                     found |= dict(zip(own, self._waited(self._engine.call_side(work)).tolist(), strict=True))
-        return [found[i] for i in range(count)]
+        return [(float(level[i]), found[i]) for i in range(count)]
 
     def _waited(self, future: Future[Any]) -> Any:
         try:

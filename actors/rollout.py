@@ -199,7 +199,7 @@ class RolloutGenerator:
         """See `HeldOut.sample`."""
         return self._held_out.sample(weights, draw, examples, first, repeats)
 
-    def held_out_losses(self, weights: View | Exported | None, split: str, points: int, first: int, count: int) -> list[float]:
+    def held_out_losses(self, weights: View | Exported | None, split: str, points: int, first: int, count: int) -> list[tuple[float, float]]:
         """See `HeldOut.losses`."""
         return self._held_out.losses(weights, split, points, first, count)
 

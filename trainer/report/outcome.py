@@ -18,7 +18,7 @@ LEAST_PAIRS = 30
 """Paired prompts below which a verdict would be a guess: the normal interval of so few is too narrow."""
 VERDICTS = f"Clear: the 95\u202f% interval of the paired change leaves out 0, on at least {LEAST_PAIRS} prompts. Stop line: diffusion loss +10\u202f%."
 Tone = Literal["good", "warn", "bad", "none"]
-Kind = Literal["reward", "sub-score", "loss", "diversity"]
+Kind = Literal["reward", "sub-score", "loss", "band", "diversity"]
 _NORMAL_95 = 1.959964
 
 
@@ -68,9 +68,9 @@ class Compared:
 
 
 def measures(summary: Mapping[str, object]) -> list[Measure]:
-    """The rows of a summary in reading order: rewards, trained ones first, diffusion loss, diversity, sub-scores. Values the
+    """The rows of a summary in reading order: rewards, trained ones first, diffusion loss and its bands, diversity, sub-scores. Values the
     summary lacks are None."""
-    return [*reward_measures(summary), _diffusion_loss(summary), _diversity(summary), *_entries(summary, "sub_scores", "sub-score")]
+    return [*reward_measures(summary), _diffusion_loss(summary), *_loss_bands(summary), _diversity(summary), *_entries(summary, "sub_scores", "sub-score")]
 
 
 def reward_measures(summary: Mapping[str, object]) -> list[Measure]:
@@ -231,6 +231,18 @@ def _diffusion_loss(summary: Mapping[str, object]) -> Measure:
     verdict, tone = rise_verdict(rise, ci95)
     return Measure("Diffusion loss", "loss", before, after, rise, True, 4, stderr, ci95, ema,
                    relative_change(before, ema), verdict, tone)  # fmt: skip
+
+
+def _loss_bands(summary: Mapping[str, object]) -> list[Measure]:
+    """The diffusion loss by quarters of the noise levels; none of a summary without them."""
+    bands = summary.get("diffusion_loss_bands")
+    rows = []
+    for name, entry in bands.items() if isinstance(bands, Mapping) else ():
+        if isinstance(entry, Mapping):
+            before, after, change, stderr = (number(entry.get(key)) for key in ("before", "after", "change", "stderr"))
+            label = f"Loss, {str(name).replace('_', ' ')}"
+            rows.append(Measure(label, "band", before, after, change, True, 4, stderr, _pair(entry.get("ci95"))))
+    return rows
 
 
 def rise_verdict(rise: float | None, ci95: tuple[float, float] | None = None) -> tuple[str, Tone]:

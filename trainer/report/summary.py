@@ -77,6 +77,22 @@ def changes(before: Record, after: Record) -> dict[str, Any]:
                 found[section][name] = _change(one[section][name], two[section][name], "gain")
     for key, name in (("diffusion_loss", "diffusion_loss_rise"), ("diversity", "diversity_change")):
         found |= _change(one[key], two[key], name, relative=True)
+    if bands := _bands(tuple(before.get("diffusion_loss_bands", ())), one, two):
+        found["diffusion_loss_bands"] = bands
+    return found
+
+
+def _bands(names: Sequence[str], one: Record, two: Record) -> dict[str, dict[str, Any]]:
+    """Relative changes of the diffusion loss in each of so many equal parts of the range of noise levels; nothing of evaluations without levels."""
+    levels = one.get("noise_level")
+    if levels is None or levels != two.get("noise_level"):
+        return {}
+    found = {}
+    for band, name in enumerate(names):
+        points = [i for i, level in enumerate(levels) if int(level * len(names)) == band]
+        before, after = ([record["diffusion_loss"][i] for i in points] for record in (one, two))
+        change = _change(before, after, "change", relative=True)
+        found[name] = {"before": statistics.fmean(before), "after": statistics.fmean(after)} | {k.removeprefix("change_"): v for k, v in change.items()}
     return found
 
 

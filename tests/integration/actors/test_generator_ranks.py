@@ -81,7 +81,7 @@ def test_two_processes_sample_and_judge_as_one_and_come_back_together(alone: Any
             one, two = (asked(actor, "sample_held_out", weights, "here", examples, 0, 2) for actor in (alone, shared))
             assert one.shape == (8, 5, 12, 32, 3)
             assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
-            losses = [asked(actor, "held_out_losses", weights, "test", 16, 0, 16) for actor in (alone, shared)]
+            losses = [[loss for _, loss in asked(actor, "held_out_losses", weights, "test", 16, 0, 16)] for actor in (alone, shared)]
             assert losses[1] == pytest.approx(losses[0], rel=1e-4)
             seen.append(losses[0])
 

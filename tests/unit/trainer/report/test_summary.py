@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from trainer.config.load import parse_config
 from trainer.report.comparison import comparison_table
-from trainer.report.summary import evaluation, paired, reward_against, summarise
+from trainer.report.outcome import measures
+from trainer.report.summary import changes, evaluation, paired, reward_against, summarise
 
 BEFORE = {"rewards": [0.1, 0.3, 0.2, 0.4], "exact": [0.0, 0.0, 0.0, 1.0], "diffusion_loss": [1.0, 2.0, 3.0], "diversity": [0.5, 0.3]}
 AFTER = {"rewards": [0.5, 0.4, 0.6, 0.5], "exact": [1.0, 0.0, 1.0, 1.0], "diffusion_loss": [1.1, 2.3, 3.2], "diversity": [0.3, 0.3]}
@@ -59,6 +60,25 @@ def test_pairing_removes_what_the_prompts_have_in_common(before: list[float], sh
     mean, error = paired(before, [b + shift for b in before])
     assert mean == pytest.approx(shift, abs=1e-9)
     assert error == pytest.approx(0, abs=1e-9)
+
+
+def test_the_loss_by_quarters_of_the_noise_levels() -> None:
+    def record(losses: list[float], levels: list[float] | None, bands: tuple[str, ...] = ("less", "more")) -> dict[str, Any]:
+        per_prompt = {"rewards": {}, "sub_scores": {}, "diffusion_loss": losses, "diversity": [1.0, 1.0]} | ({"noise_level": levels} if levels else {})
+        return {"set": "s", "per_prompt": per_prompt, "diffusion_loss_bands": dict.fromkeys(bands, 0.0)}
+
+    before, after, levels = [1.0, 1.0, 2.0, 2.0], [1.1, 2.0, 2.2, 2.0], [0.1, 0.6, 0.49, 0.99]
+    found = changes(record(before, levels), record(after, levels))["diffusion_loss_bands"]
+    assert found["less"] == pytest.approx({"before": 1.5, "after": 1.65, "change": 0.1, "stderr": 0.05 / 1.5, "ci95": found["less"]["ci95"], "pairs": 2})
+    assert found["less"]["ci95"] == pytest.approx([0.1 - 1.96 * 0.05 / 1.5, 0.1 + 1.96 * 0.05 / 1.5])
+    assert found["more"]["change"] == pytest.approx(1 / 3)
+    assert [(row.label, row.change) for row in measures({"diffusion_loss_bands": found})[1:3]] == [
+        ("Loss, less", pytest.approx(0.1)),
+        ("Loss, more", pytest.approx(1 / 3)),
+    ]
+    for one, two in ((None, None), (levels, None), (levels, [0.1, 0.6, 0.4, 0.9])):
+        assert "diffusion_loss_bands" not in changes(record(before, one), record(after, two))
+    assert "diffusion_loss_bands" not in changes(record(before, levels, ()), record(after, levels, ()))
 
 
 def test_unequal_lengths_are_refused() -> None:
