@@ -290,7 +290,7 @@ class Driver:
         tests = [r for r in records if r.get("kind") == "self_test"]
         if tests:
             summary["self_test_ratio_deviation"] = tests[-1].get("ratio_deviation_max")
-        summary["skipped_updates"] = sum(int(r["skipped"]) for r in updates)
+        summary["skipped_updates"] = sum(r["skipped"] > 0 for r in updates)
         summary["missing"] = sorted(self._watch.missing)
         summary["dead_groups"] = {"count": self._deaths.count, "first_reason": self._deaths.first}
         self.folder.summary.write_text(json.dumps(summary, indent=2) + "\n")
