@@ -29,12 +29,14 @@ def update_record(config: RunConfig, claim: Claim, stats: dict[str, Any], second
     headers = [g.header for g in claim.groups]
     scores = [scores_of(h) for h in headers]
     staleness = [step - 1 - h.version for h in headers]
+    kept, failed = sum(h.size for h in headers), sum(int(h.meta.get("failed_members", 0)) for h in headers)
     record |= {
-        "reward_mean": statistics.fmean([r for h in headers for r in h.rewards]),
+        **reward_spread([r for h in headers for r in h.rewards]),
         **({"reward_std": statistics.fmean(spread)} if (spread := [statistics.stdev(h.rewards) for h in headers if len(h.rewards) > 1]) else {}),
         **score_statistics(scores, terms_of(config)),
         "trained_groups": [g.group for g in claim.groups],
-        "failed_members": sum(int(h.meta.get("failed_members", 0)) for h in headers),
+        "failed_members": failed,
+        "valid_rate": kept / (kept + failed),
         "zero_variance_groups": flat_groups(scores),
         "staleness_mean": statistics.fmean(staleness),
         "staleness_max": max(staleness),
@@ -43,6 +45,16 @@ def update_record(config: RunConfig, claim: Claim, stats: dict[str, Any], second
         values = [float(h.meta[f"{name}_s"]) for h in headers if f"{name}_s" in h.meta]
         record["seconds"][name] = round(sum(values) / max(1, len(values)), 4)
     return record
+
+
+def reward_spread(totals: Sequence[float]) -> dict[str, Any]:
+    """Of the rewards of an update's rollouts: `reward_mean`; `reward_quantiles`, at 10, 50 and 90 %; `reward_at_top`, the share of them that have
+    the highest, which grows where a reward has an upper end and the policy reaches it."""
+    found: dict[str, Any] = {"reward_mean": statistics.fmean(totals), "reward_at_top": sum(r == max(totals) for r in totals) / len(totals)}
+    if len(totals) > 1:
+        cuts = statistics.quantiles(totals, n=10, method="inclusive")
+        found["reward_quantiles"] = {"10": cuts[0], "50": cuts[4], "90": cuts[8]}
+    return found
 
 
 def score_statistics(scores: Sequence[GroupScores], terms: Iterable[str]) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ import pytest
 
 from replay.records import Claim, ClaimedGroup, GroupHeader
 from trainer.config.load import parse_config
-from trainer.learn.update_line import Warnings, score_statistics, update_record
+from trainer.learn.update_line import Warnings, reward_spread, score_statistics, update_record
 
 CONFIG = parse_config({"objective": {"clip": 1e-3}, "sampler": {"kernel": "edm_2ab", "noise_level": 1.0}})
 
@@ -29,17 +29,29 @@ def test_totals_and_staleness_of_the_claimed_groups() -> None:
         "step": 4,
         "policy_loss": 0.25,
         "reward_mean": 2.0,
+        "reward_at_top": 0.2,
+        "reward_quantiles": {"10": pytest.approx(1.4), "50": 2.0, "90": pytest.approx(2.6)},
         "reward_std": pytest.approx(statistics.stdev([1.0, 3.0]) / 2),
         "rewards": {"ocr": 2.0},
         "rewards_std": {"ocr": pytest.approx(statistics.stdev([1.0, 3.0]) / 2)},
         "trained_groups": [10, 11],
         "failed_members": 1,
+        "valid_rate": 5 / 6,
         "zero_variance_groups": 1,
         "staleness_mean": 1.0,
         "staleness_max": 2,
         "seconds": {"train": 1.2346, "sample": 3.0, "score": 0.5},
     }
     json.dumps(record, allow_nan=False)
+
+
+def test_how_the_rewards_of_an_update_lie() -> None:
+    assert reward_spread([0.0, 1.0, 1.0, 0.5]) == {
+        "reward_mean": 0.625,
+        "reward_at_top": 0.5,
+        "reward_quantiles": {"10": pytest.approx(0.15), "50": 0.75, "90": 1.0},
+    }
+    assert reward_spread([0.25]) == {"reward_mean": 0.25, "reward_at_top": 1.0}
 
 
 def test_without_groups_there_is_nothing_to_say_about_rewards() -> None:
