@@ -21,7 +21,7 @@ SUITES = {
     "published": (f"{LEARN}/published",),
     "publishing": ("tests/integration/trainer/test_publishing.py",),
     "loop": ("tests/integration/trainer/test_loop.py",),
-    **{name: (f"tests/unit/trainer/run/test_{name}.py",) for name in ("watch", "runfolder", "signals", "resources")},
+    **{name: (f"tests/unit/trainer/run/test_{name}.py",) for name in ("watch", "runfolder", "signals", "resources", "hacking")},
     **{
         name: (f"{LEARN}/test_{name}.py",) for name in ("advantages", "objective", "plan", "batch", "learner", "checkpoint", "exports", "ranks", "given_frames")
     },
