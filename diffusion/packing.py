@@ -145,7 +145,9 @@ class Stream:
         """Inverse of `flat`; padding becomes zeros."""
         if self.even:
             return self.own(tokens.reshape(len(self.lens), self.lens[0], *tokens.shape[2:]))
-        return self.own(torch.cat([tokens, tokens.new_zeros(1, self.padding, *tokens.shape[2:])], 1) if self.padding else tokens)
+        if self.padding:
+            return self.own(torch.cat([tokens, tokens.new_zeros(1, self.padding, *tokens.shape[2:])], 1))
+        return self.own(tokens[0][None])  # its own stride: that of a longer row it was cut from is another input to a compiler
 
     def collected(self, tokens: Tensor) -> Tensor:
         """The requests' tokens in one row, without padding: `[1, total, …]`, on every rank."""
