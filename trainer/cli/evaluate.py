@@ -5,19 +5,25 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer.cli.exits import fail
 from trainer.cli.policy import PolicySource, policy_beside, policy_source
 from trainer.config.errors import ConfigError
+from trainer.config.load import load_config
 from trainer.config.run import RunConfig
 from trainer.run.environment import prepare
 from trainer.run.errors import RunFailed
-from trainer.run.evaluating import START, Candidate, evaluate
 from trainer.run.preflight import absolute, check_files
 from trainer.run.signals import Interrupted, StopSignals
+
+if TYPE_CHECKING:
+    from trainer.run.evaluating import Candidate
+
+START = "start"
+"""Name of the policy that everything is held against."""
 
 
 def exports_of(run: Path) -> list[Path]:
@@ -58,6 +64,7 @@ def eval_(
 
     from trainer.report.comparison import comparison_table
     from trainer.report.page import write_report
+    from trainer.run.evaluating import evaluate
     from trainer.run.quiet import output_to
 
     signals = StopSignals()
@@ -85,6 +92,8 @@ def eval_(
 
 def _candidates(sources: list[Path], every: bool, overrides: list[str]) -> list[Candidate]:
     """The policy that the first source starts from, and all that are named. Raises ConfigError."""
+    from trainer.run.evaluating import Candidate
+
     places: list[Path] = []
     for source in sources:
         exports = exports_of(source) if every and source.is_dir() else []
@@ -104,17 +113,15 @@ def _candidates(sources: list[Path], every: bool, overrides: list[str]) -> list[
 def _start(first: Path, overrides: list[str]) -> PolicySource:
     """What the first source was trained from."""
     if first.is_dir() and (first / "config.yaml").exists():
-        return policy_source_of_recipe(first / "config.yaml", overrides)
+        return _of_recipe(first / "config.yaml", overrides)
     recipe = first.parent.parent / "config.yaml"
     if first.is_dir():
         if first.parent.name != "exports" or not recipe.exists():
             raise ConfigError(f"{first} does not tell its settings; name a run, an export within one, or a recipe first")
-        return policy_source_of_recipe(recipe, overrides)
+        return _of_recipe(recipe, overrides)
     return policy_source(first, overrides)
 
 
-def policy_source_of_recipe(recipe: Path, overrides: list[str]) -> PolicySource:
+def _of_recipe(recipe: Path, overrides: list[str]) -> PolicySource:
     """A run's own recipe, with the policy that it started from."""
-    from trainer.config.load import load_config
-
     return PolicySource(load_config(recipe, overrides), None, "start")

@@ -31,8 +31,6 @@ from trainer.run.preflight import check_policy
 from trainer.run.signals import StopSignals
 
 POLL_S = 0.25
-START = "start"
-"""Name of the policy that everything is held against."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Candidate:
 
 
 def evaluate(candidates: Sequence[Candidate], out: Path, signals: StopSignals, say: Callable[[str], None], deadline_s: float) -> list[Path]:
-    """Evaluate each, the first of which is `START`; their folders, in order.
+    """Evaluate each, the first of which is what the others are held against; their folders, in order.
 
     Args:
         signals: what was asked of the process; installed.

@@ -37,7 +37,7 @@ def evaluation(loss: float = 1.0, diversity: float = 1.0, brightness: float = 0.
         ({"diversity_fall": 0.3}, {"diversity": 0.71}, []),
         ({"diversity_fall": 0.3}, {"diversity": 0.6}, ["diversity -40.0% (standard error 10.3%) since the start, limit hacking.diversity_fall=0.3"]),
         ({"stop": "off"}, {"loss": 9.0, "brightness": 9.0}, []),
-        ({}, {"loss": 9.0, "digest": "b"}, []),  # another evaluation set
+        ({}, {"loss": 9.0, "brightness": 9.0, "digest": "b"}, []),  # another evaluation set
     ],
 )
 def test_what_is_told(config: dict[str, Any], now: dict[str, Any], told: list[str]) -> None:
