@@ -17,7 +17,7 @@ from replay.payloads import make_payloads
 from tests.integration.actors.real_sizes import LATENT_BYTES, MEMBERS, RUN, states
 
 ROOT = Path(__file__).parents[3]
-OTHERS = 60e6
+OTHERS = 130e6
 """Bytes that blocks in flight and first calls take, whatever the size of a member."""
 
 
