@@ -95,9 +95,14 @@ def _is_dead(folder: Path) -> bool:
 
 
 def end_processes(folder: Path, patience_s: float = 5.0) -> None:
-    """Kill this user's processes that carry the folder's name in their environment (Linux; elsewhere they end by themselves)."""
-    end = time.monotonic() + patience_s
-    while (left := _processes(folder)) and time.monotonic() < end:
+    """Kill this user's processes that carry the folder's name in their environment (Linux; elsewhere they end by themselves).
+
+    A process in the middle of its `exec` has no environment to be seen by: none is left when two looks in a row find none.
+    """
+    end, quiet = time.monotonic() + patience_s, 0
+    while quiet < 2 and time.monotonic() < end:
+        left = _processes(folder)
+        quiet = 0 if left else quiet + 1
         for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

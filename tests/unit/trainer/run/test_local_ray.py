@@ -46,6 +46,17 @@ def test_a_folder_goes_with_its_driver(root: Path) -> None:
     assert FOLDER_VARIABLE not in os.environ
 
 
+def test_a_process_that_one_look_does_not_see_is_killed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of its `exec` it has no environment yet."""
+    looks = iter([lambda folder: []])
+    look = local_ray._processes
+    monkeypatch.setattr(local_ray, "_processes", lambda folder: next(looks, look)(folder))
+    with ExitStack() as stack:
+        own_folder(stack)
+        child = subprocess.Popen(["sleep", "100"])
+    assert child.wait(10) == -9
+
+
 def test_a_killed_driver_is_swept_and_a_living_one_is_not(root: Path) -> None:
     command = [sys.executable, "-c", DRIVER, str(root)]
     drivers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
