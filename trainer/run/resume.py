@@ -16,6 +16,8 @@ from trainer.run.lines import lines_of
 
 RESUMABLE = ("updates", "checkpoint_every", "max_dead_groups", "stop_deadline_s", "wandb_project", "learner", "evaluation", "hacking", "redis", "ray")
 """Settings that may change when a run goes on; the others would make it another run."""
+LEARNT_WITH = {"learner": ("updates_per_claim",)}
+"""Keys of such sections that say what is learnt, and may not."""
 INFRASTRUCTURE = {
     "weights": ("transport", "path"),
     "fleet": ("url", "api_key_env", "timeout_s", "host", "port", "hosts", "keys_file", "start_timeout_s", "drain_s", "ingress", "limits"),
@@ -28,6 +30,8 @@ def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
     """Dotted keys that differ and may not differ on resume."""
     one, two = before.model_dump(mode="json"), now.model_dump(mode="json")
     found = []
+    for section, keys in LEARNT_WITH.items():
+        found += [f"{section}.{key}" for key in keys if one[section][key] != two[section][key]]
     for section in one.keys() - set(RESUMABLE):
         if isinstance(one[section], dict):
             may = INFRASTRUCTURE.get(section, ())

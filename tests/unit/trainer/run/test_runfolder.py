@@ -151,6 +151,7 @@ def test_a_disk_that_fills_up_on_resume_does_not_cost_the_run(started: Path) -> 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"seed": 3, "learner": {"updates_per_claim": 2}}, "learner.updates_per_claim"),
         ({"seed": 4}, "seed"),
         ({"seed": 3, "objective": {"data_weight": 0.5}}, "objective.data_weight"),
         ({"seed": 3, "optimizer": {"lr": 1.0}, "sampler": {"steps": 12}}, "optimizer.lr, sampler.steps"),
