@@ -19,7 +19,7 @@ from trainer.config.load import apply_overrides, load_config, parse_config
 from trainer.config.run import RunConfig
 
 DRAWN_WITH = ("name", "seed", "model", "sampler", "prompts")
-"""What of the recipe beside an exported policy says how it is drawn with; the other sections may be another version's."""
+"""What of the recipe beside an exported policy says how it is drawn."""
 RUN_FILES = ("lock", "metrics.jsonl", "exports", "checkpoints")
 """What a folder beside its config.yaml holds once a run has begun in it."""
 
@@ -103,7 +103,11 @@ def _settings_of(policy: Path, overrides: list[str]) -> RunConfig:
     made, run = policy / "provenance.json", policy.parent.parent / "config.yaml"
     if made.exists():
         tree = yaml.safe_load(json.loads(made.read_text())["recipe"])
-        return parse_config(apply_overrides({key: value for key, value in tree.items() if key in DRAWN_WITH}, overrides))
+        try:
+            parse_config(tree)
+        except ConfigError:  # of another version: what has nothing to do with drawing may have had other keys
+            tree = {key: value for key, value in tree.items() if key in DRAWN_WITH}
+        return parse_config(apply_overrides(tree, overrides))
     if policy.parent.name == "exports" and run.exists():
         return load_config(run, overrides)
     return parse_config(apply_overrides({"name": policy.name}, overrides))

@@ -65,3 +65,14 @@ def test_a_policy_whose_recipe_is_of_an_older_ddrl_is_drawn_with_its_sampler(tmp
     assert done.exit_code == 0, done.output
     line = json.loads((tmp_path / "out" / "samples.jsonl").read_text())
     assert (line["steps"], line["height"], line["width"], line["step_of_policy"], line["weights"]) == (2, 16, 48, 7, "ema")
+
+
+def test_a_policy_of_rollouts_without_noise_is_drawn(tmp_path: Path) -> None:
+    """Its sampler belongs to its objective: neither is read without the other."""
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "policy"
+    prompts.write_text('a sign that says "407"\n')
+    shutil.copytree(BASE, folder)
+    recipe = "name: nft\nsampler: {eval_steps: 2, height: 16, width: 48, noise_on: none}\nobjective: {preset: diffusion_nft}\n"
+    (folder / "provenance.json").write_text(json.dumps({"recipe": recipe, "step": 7, "weights": "raw"}))
+    done = CliRunner().invoke(app, ["sample", str(folder), "--prompts", str(prompts), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
