@@ -23,6 +23,7 @@ from actors.clips import playing_sheet, shown, strip_sheet, write_clip
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
 from actors.groups import fps_of
 from actors.judgement import EvaluationFailed, Judgement, Scores, judged
+from actors.noise_levels import by_band
 from actors.parcels import Silence, each
 from actors.pictures import caption, contact_sheet
 from actors.rewards import RunRewards
@@ -59,18 +60,6 @@ class EvaluatorSpec:
 def parcels(count: int, size: int) -> list[tuple[int, int]]:
     """(first, how many) of the parcels of `count` things, `size` in each and fewer in the last."""
     return [(first, min(size, count - first)) for first in range(0, count, size)]
-
-
-LOSS_BANDS = ("least_noise", "less_noise", "more_noise", "most_noise")
-"""Quarters of the range of noise levels."""
-
-
-def loss_bands(levels: Sequence[float], losses: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Mean losses of the points of each quarter of the noise levels, under `diffusion_loss_bands`; nothing with a quarter of fewer than two points."""
-    parts = [[loss for level, loss in zip(levels, losses, strict=True) if int(level * len(LOSS_BANDS)) == band] for band in range(len(LOSS_BANDS))]
-    if min(map(len, parts)) < 2:
-        return {}
-    return {"diffusion_loss_bands": {name: float(np.mean(part)) for name, part in zip(LOSS_BANDS, parts, strict=True)}}
 
 
 class Evaluator:
@@ -150,6 +139,7 @@ class Evaluator:
         judgement, scene = self._judged(weights, examples, split)
         diversity = self._diversity(weights, examples[: max(1, settings.diversity_prompts // shrink)], f"{split}-diversity")
         levels, losses = (list(column) for column in zip(*self._losses(weights, split, points), strict=True))
+        bands = by_band(levels, losses)
         record = {
             "kind": "evaluation",
             "split": split,
@@ -159,10 +149,10 @@ class Evaluator:
             "set": self._set(split, prompts, [text for text, _ in held_out_rows(self.data, split, points)]),
             **judgement.record(),
             "diffusion_loss": float(np.asarray(losses, np.float32).mean()),
-            **loss_bands(levels, losses),
+            **({"diffusion_loss_bands": {name: float(np.mean(part)) for name, part in bands.items()}} if bands else {}),
             "diversity": float(diversity.mean()),
             "scene": {name: float(values.mean()) for name, values in scene.items()},
-            "scene_std": {name: float(values.std(ddof=1)) for name, values in scene.items()},
+            "scene_std": {name: float(values.std(ddof=1)) if len(values) > 1 else 0.0 for name, values in scene.items()},
         }
         details = {"rewards": judgement.values, "sub_scores": judgement.subs, "diffusion_loss": losses, "noise_level": levels, "diversity": diversity.tolist()}
         details["scene"] = {name: values.tolist() for name, values in scene.items()}

@@ -232,7 +232,7 @@ class Learner:
 
     def replay(self, rows: Transitions, conditioning: Conditioning) -> Tensor:
         """The policy's prediction for stored transitions on this rank's device, with gradient; collective."""
-        return policy_prediction(self.model, self.kernel.process, rows, conditioning, self.guidance, self.config.model.dtype)
+        return self._predict(self.model, rows, conditioning)
 
     def _predict(self, model: PackedModel, rows: Transitions | Samples, conditioning: Conditioning) -> Tensor:
         """A network's prediction for rows of the policy loss."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.noise_levels import by_band
 from trainer.config.composition import composition
 from trainer.config.run import RunConfig
 
@@ -77,22 +78,22 @@ def changes(before: Record, after: Record) -> dict[str, Any]:
                 found[section][name] = _change(one[section][name], two[section][name], "gain")
     for key, name in (("diffusion_loss", "diffusion_loss_rise"), ("diversity", "diversity_change")):
         found |= _change(one[key], two[key], name, relative=True)
-    if bands := _bands(tuple(before.get("diffusion_loss_bands", ())), one, two):
+    if bands := _bands(one, two):
         found["diffusion_loss_bands"] = bands
     return found
 
 
-def _bands(names: Sequence[str], one: Record, two: Record) -> dict[str, dict[str, Any]]:
-    """Relative changes of the diffusion loss in each of so many equal parts of the range of noise levels; nothing of evaluations without levels."""
+def _bands(one: Record, two: Record) -> dict[str, dict[str, Any]]:
+    """Relative changes of the diffusion loss in each band of the noise levels; nothing of evaluations without levels, or of few points."""
     levels = one.get("noise_level")
     if levels is None or levels != two.get("noise_level"):
         return {}
+    before, after = (by_band(levels, record["diffusion_loss"]) for record in (one, two))
     found = {}
-    for band, name in enumerate(names):
-        points = [i for i, level in enumerate(levels) if int(level * len(names)) == band]
-        before, after = ([record["diffusion_loss"][i] for i in points] for record in (one, two))
-        change = _change(before, after, "change", relative=True)
-        found[name] = {"before": statistics.fmean(before), "after": statistics.fmean(after)} | {k.removeprefix("change_"): v for k, v in change.items()}
+    for name in before:
+        change = _change(before[name], after[name], "change", relative=True)
+        found[name] = {"before": statistics.fmean(before[name]), "after": statistics.fmean(after[name])}
+        found[name] |= {key.removeprefix("change_"): value for key, value in change.items()}
     return found
 
 

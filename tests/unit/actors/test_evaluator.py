@@ -20,9 +20,10 @@ from ray.exceptions import ActorDiedError
 from safetensors.torch import save_file
 
 from actors.config import DataConfig, EvaluationConfig, PromptConfig
-from actors.evaluator import LOSS_BANDS, Evaluator, EvaluatorSpec, loss_bands, parcels
+from actors.evaluator import Evaluator, EvaluatorSpec, parcels
 from actors.groups import Weighted
 from actors.judgement import EvaluationFailed
+from actors.noise_levels import BANDS
 from actors.prepared import Row, begin, finish, write_shard
 from actors.rewards import RunRewards
 from actors.sources.draws import held_out_prompts
@@ -133,8 +134,7 @@ def test_an_evaluation_keeps_its_per_prompt_numbers(policy_folder: Path, tmp_pat
     assert details["sub_scores"].keys() == {"mean.exact_match", "other.exact_match"}
     assert [len(details[k]) for k in ("diffusion_loss", "noise_level", "diversity")] == [8, 8, 4]
     bands = {
-        name: [x for x, at in zip(details["diffusion_loss"], details["noise_level"], strict=True) if i / 4 <= at < (i + 1) / 4]
-        for i, name in enumerate(LOSS_BANDS)
+        name: [x for x, at in zip(details["diffusion_loss"], details["noise_level"], strict=True) if i / 4 <= at < (i + 1) / 4] for i, name in enumerate(BANDS)
     }
     assert [len(part) for part in bands.values()] == [2] * 4
     assert record["diffusion_loss_bands"] == {name: pytest.approx(np.mean(part)) for name, part in bands.items()}
@@ -148,13 +148,6 @@ def test_an_evaluation_keeps_its_per_prompt_numbers(policy_folder: Path, tmp_pat
     assert record["diffusion_loss"] == pytest.approx(np.mean(details["diffusion_loss"]))
     assert record["diversity"] == pytest.approx(np.mean(details["diversity"]))
     assert 0.1 < record["diversity"] < 1  # untrained: samples are noise
-
-
-def test_a_quarter_of_few_points_is_no_band() -> None:
-    assert loss_bands([0.1, 0.2, 0.3, 0.6, 0.9], [1.0] * 5) == {}
-    assert loss_bands([0.0, 0.2, 0.25, 0.4, 0.5, 0.7, 0.75, 0.99], [1.0, 2.0, 3.0, 5.0, 8.0, 9.0, 1.0, 5.0]) == {
-        "diffusion_loss_bands": {"least_noise": 1.5, "less_noise": 4.0, "more_noise": 8.5, "most_noise": 3.0}
-    }
 
 
 def test_an_evaluation_needs_no_reward(policy_folder: Path, tmp_path: Path) -> None:

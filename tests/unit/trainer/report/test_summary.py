@@ -63,22 +63,24 @@ def test_pairing_removes_what_the_prompts_have_in_common(before: list[float], sh
 
 
 def test_the_loss_by_quarters_of_the_noise_levels() -> None:
-    def record(losses: list[float], levels: list[float] | None, bands: tuple[str, ...] = ("less", "more")) -> dict[str, Any]:
+    def record(losses: list[float], levels: list[float] | None) -> dict[str, Any]:
         per_prompt = {"rewards": {}, "sub_scores": {}, "diffusion_loss": losses, "diversity": [1.0, 1.0]} | ({"noise_level": levels} if levels else {})
-        return {"set": "s", "per_prompt": per_prompt, "diffusion_loss_bands": dict.fromkeys(bands, 0.0)}
+        return {"set": "s", "per_prompt": per_prompt}
 
-    before, after, levels = [1.0, 1.0, 2.0, 2.0], [1.1, 2.0, 2.2, 2.0], [0.1, 0.6, 0.49, 0.99]
+    levels = [0.1, 0.9, 0.2, 0.3, 0.4, 0.6, 0.7, 0.99]
+    before = [1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    after = [1.1, 2.0, 2.2, 2.0, 1.0, 0.5, 0.5, 1.0]
     found = changes(record(before, levels), record(after, levels))["diffusion_loss_bands"]
-    assert found["less"] == pytest.approx({"before": 1.5, "after": 1.65, "change": 0.1, "stderr": 0.05 / 1.5, "ci95": found["less"]["ci95"], "pairs": 2})
-    assert found["less"]["ci95"] == pytest.approx([0.1 - 1.96 * 0.05 / 1.5, 0.1 + 1.96 * 0.05 / 1.5])
-    assert found["more"]["change"] == pytest.approx(1 / 3)
-    assert [(row.label, row.change) for row in measures({"diffusion_loss_bands": found})[1:3]] == [
-        ("Loss, less", pytest.approx(0.1)),
-        ("Loss, more", pytest.approx(1 / 3)),
+    least = found["least_noise"]
+    assert least == pytest.approx({"before": 1.5, "after": 1.65, "change": 0.1, "stderr": 0.05 / 1.5, "ci95": least["ci95"], "pairs": 2})
+    assert least["ci95"] == pytest.approx([0.1 - 1.96 * 0.05 / 1.5, 0.1 + 1.96 * 0.05 / 1.5])
+    assert {name: band["change"] for name, band in found.items()} == pytest.approx({"least_noise": 0.1, "less_noise": 0, "more_noise": -0.5, "most_noise": 0.5})
+    assert [(row.label, row.change) for row in measures({"diffusion_loss_bands": found})[1:5:3]] == [
+        ("Loss, least noise", pytest.approx(0.1)),
+        ("Loss, most noise", pytest.approx(0.5)),
     ]
-    for one, two in ((None, None), (levels, None), (levels, [0.1, 0.6, 0.4, 0.9])):
+    for one, two in ((None, None), (levels, None), (levels, [0.15, *levels[1:]]), ([0.3] * 8, [0.3] * 8)):
         assert "diffusion_loss_bands" not in changes(record(before, one), record(after, two))
-    assert "diffusion_loss_bands" not in changes(record(before, levels, ()), record(after, levels, ()))
 
 
 def test_unequal_lengths_are_refused() -> None:
